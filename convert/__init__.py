@@ -1,0 +1,169 @@
+"""PyTorch checkpoints to Flax parameter trees and back.
+
+`tensors` reads any checkpoint without PyTorch, `layouts` holds the tables of names and axes, and the two functions here
+apply them. Whole folders on disk are `flax_qformer.checkpoint`'s.
+"""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from numpy.typing import DTypeLike
+
+from flax_qformer.config import Blip2Config
+from flax_qformer.convert.layouts import LEFT_OUT, PREFIX, Layout, Parameter, parameters
+from flax_qformer.convert.tensors import StoredTensor, listed
+from flax_qformer.errors import InputError
+
+__all__ = ["Converted", "check_shapes", "convert", "export", "layout_of"]
+
+PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
+
+_BLOCK_BYTES = 1 << 20
+"""What is transposed at a time: it stays in a core's cache, where going through it against the grain is cheap."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A parameter tree, and what was found on the way.
+
+    Attributes:
+      params: nested dictionaries of numpy arrays.
+      layout: the naming that the checkpoint follows.
+      left_out: names of tensors that a rule leaves out.
+    """
+
+    params: dict[str, Any]
+    layout: Layout
+    left_out: tuple[str, ...]
+
+
+def convert(
+    tensors: Mapping[str, StoredTensor],
+    config: Blip2Config,
+    *,
+    dtype: DTypeLike | None = None,
+    allow_non_finite: bool = False,
+) -> Converted:
+    """Turn a PyTorch checkpoint into a parameter tree. Every tensor is accounted for.
+
+    Args:
+      tensors: as `tensors.open_tensors` lists them; read as they are converted.
+      config: the model that they belong to.
+      dtype: cast the parameters; by default each keeps its own.
+      allow_non_finite: accept infinities and NaN.
+
+    Raises:
+      InputError: tensors are missing, unexpected, misshapen, there twice, of another kind than floating point, or hold
+        what is not finite; it lists all of them (the first 20 and the count).
+    """
+    layout = layout_of(tensors)
+    rule, prefix = LEFT_OUT[layout], PREFIX[layout]
+    stored: dict[str, list[str]] = {}
+    left_out = []
+    for full_name in tensors:
+        name = full_name.removeprefix(prefix)
+        if rule.fullmatch(name):
+            left_out.append(full_name)
+        else:
+            stored.setdefault(name, []).append(full_name)
+    wanted = list(parameters(config, layout))
+    twice = [name for names in stored.values() if len(names) > 1 for name in names]
+    if twice:
+        raise InputError(f"parameters would be filled twice, by {listed(twice)}")
+    check_shapes({name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted})
+    pairs = [(parameter, tensors[stored[parameter.name][0]]) for parameter in wanted]
+    _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
+
+    def read(pair: tuple[Parameter, StoredTensor]) -> tuple[np.ndarray, bool]:
+        return _read(*pair, dtype)
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        arrays = list(pool.map(read, pairs))
+    non_finite = [parameter.name for parameter, (_, finite) in zip(wanted, arrays, strict=True) if not finite]
+    if non_finite and not allow_non_finite:
+        raise InputError(
+            f"infinities or NaN in {len(non_finite)} tensors ({listed(non_finite)}); if they are meant, allow them with "
+            "--allow-non-finite (allow_non_finite=True)"
+        )
+    params = unflatten_dict({p.path: array for p, (array, _) in zip(wanted, arrays, strict=True)}, sep="/")
+    return Converted(params, layout, tuple(left_out))
+
+
+def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
+    """Turn a parameter tree into PyTorch's tensors by name: the inverse of `convert`, bit for bit.
+
+    Raises:
+      InputError: the tree is not that of the config.
+    """
+    flat = flatten_dict(dict(params), sep="/")
+    wanted = list(parameters(config, layout))
+    check_shapes({path: np.shape(value) for path, value in flat.items()}, {p.path: p.shape for p in wanted})
+    tensors = {p.name: p.to_torch(np.asarray(flat[p.path])) for p in wanted}
+    if layout == "diffusers":
+        # A buffer of upstream's, without which it warns.
+        tensors["embeddings.position_ids"] = np.arange(config.qformer_config.max_position_embeddings)[None]
+    return tensors
+
+
+def layout_of(names: Collection[str]) -> Layout:
+    """Whose names they are: LAVIS's, or else diffusers'."""
+    return "lavis" if any(re.match(r"(blip\.)?Qformer\.bert\.", name) for name in names) else "diffusers"
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InputError that lists what is missing, unexpected and of another shape."""
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    misshapen = [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in wanted
+        if name in found and tuple(found[name]) != tuple(wanted[name])
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}
+    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
+    if problems:
+        hint = "check that it is a BLIP-Diffusion Q-Former and that the config is its own"
+        raise InputError(f"the tensors are not those of the config: {'; '.join(problems)} ({hint})")
+
+
+def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> None:
+    double = np.dtype(np.float64)
+    others = [f"{name} {found}" for name, found in dtypes.items() if found not in (*PARAMETER_DTYPES, double)]
+    if others:
+        raise InputError(f"{len(others)} tensors are not floating point: {listed(others)}; dequantise the checkpoint first")
+    doubles = [name for name, found in dtypes.items() if found == double]
+    if doubles and dtype is None:
+        raise InputError(
+            f"{len(doubles)} tensors are float64, which JAX does not keep: {listed(doubles)}; name the dtype to cast to "
+            "(--dtype float32)"
+        )
+
+
+def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -> tuple[np.ndarray, bool]:
+    """The parameter in memory, and whether it is finite: read, checked, cast and transposed block by block."""
+    source = tensor.view()
+    merged = _aligned_empty(tuple(source.shape[axis] for axis in parameter.order), np.dtype(dtype or tensor.dtype))
+    target = merged.transpose(np.argsort(parameter.order))
+    rows = max(1, _BLOCK_BYTES * len(source) // max(1, source.nbytes))
+    finite = True
+    for start in range(0, len(source), rows):
+        block = source[start : start + rows]
+        # A minimum or maximum is NaN if anything is; these make no temporary array.
+        finite = finite and bool(np.isfinite(block.min(initial=0)) and np.isfinite(block.max(initial=0)))
+        target[start : start + rows] = block
+    return merged.reshape(parameter.shape), finite
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array at a multiple of 64 bytes, which JAX takes over on CPU without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    data = np.empty(size + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,279 @@
+"""A model on disk and on the hub.
+
+A folder of ours holds `config.json` as upstream writes it, the orbax checkpoint `params`, and, where a processor was
+saved along, the tokenizer's files and `preprocessor_config.json`.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from .config import BLIP_DIFFUSION, Blip2Config, read_json
+from .convert import check_shapes, convert, export, layout_of
+from .convert.layouts import parameters
+from .convert.tensors import StoredTensor, merged, open_tensors
+from .errors import InputError
+from .processor import ImageProcessor, Processor, tokenizer_of, write_image_settings
+from .qformer import Blip2QFormerModel
+from .source import PARAMS, TOKENIZER_FILES, Source, locate
+from .writing import check_absent, new_folder
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def from_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    *,
+    config: str | os.PathLike[str] | Blip2Config | None = None,
+    allow_non_finite: bool = False,
+) -> tuple[Blip2QFormerModel, dict[str, Any]]:
+    """Load a model, from a Flax or a PyTorch checkpoint alike.
+
+    Args:
+      path_or_hub_id: a folder of ours, upstream's `qformer` folder or its parent, LAVIS's folder, a single checkpoint
+        file, the `*.index.json` of a sharded one, or a hub id.
+      dtype: what the model computes in: float32, bfloat16 or float16.
+      param_dtype: what the parameters are kept in; by default each as it is stored.
+      config: a `config.json`, or the config itself, where the checkpoint brings none or a wrong one.
+      allow_non_finite: accept infinities and NaN in a PyTorch checkpoint.
+
+    Returns:
+      The model, and its parameters as nested dictionaries of arrays: `model.apply({"params": params}, **batch)`.
+
+    Raises:
+      InputError: there is no such checkpoint, or it does not fit its config.
+    """
+    compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
+    loaded = _load(locate(path_or_hub_id), config, kept, allow_non_finite)
+    model = Blip2QFormerModel(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
+    return model, jax.device_put(loaded.params)
+
+
+def save_pretrained(
+    path: str | os.PathLike[str],
+    model: Blip2QFormerModel,
+    params: Mapping[str, Any],
+    processor: Processor | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a model to a folder, in the dtypes that its parameters have. The folder is whole or absent.
+
+    Raises:
+      InputError: the folder exists and may not be replaced, or the parameters are not those of the model.
+    """
+    shapes = {path: np.shape(value) for path, value in flatten_dict(dict(params), sep="/").items()}
+    check_shapes(shapes, _shapes(model.config))
+    with new_folder(Path(path), overwrite) as folder:
+        _write_config(folder, model.config)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        _write_params(folder, params)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    config: str | os.PathLike[str] | Blip2Config | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    allow_non_finite: bool = False,
+) -> str:
+    """Write a checkpoint as a folder of ours; `flax-qformer convert`.
+
+    Args:
+      source: anything that `from_pretrained` takes.
+      destination: the folder to make, whole or not at all.
+      dtype: cast the parameters; by default each keeps its own.
+      config: a `config.json`, where the checkpoint brings none; LAVIS's default to the published geometry.
+      tokenizer: folder or hub id, where the checkpoint brings none; defaults to `bert-base-uncased`.
+      overwrite: replace an existing folder.
+      allow_non_finite: accept infinities and NaN.
+
+    Returns:
+      A line on what was done.
+
+    Raises:
+      InputError: the source cannot be used, or the destination exists.
+    """
+    check_absent(Path(destination), overwrite)
+    found = locate(source)
+    loaded = _load(found, config, None if dtype is None else as_dtype(dtype), allow_non_finite)
+    with new_folder(Path(destination), overwrite) as folder:
+        notes = _write_settings(folder, found, loaded.config, tokenizer)
+        _write_params(folder, loaded.params)
+    return f"{loaded.summary()}; wrote {destination}{notes}"
+
+
+def export_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write a checkpoint as the folder that upstream's `Blip2QFormerModel.from_pretrained` loads; `flax-qformer export`.
+
+    Arguments, result and errors are those of `convert_checkpoint`.
+    """
+    check_absent(Path(destination), overwrite)
+    found = locate(source)
+    loaded = _load(found, None, None if dtype is None else as_dtype(dtype), allow_non_finite=True)
+    with new_folder(Path(destination), overwrite) as folder:
+        notes = _write_settings(folder, found, loaded.config, None)
+        save_file(export(loaded.params, loaded.config), folder / "model.safetensors", metadata={"format": "pt"})
+    return f"{loaded.summary()}; wrote {destination}{notes}"
+
+
+def as_dtype(name: DTypeLike) -> jnp.dtype:
+    """A dtype that models run in; InputError for another."""
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in DTYPES:
+        raise InputError(f"the dtype {name} is none that models run in; take {', '.join(DTYPES)}")
+    return dtype
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A checkpoint in memory: numpy arrays of a PyTorch one, JAX arrays of ours."""
+
+    config: Blip2Config
+    params: dict[str, Any]
+    layout: str
+    num_left_out: int = 0
+
+    def summary(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        dtypes = Counter(leaf.dtype.name for leaf in leaves)
+        size = sum(leaf.size for leaf in leaves)
+        return (
+            f"read {len(leaves)} tensors, {size:,} parameters in {' and '.join(dtypes)} ({self.layout} names); "
+            f"{self.num_left_out} tensors left out by rule"
+        )
+
+
+def _load(
+    source: Source,
+    config: str | os.PathLike[str] | Blip2Config | None,
+    dtype: jnp.dtype | None,
+    allow_non_finite: bool,
+) -> _Loaded:
+    if source.params:
+        return _load_ours(source.params, _config(source, config), dtype)
+    if not source.weights:
+        raise InputError(f"{source.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
+    tensors = merged(_open(path) for path in source.weights)
+    layout = layout_of(tensors)
+    assumed = config is None and source.config is None and layout == "lavis"
+    used = BLIP_DIFFUSION if assumed else _config(source, config)
+    try:
+        converted = convert(tensors, used, dtype=dtype, allow_non_finite=allow_non_finite)
+    except InputError as error:
+        about = "the published geometry is assumed, --config FILE names another" if assumed else _left_to_default(source)
+        raise InputError(f"{source.name}: {error}{about and '; ' + about}") from None
+    return _Loaded(used, converted.params, layout, len(converted.left_out))
+
+
+def _open(path: Path) -> dict[str, StoredTensor]:
+    tensors = open_tensors(path)
+    # LAVIS's folder keeps proj_layer in a file of its own, without the prefix.
+    return {f"proj_layer.{name}": t for name, t in tensors.items()} if path.parent.name == "proj_layer" else tensors
+
+
+def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None) -> Blip2Config:
+    if isinstance(config, Blip2Config):
+        return config
+    path = source.config if config is None else Path(config)
+    if path is None:
+        raise InputError(f"{source.name} has no config.json; name one with --config FILE (config=FILE)")
+    if not path.is_file():
+        raise InputError(f"there is no config {path}")
+    return Blip2Config.from_json(path)
+
+
+def _left_to_default(source: Source) -> str:
+    """Sizes that the checkpoint's config leaves to upstream's defaults: the likely reason where shapes do not fit."""
+    if source.config is None:
+        return ""
+    values, sizes = read_json(source.config), ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    config = Blip2Config.from_json(source.config).to_dict()
+    missing = [
+        f"{part}.{name} {config[part][name]}"
+        for part in ("vision_config", "qformer_config")
+        for name in sizes
+        if name in config[part] and name not in values[part]
+    ]
+    return f"its config leaves to the defaults: {', '.join(missing)}" if missing else ""
+
+
+def _shapes(config: Blip2Config) -> dict[str, tuple[int, ...]]:
+    return {parameter.path: parameter.shape for parameter in parameters(config, "diffusers")}
+
+
+def _load_ours(folder: Path, config: Blip2Config, dtype: jnp.dtype | None) -> _Loaded:
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    try:
+        stored = flatten_dict(ocp.metadata(folder).metadata, sep="/")
+    except Exception as error:
+        raise InputError(f"{folder} is damaged or no orbax checkpoint ({error}); convert it again") from None
+    check_shapes({path: leaf.shape for path, leaf in stored.items()}, _shapes(config))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=device) for path, leaf in stored.items()
+    }
+    try:
+        params = ocp.load(folder, unflatten_dict(wanted, sep="/"))
+    except Exception as error:
+        raise InputError(f"{folder} is damaged ({error}); convert it again") from None
+    return _Loaded(config, params, "flax")
+
+
+def _write_config(folder: Path, config: Blip2Config) -> None:
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    # Uncompressed and from host arrays in place: floats hardly compress, and orbax would copy everything first.
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False
+    with context:
+        ocp.save(folder / PARAMS, jax.tree.map(np.asarray, dict(params)))
+
+
+def _write_settings(folder: Path, source: Source, config: Blip2Config, tokenizer: str | os.PathLike[str] | None) -> str:
+    """Write everything but the parameters; return what the caller should know of it."""
+    _write_config(folder, config)
+    write_image_settings(folder, ImageProcessor.from_source(source, config.vision_config.image_size))
+    try:
+        files = tokenizer_of(source, config, tokenizer)
+    except InputError as error:
+        if tokenizer is not None:
+            raise
+        return f" without a tokenizer ({error}): add one with --tokenizer DIR"
+    for name in TOKENIZER_FILES:
+        if (files / name).is_file():
+            shutil.copyfile(files / name, folder / name)
+    return ""

@@ -1,0 +1,110 @@
+"""What every tower shares: the dtype policy, dense layers, LayerNorm, attention.
+
+The policy: parameters live in `param_dtype`, products run in `dtype` and accumulate in float32, LayerNorm statistics and
+softmax are float32 whatever the dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from .errors import InputError
+
+INITIALIZER = nn.initializers.normal(0.02)
+"""BERT's and ViT's initializer. Upstream zeroes the queries, which then stay equal for ever; LAVIS draws them, as here."""
+
+# What upstream adds to the self-attention scores of a masked position.
+SELF_ATTENTION_MASK = -10000.0
+# What it adds in cross-attention: the lowest number of the dtype that the scores are in.
+CROSS_ATTENTION_MASK = float(jnp.finfo(jnp.float32).min)
+
+
+class Block(nn.Module, kw_only=True):
+    """A module under the dtype policy, which its dense layers and LayerNorms inherit."""
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    @nn.nowrap
+    def dense(self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], use_bias: bool = True) -> "Dense":
+        return Dense(in_shape, out_shape, use_bias, name=name, **self.policy)
+
+    @nn.nowrap
+    def layer_norm(self, name: str, eps: float) -> nn.LayerNorm:
+        # Flax's fast variance cancels at eps 1e-12.
+        return nn.LayerNorm(epsilon=eps, use_fast_variance=False, name=name, **self.policy)
+
+
+class Dense(Block):
+    """`x @ kernel + bias` over the last axes of x, where each side may have several axes. Source: `nn.Linear`.
+
+    kernel: (*in_shape, *out_shape); bias: out_shape. Accumulates in float32, also in half precision.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (..., *in_shape) -> (..., *out_shape) in `dtype`."""
+        kernel = self.param("kernel", INITIALIZER, self.in_shape + self.out_shape, self.param_dtype)
+        n = len(self.in_shape)
+        contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=jnp.float32)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
+        return y.astype(self.dtype)
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    head_mask: jax.Array | None = None,
+    dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> tuple[jax.Array, jax.Array]:
+    """Scaled dot-product attention that also returns its weights.
+
+    Args:
+      query: (batch, queries, heads, head_dim)
+      key, value: (batch, keys, heads, head_dim)
+      bias: added to the scores, broadcast to (batch, heads, queries, keys).
+      head_mask: factor on the weights, broadcast to the same shape; the returned weights are without it.
+      dropout: applied to the weights that reach the values.
+
+    Returns:
+      context (batch, queries, heads, head_dim), and weights (batch, heads, queries, keys), both in the query's dtype.
+    """
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    scores *= query.shape[-1] ** -0.5
+    if bias is not None:
+        scores += bias
+    weights = jax.nn.softmax(scores).astype(query.dtype)
+    used = dropout(weights)
+    if head_mask is not None:
+        used *= head_mask.astype(query.dtype)
+    context = jnp.einsum("bhqk,bkhd->bqhd", used, value, preferred_element_type=jnp.float32)
+    return context.astype(query.dtype), weights
+
+
+def mask_bias(mask: jax.Array, masked: float, name: str) -> jax.Array:
+    """Turn a mask of ones (keep) and zeros (leave out) into what is added to attention scores.
+
+    mask: (batch, keys) or (batch, queries, keys) -> (batch, 1, 1 or queries, keys), float32.
+    """
+    if mask.ndim not in (2, 3):
+        raise InputError(f"{name} has shape {mask.shape}; it must be (batch, keys) or (batch, queries, keys)")
+    mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None, :, :]
+    return (1.0 - mask.astype(jnp.float32)) * masked

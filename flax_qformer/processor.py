@@ -1,0 +1,300 @@
+"""PIL images and strings to arrays, with upstream's arithmetic."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from .config import Blip2Config, read_json
+from .errors import InputError
+from .source import BERT, Source, find_tokenizer, locate
+
+Image: TypeAlias = PIL.Image.Image | np.ndarray | str | os.PathLike[str]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """RGB, resized without keeping the aspect, scaled, normalised. Source: diffusers `BlipImageProcessor`.
+
+    Attributes:
+      height, width: of the result, in pixels.
+      image_mean, image_std: per channel, in units of the scaled image.
+      resample: Pillow's number of the filter; 3 is bicubic.
+      rescale_factor: brings 0..255 to 0..1.
+    """
+
+    height: int = 224
+    width: int = 224
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+
+    @classmethod
+    def from_source(cls, source: Source, image_size: int) -> Self:
+        """The settings of a checkpoint; what it does not say is upstream's default, at the model's image size.
+
+        Raises:
+          InputError: a setting is damaged, or asks for images that the model cannot take.
+        """
+        settings: dict[str, Any] = {"height": image_size, "width": image_size}
+        if source.image_processor:
+            settings |= _image_settings(source.image_processor)
+        if source.pipeline:
+            # The pipeline passes its own mean and std on where it has any.
+            pipeline = read_json(source.pipeline)
+            named = {"image_mean": pipeline.get("mean"), "image_std": pipeline.get("std")}
+            settings |= {name: tuple(value) for name, value in named.items() if value}
+        if (settings["height"], settings["width"]) != (image_size, image_size):
+            raise InputError(
+                f"{source.image_processor} resizes to {settings['height']}x{settings['width']}, but the model takes "
+                f"{image_size}x{image_size}: set its size to that"
+            )
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as upstream's `preprocessor_config.json` has them."""
+        values = asdict(self)
+        size = {"height": values.pop("height"), "width": values.pop("width")}
+        steps = dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_center_crop"), True)
+        return {"image_processor_type": "BlipImageProcessor", **steps, "size": size, **values}
+
+    def __call__(self, image: Image) -> np.ndarray:
+        """One image -> (height, width, 3) float32."""
+        resized = _rgb(image).resize((self.width, self.height), resample=self.resample)
+        # In float64 and back, as transformers does; the rest is float32.
+        scaled = (np.asarray(resized).astype(np.float64) * self.rescale_factor).astype(np.float32)
+        return (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
+
+
+def _image_settings(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    off = [name for name in ("do_resize", "do_rescale", "do_normalize") if values.get(name, True) is not True]
+    if off:
+        raise InputError(f"{path} switches {' and '.join(off)} off; this processor always does that: remove the line")
+    settings: dict[str, Any] = {}
+    try:
+        size = values.get("size")
+        if size is not None:
+            height, width = (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
+            settings |= {"height": int(height), "width": int(width)}
+        for name in ("image_mean", "image_std"):
+            if values.get(name) is not None:
+                settings[name] = tuple(float(value) for value in values[name])
+        for name, kind in (("resample", int), ("rescale_factor", float)):
+            if values.get(name) is not None:
+                settings[name] = kind(values[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has a setting of unknown form ({error!r}); compare it with upstream's") from None
+    return settings
+
+
+def _rgb(image: Image) -> PIL.Image.Image:
+    if isinstance(image, str | os.PathLike):
+        image = _open(Path(image))
+    if not isinstance(image, PIL.Image.Image):
+        image = _from_array(np.asarray(image))
+    # Pillow has no way from premultiplied grey straight to RGB.
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
+
+
+def _open(path: Path) -> PIL.Image.Image:
+    """An image file, turned upright as its EXIF tells (diffusers' `load_image` does so too)."""
+    if not path.is_file():
+        raise InputError(f"there is no image {path}")
+    try:
+        with PIL.Image.open(path) as image:
+            return PIL.ImageOps.exif_transpose(image)
+    except PIL.UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow knows") from None
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is damaged or cut off ({error}); fetch the image again") from None
+
+
+def _from_array(array: np.ndarray) -> PIL.Image.Image:
+    """(H, W), (H, W, channels) or (channels, H, W): whole numbers from 0 to 255, or fractions from 0 to 1."""
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        raise InputError(
+            f"an image array has shape {array.shape}; it must be (height, width), with 1, 3 or 4 channels last or "
+            "1 or 3 first"
+        )
+    if array.dtype != np.uint8:
+        numbers = array.astype(np.float64)
+        if not (np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.max() <= 255):
+            raise InputError("an image array has values outside 0 to 255; scale it to that, or to 0 to 1 in floats")
+        if (numbers != np.round(numbers)).any():
+            if numbers.max() > 1:
+                raise InputError("an image array has fractions above 1; scale it to 0 to 1, or round it to 0 to 255")
+            numbers = numbers * 255
+        array = np.round(numbers).astype(np.uint8)
+    return PIL.Image.fromarray(array)
+
+
+class Processor:
+    """Images and text to what `Blip2QFormerModel` takes.
+
+        processor = Processor.from_pretrained(path)
+        batch = processor(images=image, text="dog")
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: ImageProcessor, config: Blip2Config) -> None:
+        """A processor of a transformers `BertTokenizer` and image settings, for models of a config."""
+        self.tokenizer = tokenizer
+        # Upstream and LAVIS start captions with it; where the vocabulary lacks it, it becomes one more token.
+        self.tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        self.image_processor = image_processor
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | os.PathLike[str],
+        *,
+        config: Blip2Config | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Load the processor of a model.
+
+        Args:
+          path_or_hub_id: as for `flax_qformer.from_pretrained`.
+          config: the model's config, where the checkpoint brings none.
+          tokenizer: a folder or hub id; by default the checkpoint's own, else the one its config names, else
+            `bert-base-uncased`.
+
+        Raises:
+          InputError: there is no such checkpoint or tokenizer, or its settings do not fit the model.
+        """
+        source = locate(path_or_hub_id, weights=False)
+        if config is None:
+            if source.config is None:
+                raise InputError(f"{source.name} has no config.json; give the model's config (config=model.config)")
+            config = Blip2Config.from_json(source.config)
+        folder = tokenizer_of(source, config, tokenizer)
+        return cls(_load_tokenizer(folder), ImageProcessor.from_source(source, config.vision_config.image_size), config)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files and `preprocessor_config.json` into a folder."""
+        self.tokenizer.save_pretrained(folder)
+        write_image_settings(Path(folder), self.image_processor)
+
+    def __call__(
+        self,
+        images: Image | Sequence[Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        truncate: bool = False,
+        pad_to_multiple_of: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Make a batch.
+
+        Args:
+          images: one or several of PIL images of any mode, arrays, and paths; or one array (batch, H, W, channels).
+            Arrays hold 0 to 255, or fractions from 0 to 1 (which upstream would scale down twice).
+          text: one string for all images, or one for each.
+          truncate: cut a text that is longer than the model's positions at its right end, rather than refuse it.
+          pad_to_multiple_of: pad further, so that fewer lengths are compiled; it changes no result.
+
+        Returns:
+          pixel_values (batch, height, width, 3) float32 if there are images; input_ids and attention_mask
+          (batch, T) int32 if there is text.
+
+        Raises:
+          InputError: an image or a text cannot be used, or they do not pair up.
+        """
+        if images is None and text is None:
+            raise InputError("nothing to process: give images, text, or both")
+        batch: dict[str, np.ndarray] = {}
+        if images is not None:
+            images = _list_of_images(images)
+            batch["pixel_values"] = np.stack([self.image_processor(image) for image in images])
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            batch |= self._tokenize(pair_up(len(images), texts) if images is not None else texts, truncate, pad_to_multiple_of)
+        return batch
+
+    def _tokenize(self, texts: list[str], truncate: bool, multiple: int | None) -> dict[str, np.ndarray]:
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError("text must be a string or a list of strings, at least one")
+        qformer = self.config.qformer_config
+        longest = qformer.max_position_embeddings
+        tokens = self.tokenizer(texts, truncation=truncate, max_length=longest if truncate else None)["input_ids"]
+        lengths = [len(ids) for ids in tokens]
+        if max(lengths) > longest:
+            raise InputError(
+                f"a text has {max(lengths)} tokens, but the model reads at most {longest}: shorten it, or cut it with "
+                f"--truncate (truncate=True); it begins {texts[int(np.argmax(lengths))][:40]!r}"
+            )
+        padded = max(lengths)
+        if multiple:
+            padded = min(-(-padded // multiple) * multiple, longest)
+        input_ids = np.full((len(tokens), padded), self.tokenizer.pad_token_id, np.int32)
+        for row, ids in zip(input_ids, tokens, strict=True):
+            row[: len(ids)] = ids
+        if input_ids.max() >= qformer.vocab_size:
+            word = self.tokenizer.convert_ids_to_tokens(int(input_ids.max()))
+            raise InputError(
+                f"the token {word!r} has the number {input_ids.max()}, but the model's vocabulary has "
+                f"{qformer.vocab_size}: give the tokenizer that belongs to the model"
+            )
+        attention_mask = (np.arange(padded) < np.array(lengths)[:, None]).astype(np.int32)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def pair_up(num_images: int, texts: list[str]) -> list[str]:
+    """One text per image.
+
+    Raises:
+      InputError: there are neither as many texts as images, nor one.
+    """
+    if len(texts) not in (1, num_images):
+        raise InputError(f"{num_images} images and {len(texts)} texts: give one text for all, or one for each image")
+    return texts * num_images if len(texts) == 1 else texts
+
+
+def _list_of_images(images: Any) -> list[Image]:
+    if isinstance(images, str | os.PathLike | PIL.Image.Image):
+        images = [images]
+    elif hasattr(images, "ndim") and images.ndim < 4:
+        images = [images]
+    images = list(images)
+    if not images:
+        raise InputError("0 images: give at least one")
+    return images
+
+
+def tokenizer_of(source: Source, config: Blip2Config, name: str | os.PathLike[str] | None = None) -> Path:
+    """The folder with the tokenizer of a model: the one named, the checkpoint's, its config's, or BERT's."""
+    if name is None and source.tokenizer:
+        return source.tokenizer
+    name = name or config.tokenizer or BERT
+    folder = find_tokenizer(name)
+    if folder is None:
+        raise InputError(f"{name} has no tokenizer: neither tokenizer.json nor vocab.txt")
+    return folder
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import BertTokenizer
+
+    try:
+        return BertTokenizer.from_pretrained(folder, truncation_side="right", local_files_only=True)
+    except Exception as error:
+        raise InputError(f"the tokenizer in {folder} cannot be read ({error}); fetch its files again") from None
+
+
+def write_image_settings(folder: Path, image_processor: ImageProcessor) -> None:
+    text = json.dumps(image_processor.to_dict(), indent=2)
+    (folder / "preprocessor_config.json").write_text(text + "\n")

@@ -1,0 +1,394 @@
+"""Image embeddings and text to query embeddings: the Q-Former."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from .activations import ACTIVATIONS
+from .config import Blip2Config, Blip2QFormerConfig
+from .errors import InputError
+from .layers import (
+    CROSS_ATTENTION_MASK,
+    INITIALIZER,
+    SELF_ATTENTION_MASK,
+    Block,
+    dot_product_attention,
+    mask_bias,
+)
+from .vision import Blip2VisionModel, VisionOutput
+
+
+@flax.struct.dataclass
+class QFormerOutput:
+    """What the Q-Former returns. N tokens are the queries, if there are any, and then the text.
+
+    Attributes:
+      last_hidden_state: (batch, N, width)
+      pooler_output: (batch, width): the first token.
+      query_embeddings: (batch, num_query_tokens, width): the queries after `proj_layer`, what a diffusion model reads
+        as words (upstream's `return_dict=False`). None without queries.
+      hidden_states: (batch, N, width) before the first and after each layer; None unless asked for.
+      attentions: (batch, heads, N, N) of each layer; None unless asked for.
+      cross_attentions: (batch, heads, num_query_tokens, image tokens) of each layer that cross-attends; None unless
+        asked for.
+    """
+
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array
+    query_embeddings: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+
+
+class _Table(Block):
+    """An embedding table; rows in `dtype`. Ids beyond the table give NaN rather than a wrong row."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids: (...) -> (..., width)."""
+        table = self.param("embedding", INITIALIZER, self.shape, self.param_dtype)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+class Blip2TextEmbeddings(Block):
+    """Words and positions, the queries in front. Source: diffusers `Blip2TextEmbeddings`."""
+
+    config: Blip2QFormerConfig
+
+    @nn.compact
+    def __call__(self, queries: jax.Array | None, input_ids: jax.Array | None, deterministic: bool) -> jax.Array:
+        """queries: (batch, queries, width), input_ids: (batch, T), either may be None -> (batch, N, width)."""
+        c = self.config
+        parts = [] if queries is None else [queries.astype(self.dtype)]
+        if input_ids is not None:
+            words = _Table((c.vocab_size, c.hidden_size), name="word_embeddings", **self.policy)(input_ids)
+            # PyTorch's padding_idx: the row of the padding token is never trained.
+            is_pad = (input_ids == c.pad_token_id)[..., None]
+            words = jnp.where(is_pad, jax.lax.stop_gradient(words), words)
+            positions = _Table((c.max_position_embeddings, c.hidden_size), name="position_embeddings", **self.policy)
+            parts.append(words + positions(jnp.arange(input_ids.shape[1])))
+        x = self.layer_norm("LayerNorm", c.layer_norm_eps)(jnp.concatenate(parts, axis=1))
+        return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
+
+
+class Blip2QFormerMultiHeadAttention(Block):
+    """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`."""
+
+    config: Blip2QFormerConfig
+    num_heads: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x: (batch, queries, width) attends to context: (batch, keys, context width).
+
+        Returns (batch, queries, heads, head_dim), and weights (batch, heads, queries, keys).
+        """
+        heads = (self.num_heads, self.config.head_dim)
+        query = self.dense("query", x.shape[-1:], heads)(x)
+        key = self.dense("key", context.shape[-1:], heads)(context)
+        value = self.dense("value", context.shape[-1:], heads)(context)
+        dropout = nn.Dropout(self.config.attention_probs_dropout_prob, deterministic=deterministic)
+        return dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
+
+
+class _ResidualOutput(Block):
+    """Back to the width, dropout, residual, LayerNorm. Source: transformers `Blip2QFormerOutput`, `...SelfOutput`."""
+
+    config: Blip2QFormerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array, deterministic: bool) -> jax.Array:
+        """x: (batch, tokens, *inner), residual: (batch, tokens, width) -> (batch, tokens, width)."""
+        c = self.config
+        x = self.dense("dense", x.shape[2:], (c.hidden_size,))(x)
+        x = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
+        return self.layer_norm("LayerNorm", c.layer_norm_eps)(x + residual)
+
+
+class Blip2QFormerAttention(Block):
+    """Attention and what follows it. Source: transformers `Blip2QFormerAttention`."""
+
+    config: Blip2QFormerConfig
+    num_heads: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x: (batch, queries, width) -> the same shape, and weights (batch, heads, queries, keys)."""
+        attention = Blip2QFormerMultiHeadAttention(self.config, self.num_heads, name="attention", **self.policy)
+        attended, weights = attention(x, context, bias, head_mask, deterministic)
+        return _ResidualOutput(self.config, name="output", **self.policy)(attended, x, deterministic), weights
+
+
+class _Intermediate(Block):
+    """Source: transformers `Blip2QFormerIntermediate`."""
+
+    config: Blip2QFormerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (batch, tokens, width) -> (batch, tokens, intermediate_size)."""
+        c = self.config
+        return ACTIVATIONS[c.hidden_act](self.dense("dense", (c.hidden_size,), (c.intermediate_size,))(x))
+
+
+class Blip2QFormerLayer(Block):
+    """Self-attention over all tokens, cross-attention for the queries, and a feed-forward each for queries and text.
+
+    `heads` are the self-attention heads that are left, numbered as in the unpruned layer. Source: diffusers
+    `Blip2QFormerLayer`.
+    """
+
+    config: Blip2QFormerConfig
+    heads: tuple[int, ...]
+    cross_attends: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        image: jax.Array | None,
+        image_bias: jax.Array | None,
+        num_queries: int,
+        deterministic: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and two sets of weights.
+
+        The weights are (batch, heads, N, N), and (batch, heads, num_queries, image tokens) or None.
+        """
+        c, cross_weights = self.config, None
+        kept = None if head_mask is None else head_mask[:, self.heads, :, :]
+        attention = Blip2QFormerAttention(c, len(self.heads), name="attention", **self.policy)
+        x, weights = attention(x, x, bias, kept, deterministic)
+        queries, text = x[:, :num_queries], x[:, num_queries:]
+        parts = []
+        if num_queries:
+            if self.cross_attends:
+                cross = Blip2QFormerAttention(c, c.num_attention_heads, name="crossattention", **self.policy)
+                queries, cross_weights = cross(queries, image, image_bias, head_mask, deterministic)
+            parts.append(self._feed_forward(queries, "_query", deterministic))
+        if text.shape[1]:
+            parts.append(self._feed_forward(text, "", deterministic))
+        return jnp.concatenate(parts, axis=1), weights, cross_weights
+
+    def _feed_forward(self, x: jax.Array, suffix: str, deterministic: bool) -> jax.Array:
+        inner = _Intermediate(self.config, name=f"intermediate{suffix}", **self.policy)(x)
+        return _ResidualOutput(self.config, name=f"output{suffix}", **self.policy)(inner, x, deterministic)
+
+
+class Blip2QFormerEncoder(Block):
+    """The Q-Former's layers. Source: diffusers `Blip2QFormerEncoder`."""
+
+    config: Blip2Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        image: jax.Array | None,
+        image_bias: jax.Array | None,
+        num_queries: int,
+        deterministic: bool,
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """x: (batch, N, width), head_mask: (layers, batch or 1, heads, ...) -> states, weights and cross-attention weights.
+
+        The states are those before the first and after each layer.
+        """
+        c = self.config.qformer_config
+        layer = nn.remat(Blip2QFormerLayer, static_argnums=(6, 7)) if c.gradient_checkpointing else Blip2QFormerLayer
+        states, attentions, cross_attentions = [x], [], []
+        for i in range(c.num_hidden_layers):
+            module = layer(c, self.config.kept_heads(i), c.has_cross_attention(i), name=f"layer_{i}", **self.policy)
+            layer_mask = None if head_mask is None else head_mask[i]
+            x, weights, cross_weights = module(x, bias, layer_mask, image, image_bias, num_queries, deterministic)
+            states.append(x)
+            attentions.append(weights)
+            if cross_weights is not None:
+                cross_attentions.append(cross_weights)
+        return states, attentions, cross_attentions
+
+
+class ProjLayer(Block):
+    """A feed-forward on top of the queries; the residual is its input before the LayerNorm. Source: diffusers `ProjLayer`."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """x: (batch, queries, width) -> the same shape."""
+        y = self.layer_norm("LayerNorm", 1e-12)(x)
+        y = ACTIVATIONS["quick_gelu"](self.dense("dense1", (self.width,), (4 * self.width,))(y))
+        y = self.dense("dense2", (4 * self.width,), (self.width,))(y)
+        return nn.Dropout(0.1, deterministic=deterministic)(y) + x
+
+
+class Blip2QFormerModel(Block):
+    """BLIP-Diffusion's Q-Former with its vision tower. Source: diffusers `Blip2QFormerModel`; arXiv 2305.14720, 2301.12597.
+
+        model = Blip2QFormerModel(config)
+        output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
+    """
+
+    config: Blip2Config
+
+    def setup(self) -> None:
+        c = self.config
+        width = c.qformer_config.hidden_size
+        self.visual_encoder = Blip2VisionModel(c.vision_config, **self.policy)
+        self.query_tokens = self.param("query_tokens", INITIALIZER, (1, c.num_query_tokens, width), self.param_dtype)
+        self.embeddings = Blip2TextEmbeddings(c.qformer_config, **self.policy)
+        self.encoder = Blip2QFormerEncoder(c, **self.policy)
+        self.proj_layer = ProjLayer(width, **self.policy)
+
+    def encode_image(
+        self,
+        pixel_values: jax.Array,
+        *,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> VisionOutput:
+        """Embed images; see `Blip2VisionModel`. `last_hidden_state` can be kept and given as `encoder_hidden_states`."""
+        return self.visual_encoder(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            deterministic=deterministic,
+        )
+
+    def __call__(
+        self,
+        pixel_values: jax.Array | None = None,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        encoder_hidden_states: jax.Array | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        head_mask: jax.Array | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> QFormerOutput:
+        """Read images and text. Without an image there are no queries; without text there are only queries.
+
+        With Q queries and T tokens of text, N = Q + T (Q = 0 without an image):
+
+        Args:
+          pixel_values: (batch, image_size, image_size, 3), as `Processor` makes them.
+          input_ids: (batch, T) whole numbers.
+          attention_mask: ones for what is attended to, zeros for what is not: (batch, T) over the text, or (batch, N)
+            or (batch, N, N) over queries and text.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels.
+          encoder_attention_mask: (batch, image tokens) or (batch, Q, image tokens), which of them the queries may see.
+          head_mask: factors on the attention weights, of self- and cross-attention alike: (heads,), (layers, heads), or
+            (layers, batch, heads, 1, 1). Heads are numbered as in the unpruned model.
+          output_attentions, output_hidden_states: return those of every layer as well.
+          deterministic: False turns dropout on, which needs a `dropout` rng.
+
+        Raises:
+          InputError: the inputs do not fit one another or the config.
+        """
+        if pixel_values is not None:
+            if encoder_hidden_states is not None:
+                raise InputError("give pixel_values or encoder_hidden_states, not both")
+            encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
+        _check_inputs(self.config, encoder_hidden_states, input_ids)
+
+        queries = None
+        if encoder_hidden_states is not None:
+            queries = jnp.broadcast_to(self.query_tokens, (len(encoder_hidden_states), *self.query_tokens.shape[1:]))
+        x = self.embeddings(queries, input_ids, deterministic)
+        num_queries = 0 if queries is None else queries.shape[1]
+
+        bias = image_bias = None
+        if attention_mask is not None:
+            mask = _over_all_tokens(attention_mask, x.shape[:2], num_queries)
+            bias = mask_bias(mask, SELF_ATTENTION_MASK, "attention_mask")
+        if encoder_attention_mask is not None:
+            image_bias = mask_bias(encoder_attention_mask, CROSS_ATTENTION_MASK, "encoder_attention_mask")
+        if head_mask is not None:
+            head_mask = _per_layer(head_mask, self.config.qformer_config)
+
+        states, attentions, cross_attentions = self.encoder(
+            x, bias, head_mask, encoder_hidden_states, image_bias, num_queries, deterministic
+        )
+        last = states[-1]
+        return QFormerOutput(
+            last_hidden_state=last,
+            pooler_output=last[:, 0],
+            query_embeddings=self.proj_layer(last[:, :num_queries], deterministic) if num_queries else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
+
+
+def _check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
+    """Raise InputError where image embeddings and text do not fit the config or each other."""
+    if image is None and input_ids is None:
+        raise InputError("nothing to read: give pixel_values or encoder_hidden_states, input_ids, or both")
+    if image is not None and (image.ndim != 3 or image.shape[-1] != config.vision_config.hidden_size):
+        raise InputError(
+            f"encoder_hidden_states have shape {image.shape}; "
+            f"they must be (batch, image tokens, {config.vision_config.hidden_size})"
+        )
+    if input_ids is None:
+        return
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise InputError(
+            f"input_ids are {input_ids.dtype} of shape {input_ids.shape}; they must be whole numbers (batch, tokens)"
+        )
+    positions = config.qformer_config.max_position_embeddings
+    if input_ids.shape[1] > positions:
+        raise InputError(f"the text has {input_ids.shape[1]} tokens, the model {positions} positions: truncate the text")
+    if image is not None and len(image) != len(input_ids):
+        raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
+
+
+def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int) -> jax.Array:
+    """Extend a mask over the text to queries and text; (batch, N) and (batch, N, N) pass through."""
+    batch, total = shape
+    if mask.shape == (batch, total - num_queries):
+        return jnp.concatenate([jnp.ones((batch, num_queries), mask.dtype), mask], axis=1)
+    if mask.shape not in ((batch, total), (batch, total, total)):
+        raise InputError(
+            f"attention_mask has shape {mask.shape}; it must be ({batch}, {total - num_queries}) over the text, or "
+            f"({batch}, {total}) or ({batch}, {total}, {total}) over {num_queries} queries and text"
+        )
+    return mask
+
+
+def _per_layer(head_mask: jax.Array, config: Blip2QFormerConfig) -> jax.Array:
+    """Bring a head mask to (layers, batch or 1, heads, 1, 1)."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    if head_mask.shape == (heads,):
+        head_mask = jnp.broadcast_to(head_mask, (layers, heads))
+    if head_mask.shape == (layers, heads):
+        return head_mask[:, None, :, None, None]
+    if head_mask.ndim == 5 and head_mask.shape[0] == layers and head_mask.shape[2:] == (heads, 1, 1):
+        return head_mask
+    raise InputError(
+        f"head_mask has shape {head_mask.shape}; it must be ({heads},), ({layers}, {heads}) "
+        f"or ({layers}, batch, {heads}, 1, 1)"
+    )

@@ -1,0 +1,141 @@
+"""Where the files of a model are: in a folder, beside a file, or on the hub."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InputError
+
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
+"""The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
+
+BERT = "bert-base-uncased"
+"""The tokenizer of a checkpoint that brings none, upstream's as well."""
+
+PARAMS = "params"
+"""The orbax checkpoint in a folder of ours."""
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_LAVIS = ("blip_model/blip_weight.pt", "proj_layer/proj_weight.pt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one model; what is None is not there.
+
+    Attributes:
+      name: what the caller called it.
+      config: `config.json`.
+      params: folder of an orbax checkpoint.
+      weights: PyTorch checkpoint files that together hold the model.
+      tokenizer: folder with a tokenizer's files.
+      image_processor: `preprocessor_config.json`.
+      pipeline: `model_index.json` of the diffusers pipeline around it.
+    """
+
+    name: str
+    config: Path | None = None
+    params: Path | None = None
+    weights: tuple[Path, ...] = ()
+    tokenizer: Path | None = None
+    image_processor: Path | None = None
+    pipeline: Path | None = None
+
+
+def locate(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
+    """Find the files of a model.
+
+    Args:
+      name: a folder (ours, upstream's `qformer` folder, its parent with `model_index.json`, or LAVIS's), a single
+        checkpoint file, the `*.index.json` of a sharded one, or a hub id.
+      weights: whether parameters are wanted; without them a hub id downloads a few small files.
+
+    Raises:
+      InputError: there is nothing of the name, or nothing in it.
+    """
+    path, name = Path(name), str(name)
+    if path.is_dir():
+        return _in_folder(path, name)
+    if path.is_file():
+        beside = _in_folder(path.parent, name)
+        return Source(name, beside.config, None, (path,), beside.tokenizer, beside.image_processor, beside.pipeline)
+    if _is_hub_id(name):
+        return _in_folder(_download(name, weights), name)
+    raise InputError(f"there is no file or folder {name}; give one, or a hub id such as Salesforce/blipdiffusion")
+
+
+def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that holds a tokenizer's files, of a folder or a hub id."""
+    path = Path(name)
+    if not path.is_dir():
+        if not _is_hub_id(str(name)):
+            raise InputError(f"there is no folder {name} with a tokenizer")
+        path = _fetch(str(name), TOKENIZER_FILES)
+    return path if any((path / file).is_file() for file in TOKENIZER_FILES[:2]) else None
+
+
+def _in_folder(folder: Path, name: str) -> Source:
+    pipeline = folder
+    if (folder / "model_index.json").is_file() and (folder / "qformer").is_dir():
+        folder = folder / "qformer"
+    elif (folder.parent / "model_index.json").is_file():
+        pipeline = folder.parent
+    return Source(
+        name,
+        config=_first(folder, ["config.json"]),
+        params=folder / PARAMS if (folder / PARAMS).is_dir() else None,
+        weights=_weights(folder),
+        tokenizer=find_tokenizer(folder),
+        image_processor=_first(folder, ["preprocessor_config.json"])
+        or _first(pipeline / "image_processor", ["preprocessor_config.json"]),
+        pipeline=_first(pipeline, ["model_index.json"]),
+    )
+
+
+def _weights(folder: Path) -> tuple[Path, ...]:
+    found = _first(folder, [*_SINGLE[:1], *_SHARDED[:1], *_SINGLE[1:], *_SHARDED[1:]])
+    if found:
+        return (found,)
+    return tuple(folder / file for file in _LAVIS if (folder / file).is_file())
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _is_hub_id(name: str) -> bool:
+    looks_like_a_file = Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".json")
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not looks_like_a_file
+
+
+def _download(hub_id: str, weights: bool) -> Path:
+    """Fetch what belongs to the Q-Former, safetensors if there are any, into the hub's cache."""
+    small = ["config.json", "preprocessor_config.json", *TOKENIZER_FILES]
+    patterns = ["model_index.json", "image_processor/*.json", *small, *(f"qformer/{file}" for file in small)]
+    if not weights:
+        return _fetch(hub_id, patterns)
+    patterns += [f"{PARAMS}/**", "model*.safetensors*", "qformer/model*.safetensors*"]
+    folder = _fetch(hub_id, patterns)
+    found = _in_folder(folder, hub_id)
+    if found.params or found.weights:
+        return folder
+    return _fetch(hub_id, [*patterns, "pytorch_model*", "qformer/pytorch_model*", *_LAVIS])
+
+
+def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{hub_id} is no file or folder here, and the hub cannot be asked for it ({reason}); check the name and the "
+            "connection, or give a folder"
+        ) from None

@@ -1,0 +1,86 @@
+"""Writes that are whole or absent, also after a kill."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import InputError
+
+
+def check_absent(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists unless it may be replaced.
+
+    Raises:
+      InputError: it exists, or it is to be replaced and is not a folder.
+    """
+    if os.path.lexists(target) and not overwrite:
+        raise InputError(f"{target} exists; name another place, or replace it with --overwrite (overwrite=True)")
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
+        raise InputError(f"{target} is not a folder; name another place")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends and disappears when it fails.
+
+    It lies beside the target, hidden, and is locked as long as its process lives, so that the next write to the same
+    target can tell what a killed one left behind and remove it.
+
+    Raises:
+      InputError: the target exists and may not be replaced.
+    """
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    check_absent(target, overwrite)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        with (work / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            filled = work / "filled"
+            filled.mkdir()
+            yield filled
+            _flush(filled)
+            check_absent(target, overwrite)
+            if target.exists():
+                target.rename(work / "replaced")
+            filled.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A file to fill, which replaces `target` when the block ends and disappears when it fails."""
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        yield work
+        os.replace(work, target)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    for work in target.parent.glob(f".{target.name}.*.partial"):
+        try:
+            with (work / ".lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (work / "replaced").exists() and not target.exists():
+                    (work / "replaced").rename(target)
+                shutil.rmtree(work, ignore_errors=True)
+        except OSError:
+            continue
+
+
+def _flush(folder: Path) -> None:
+    """Force the files to disk before the rename does, which otherwise may survive a crash that they do not."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
