@@ -70,6 +70,8 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
         raise InputError("not a checkpoint: neither safetensors nor a zip file as torch.save writes it")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:

@@ -7,11 +7,13 @@ processor = fq.Processor.from_pretrained(path_or_hub_id)
 output = model.apply({"params": params}, **processor(images=image, text="dog"))
 """
 
+from .attention_maps import attention_maps, draw_attention
 from .checkpoint import convert_checkpoint, export_checkpoint, from_pretrained, save_pretrained
 from .config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from .errors import InputError
 from .processor import ImageProcessor, Processor
 from .qformer import Blip2QFormerModel, QFormerOutput
+from .surgery import get_input_embeddings, prune_heads, resize_token_embeddings, set_input_embeddings
 from .vision import Blip2VisionModel, VisionOutput
 
 __all__ = [
@@ -25,8 +27,14 @@ __all__ = [
     "Processor",
     "QFormerOutput",
     "VisionOutput",
+    "attention_maps",
     "convert_checkpoint",
+    "draw_attention",
     "export_checkpoint",
     "from_pretrained",
+    "get_input_embeddings",
+    "prune_heads",
+    "resize_token_embeddings",
     "save_pretrained",
+    "set_input_embeddings",
 ]

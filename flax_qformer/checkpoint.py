@@ -259,8 +259,13 @@ def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
-    with context:
-        ocp.save(folder / PARAMS, jax.tree.map(np.asarray, dict(params)))
+    arrays = jax.tree.map(np.asarray, dict(params))
+    try:
+        with context:
+            ocp.save(folder / PARAMS, arrays)
+    except Exception as error:
+        # Tensorstore reports a full disk in a type of its own.
+        raise OSError(str(error)) from error
 
 
 def _write_settings(folder: Path, source: Source, config: Blip2Config, tokenizer: str | os.PathLike[str] | None) -> str:

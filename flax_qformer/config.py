@@ -232,6 +232,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); fetch the file again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {_short(values)} where a JSON object is expected")
     return values

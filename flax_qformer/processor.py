@@ -100,24 +100,11 @@ def _image_settings(path: Path) -> dict[str, Any]:
 
 def _rgb(image: Image) -> PIL.Image.Image:
     if isinstance(image, str | os.PathLike):
-        image = _open(Path(image))
+        image = open_image(Path(image))
     if not isinstance(image, PIL.Image.Image):
         image = _from_array(np.asarray(image))
     # Pillow has no way from premultiplied grey straight to RGB.
     return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
-
-
-def _open(path: Path) -> PIL.Image.Image:
-    """An image file, turned upright as its EXIF tells (diffusers' `load_image` does so too)."""
-    if not path.is_file():
-        raise InputError(f"there is no image {path}")
-    try:
-        with PIL.Image.open(path) as image:
-            return PIL.ImageOps.exif_transpose(image)
-    except PIL.UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that Pillow knows") from None
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is damaged or cut off ({error}); fetch the image again") from None
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
@@ -251,6 +238,23 @@ class Processor:
             )
         attention_mask = (np.arange(padded) < np.array(lengths)[:, None]).astype(np.int32)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def open_image(path: Path) -> PIL.Image.Image:
+    """Read an image file and turn it upright as its EXIF tells, as diffusers' `load_image` does.
+
+    Raises:
+      InputError: there is no such file, or it is no whole image.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no image {path}")
+    try:
+        with PIL.Image.open(path) as image:
+            return PIL.ImageOps.exif_transpose(image)
+    except PIL.UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow knows") from None
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is damaged or cut off ({error}); fetch the image again") from None
 
 
 def pair_up(num_images: int, texts: list[str]) -> list[str]:

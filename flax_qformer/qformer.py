@@ -370,7 +370,7 @@ def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int) 
     """Extend a mask over the text to queries and text; (batch, N) and (batch, N, N) pass through."""
     batch, total = shape
     if mask.shape == (batch, total - num_queries):
-        return jnp.concatenate([jnp.ones((batch, num_queries), mask.dtype), mask], axis=1)
+        return jnp.concatenate([jnp.ones((batch, num_queries)), mask], axis=1)
     if mask.shape not in ((batch, total), (batch, total, total)):
         raise InputError(
             f"attention_mask has shape {mask.shape}; it must be ({batch}, {total - num_queries}) over the text, or "

@@ -11,6 +11,8 @@ from .errors import InputError
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
 """The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
 
+EXAMPLE_IMAGE = DEFAULT_MODEL.parent / "example.png"
+
 BERT = "bert-base-uncased"
 """The tokenizer of a checkpoint that brings none, upstream's as well."""
 

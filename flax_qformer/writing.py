@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import InputError
 
@@ -31,39 +32,54 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     target can tell what a killed one left behind and remove it.
 
     Raises:
-      InputError: the target exists and may not be replaced.
+      InputError: the target exists and may not be replaced, or cannot be written.
     """
     target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
-    check_absent(target, overwrite)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with (work / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            filled = work / "filled"
-            filled.mkdir()
-            yield filled
-            _flush(filled)
-            check_absent(target, overwrite)
-            if target.exists():
-                target.rename(work / "replaced")
-            filled.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        check_absent(target, overwrite)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            with (work / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                filled = work / "filled"
+                filled.mkdir()
+                yield filled
+                _flush(filled)
+                check_absent(target, overwrite)
+                if target.exists():
+                    target.rename(work / "replaced")
+                filled.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """A file to fill, which replaces `target` when the block ends and disappears when it fails."""
+def new_file(target: Path) -> Iterator[BinaryIO]:
+    """A file to fill, which replaces `target` when the block ends and disappears when it fails.
+
+    Raises:
+      InputError: it cannot be written; if the place is at fault, before the block begins.
+    """
     target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with work.open("wb") as file:
+                yield file
+            os.replace(work, target)
+        finally:
+            work.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
     try:
-        yield work
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {target} ({error.strerror or error}); free space, or name another place") from None
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -1,0 +1,66 @@
+"""Pictures of what each query looks at."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+
+from .config import Blip2Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def attention_maps(cross_attentions: Sequence[jax.Array], config: Blip2Config) -> jax.Array:
+    """Where the queries look, by cross-attending layer, averaged over heads.
+
+    Args:
+      cross_attentions: of a `QFormerOutput`: for each layer (batch, heads, queries, image tokens).
+
+    Returns:
+      (batch, layers, queries, grid, grid): the share of attention on each patch. They sum to one less what the class
+      token receives.
+    """
+    grid = config.vision_config.grid_size
+    patches = jnp.stack([weights.mean(axis=1)[:, :, 1:] for weights in cross_attentions], axis=1)
+    return patches.reshape(*patches.shape[:3], grid, grid)
+
+
+def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: str = "") -> "Figure":
+    """Draw an image, and beside it rows of maps over it.
+
+    Args:
+      image: the picture that was read.
+      rows: label -> (queries, grid, grid); each map is scaled to its own maximum.
+      title: a line above the image.
+
+    Returns:
+      A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    queries = len(next(iter(rows.values())))
+    aspect = image.height / image.width
+    figure = Figure(figsize=(1.3 * (queries + 2.2), (1.3 * aspect + 0.25) * max(len(rows), 2) + 0.4), layout="constrained")
+    grid = figure.add_gridspec(max(len(rows), 2), queries + 2)
+    original = figure.add_subplot(grid[:, :2])
+    original.imshow(image)
+    original.set_axis_off()
+    if title:
+        original.set_title(title)
+    extent = (0, image.width, image.height, 0)
+    for i, (label, maps) in enumerate(rows.items()):
+        for query, one in enumerate(maps):
+            axes = figure.add_subplot(grid[i, query + 2])
+            axes.imshow(image.convert("L"), cmap="gray", extent=extent)
+            axes.imshow(one / max(one.max(), 1e-12), cmap="inferno", alpha=0.7, extent=extent, interpolation="bicubic")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if i == 0:
+                axes.set_title(f"query {query}", fontsize=8)
+            if query == 0:
+                axes.set_ylabel(label, fontsize=8)
+    return figure

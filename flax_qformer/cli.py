@@ -1,0 +1,241 @@
+"""The command `flax-qformer`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from .attention_maps import attention_maps, draw_attention
+from .checkpoint import DTYPES, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
+from .errors import InputError
+from .processor import Processor, open_image, pair_up
+from .qformer import Blip2QFormerModel
+from .source import DEFAULT_MODEL
+from .writing import new_file
+
+TEXT_MULTIPLE = 16
+"""Texts are padded to a multiple of this many tokens, so that most lengths share one compiled program."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; what the user can put right ends it with one line and exit status 2."""
+    # transformers says on import that it misses PyTorch, which is of no use to anybody here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"flax-qformer {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def embed(options: argparse.Namespace) -> None:
+    images, texts = options.images, options.text and pair_up(len(options.images), options.text)
+    with new_file(options.output) as file:
+        model, params, processor = _load(options)
+
+        @jax.jit
+        def query_embeddings(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+            return model.apply({"params": params}, **batch).query_embeddings
+
+        results = []
+        for start, stop in _batches(len(images), options.batch_size):
+            batch = processor(
+                images[start:stop],
+                texts and texts[start:stop],
+                truncate=options.truncate,
+                pad_to_multiple_of=TEXT_MULTIPLE,
+            )
+            results.append(np.asarray(query_embeddings(params, batch), np.float32))
+        embeddings = np.concatenate(results)
+        arrays = {"query_embeddings": embeddings, "images": np.array([str(image) for image in images])}
+        np.savez(file, **arrays, **({"texts": np.array(texts)} if texts else {}))
+    print(f"wrote {options.output}: query_embeddings {embeddings.shape}, images" + (", texts" if texts else ""))
+
+
+def attend(options: argparse.Namespace) -> None:
+    suffix, known = options.output.suffix.removeprefix("."), ("png", "pdf", "svg", "jpg", "webp")
+    if suffix not in known:
+        raise InputError(f"{options.output} names no kind of picture; end it in .{', .'.join(known)}")
+    with new_file(options.output) as file:
+        model, params, processor = _load(options)
+        image = open_image(options.image)
+        batch = processor(image, options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
+        output = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))(
+            params, batch
+        )
+        maps = np.asarray(attention_maps(output.cross_attentions, model.config), np.float32)[0]
+        figure = draw_attention(image, _rows(maps, model, options.layers), title=options.text or "")
+        figure.savefig(file, format=suffix, dpi=120)
+    print(f"wrote {options.output}")
+
+
+def convert(options: argparse.Namespace) -> None:
+    print(
+        convert_checkpoint(
+            options.source,
+            options.destination,
+            dtype=options.dtype,
+            config=options.config,
+            tokenizer=options.tokenizer,
+            overwrite=options.overwrite,
+            allow_non_finite=options.allow_non_finite,
+        )
+    )
+
+
+def export(options: argparse.Namespace) -> None:
+    print(export_checkpoint(options.source, options.destination, overwrite=options.overwrite))
+
+
+def _load(options: argparse.Namespace) -> tuple[Blip2QFormerModel, dict[str, Any], Processor]:
+    model, params = from_pretrained(options.model, as_dtype(options.dtype), config=options.config)
+    return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
+
+
+def _batches(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where each batch starts and stops, with a progress bar if there are several."""
+    with tqdm(total=total, unit="image", disable=total <= size) as progress:
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            yield start, stop
+            progress.update(stop - start)
+
+
+def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) -> dict[str, np.ndarray]:
+    """The maps (layers, queries, grid, grid) that a picture shows, by label."""
+    if layers is None:
+        return {"all layers": maps.mean(axis=0)}
+    qformer = model.config.qformer_config
+    attending = [i for i in range(qformer.num_hidden_layers) if qformer.has_cross_attention(i)]
+    absent = [layer for layer in layers if layer not in attending]
+    if absent:
+        raise InputError(f"layer {absent[0]} does not look at the image; these do: {', '.join(map(str, attending))}")
+    return {f"layer {layer}": maps[attending.index(layer)] for layer in layers or attending}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flax-qformer", description="BLIP-Diffusion's Q-Former in JAX/Flax.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "embed",
+        help="subject embeddings of images, as .npz",
+        description="Turn images, each with the word for its subject, into subject embeddings: query_embeddings "
+        "(images, queries, width) in an .npz file, which also holds the names of the images and the texts.",
+    )
+    command.set_defaults(run=embed)
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    _add_text(command, nargs="+", action="extend", help="the subject's name: one for all images, or one for each")
+    command.add_argument(
+        "--output", type=Path, default=Path("embeddings.npz"), metavar="FILE", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="images that run together (default: %(default)s)"
+    )
+    _add_model(command)
+
+    command = commands.add_parser(
+        "attend",
+        help="a picture of what each query looks at",
+        description="Draw an image and beside it, for each query, where it looks: cross-attention averaged over heads, "
+        "and over layers or layer by layer. Each map is scaled to its own maximum.",
+    )
+    command.set_defaults(run=attend)
+    command.add_argument("image", type=Path, metavar="IMAGE", help="image file")
+    _add_text(command, help="the subject's name")
+    command.add_argument(
+        "--layers",
+        type=int,
+        nargs="*",
+        metavar="LAYER",
+        help="a row for each of these layers, counted from 0; for each that looks at the image if none is named "
+        "(default: one row, their average)",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("attention.png"),
+        metavar="FILE",
+        help="the suffix says the kind of picture (default: %(default)s)",
+    )
+    _add_model(command)
+
+    command = commands.add_parser(
+        "convert",
+        help="a PyTorch checkpoint to a Flax folder",
+        description="Convert a checkpoint to a folder with config.json, tokenizer, image settings and an orbax checkpoint. "
+        "PyTorch is not needed. Every tensor is accounted for, or nothing is written.",
+    )
+    command.set_defaults(run=convert)
+    command.add_argument(
+        "source",
+        metavar="SRC",
+        help="diffusers pipeline or its qformer folder, LAVIS folder, checkpoint file (.safetensors, .bin, .pt, .pth), "
+        "*.index.json of a sharded one, or hub id",
+    )
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    command.add_argument("--dtype", help=f"cast the parameters: {', '.join(DTYPES)} (default: as stored)")
+    _add_missing_parts(command)
+    _add_overwrite(command)
+    command.add_argument("--allow-non-finite", action="store_true", help="accept infinities and NaN")
+
+    command = commands.add_parser(
+        "export",
+        help="a Flax folder to what upstream loads",
+        description="Write a folder that diffusers' Blip2QFormerModel.from_pretrained loads: the inverse of convert, bit "
+        "for bit.",
+    )
+    command.set_defaults(run=export)
+    command.add_argument("source", metavar="SRC", help="a Flax folder, or anything that convert takes")
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    _add_overwrite(command)
+    return parser
+
+
+def _add_text(command: argparse.ArgumentParser, **details: Any) -> None:
+    details["help"] += " (default: none, the queries read the image alone)"
+    command.add_argument("--text", metavar="TEXT", **details)
+    command.add_argument(
+        "--truncate", action="store_true", help="cut a text that is longer than the model reads, at its right end"
+    )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="folder, checkpoint file or hub id, Flax or PyTorch (default: a small one inside the package)",
+    )
+    command.add_argument(
+        "--dtype", default="float32", help=f"what to compute in: {', '.join(DTYPES)} (default: %(default)s)"
+    )
+    _add_missing_parts(command)
+
+
+def _add_missing_parts(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", metavar="FILE", help="config.json, where the checkpoint brings none")
+    command.add_argument("--tokenizer", metavar="DIR", help="folder or hub id, where the checkpoint brings none")
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)

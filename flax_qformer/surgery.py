@@ -1,0 +1,90 @@
+"""Functions from (config, parameters) to a changed pair: prune heads, replace or grow the vocabulary.
+
+Trees come back new; unchanged arrays are shared with the given ones.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from .config import Blip2Config
+from .errors import InputError
+from .layers import INITIALIZER
+
+Params = Mapping[str, Any]
+
+_EMBEDDING = "embeddings/word_embeddings/embedding"
+_HEADS_AXIS = {
+    "attention/query/kernel": 1,
+    "attention/key/kernel": 1,
+    "attention/value/kernel": 1,
+    "attention/query/bias": 0,
+    "attention/key/bias": 0,
+    "attention/value/bias": 0,
+    "output/dense/kernel": 0,
+}
+
+
+def prune_heads(
+    config: Blip2Config, params: Params, heads: Mapping[int, Iterable[int]]
+) -> tuple[Blip2Config, dict[str, Any]]:
+    """Remove self-attention heads of the Q-Former. Source: diffusers `Blip2QFormerModel._prune_heads`.
+
+    Args:
+      heads: for each layer the heads to remove, numbered as in the unpruned model; those already gone are passed over.
+
+    Returns:
+      The smaller config and tree: `type(model)(config)` runs it.
+
+    Raises:
+      InputError: there is no such layer or head.
+    """
+    before = dict(config.pruned_heads)
+    merged = {layer: {*before.get(layer, ()), *heads.get(layer, ())} for layer in {*before, *heads}}
+    pruned = dataclasses.replace(config, pruned_heads=tuple((layer, tuple(gone)) for layer, gone in merged.items()))
+    flat = flatten_dict(dict(params), sep="/")
+    for layer in heads:
+        kept = pruned.kept_heads(layer)
+        places = jnp.array([place for place, head in enumerate(config.kept_heads(layer)) if head in kept], int)
+        for name, axis in _HEADS_AXIS.items():
+            path = f"encoder/layer_{layer}/attention/{name}"
+            flat[path] = jnp.take(flat[path], places, axis=axis)
+    return pruned, unflatten_dict(flat, sep="/")
+
+
+def get_input_embeddings(params: Params) -> jax.Array:
+    """The word embeddings, (vocab_size, width)."""
+    return flatten_dict(dict(params), sep="/")[_EMBEDDING]
+
+
+def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) -> tuple[Blip2Config, dict[str, Any]]:
+    """Replace the word embeddings by others, (any number of words, width); the config's vocab_size follows.
+
+    Raises:
+      InputError: they have another width than the model.
+    """
+    width = config.qformer_config.hidden_size
+    if value.ndim != 2 or value.shape[1] != width or not len(value):
+        raise InputError(f"word embeddings have shape {value.shape}; this model takes (words, {width})")
+    qformer = dataclasses.replace(config.qformer_config, vocab_size=len(value))
+    flat = flatten_dict(dict(params), sep="/")
+    flat[_EMBEDDING] = value
+    return dataclasses.replace(config, qformer_config=qformer), unflatten_dict(flat, sep="/")
+
+
+def resize_token_embeddings(
+    config: Blip2Config, params: Params, vocab_size: int, rng: jax.Array
+) -> tuple[Blip2Config, dict[str, Any]]:
+    """Grow (or cut) the vocabulary. New words are drawn as in a new model, in the dtype of the table.
+
+    Source: transformers `PreTrainedModel.resize_token_embeddings`.
+    """
+    table = get_input_embeddings(params)
+    if vocab_size > len(table):
+        new = INITIALIZER(rng, (vocab_size - len(table), table.shape[1]), table.dtype)
+        table = jnp.concatenate([table, new])
+    return set_input_embeddings(config, params, table[:vocab_size])

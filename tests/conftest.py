@@ -1,0 +1,58 @@
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Nothing here may reach a hub, and pmap wants more than one device.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_NUM_CPU_DEVICES"] = "2"
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import flax_qformer as fq
+from flax_qformer.convert.layouts import Layout, parameters
+
+sys.path.insert(0, str(Path(__file__).parent / "oracle"))
+import cases
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Any]]:
+    """What upstream answered: the file of a geometry as a flat dictionary."""
+
+    def load(name: str) -> dict[str, Any]:
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            return dict(file)
+
+    return load
+
+
+def weights(config: fq.Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
+    """The weights of `cases` in PyTorch's form, whatever names they go by."""
+    names = {p.path: p.name for p in parameters(config, "diffusers")}
+    return {
+        p.name: cases.weight(names[p.path], p.torch_shape)
+        for p in parameters(config, layout)
+    }
+
+
+@pytest.fixture(scope="session")
+def upstream_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder as upstream writes it, of a geometry of `cases`."""
+    made: dict[str, Path] = {}
+
+    def make(geometry: str) -> Path:
+        if geometry not in made:
+            folder = made[geometry] = tmp_path_factory.mktemp(geometry)
+            config = fq.Blip2Config.from_dict(cases.GEOMETRIES[geometry])
+            (folder / "config.json").write_text(json.dumps(cases.GEOMETRIES[geometry]))
+            save_file(weights(config), folder / "model.safetensors")
+        return made[geometry]
+
+    return make

@@ -1,0 +1,197 @@
+"""Record upstream's answers: `python tests/oracle/record.py FOLDER`, in an environment of `requirements.txt`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImageProcessor
+from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
+from transformers import BertTokenizer, Blip2Config
+from transformers.activations import ACT2FN
+
+import cases
+
+DEFAULT_MODEL = Path(__file__).parents[2] / "flax_qformer" / "assets" / "default"
+
+
+def build(config: dict[str, Any]) -> Blip2QFormerModel:
+    """Upstream's model with drawn weights. The tokenizer is the embedded model's: upstream insists on one."""
+    model = Blip2QFormerModel(Blip2Config(**config, tokenizer=str(DEFAULT_MODEL))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(cases.weight(name, tuple(parameter.shape))))
+    return model
+
+
+def run(
+    model: Blip2QFormerModel,
+    input_ids: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Upstream's `forward` from token ids on, which takes strings and pixels only; its parts are called as it does."""
+    queries = None
+    if image_embeds is not None:
+        queries = model.query_tokens
+        if input_ids is None:
+            queries = queries.repeat(len(image_embeds), 1, 1)
+    if queries is None:
+        embeddings = model.embeddings
+        x = embeddings.word_embeddings(input_ids) + embeddings.position_embeddings.weight[: input_ids.shape[1]]
+        x = embeddings.dropout(embeddings.LayerNorm(x))
+    else:
+        x = model.embeddings(input_ids=input_ids, query_embeds=queries)
+    num_queries = 0 if queries is None else queries.shape[1]
+    if attention_mask is None:
+        attention_mask = torch.ones(x.shape[:2], dtype=torch.long)
+    elif attention_mask.dim() == 2 and attention_mask.shape[1] < x.shape[1]:
+        ones = torch.ones((len(x), num_queries), dtype=torch.long)
+        attention_mask = torch.cat([ones, attention_mask], dim=1)
+    if image_embeds is not None and image_mask is None:
+        image_mask = torch.ones(image_embeds.shape[:2])
+    output = model.encoder(
+        x,
+        attention_mask=model.get_extended_attention_mask(attention_mask, x.shape[:2], x.device),
+        head_mask=model.get_head_mask(head_mask, model.config.qformer_config.num_hidden_layers),
+        encoder_hidden_states=image_embeds,
+        encoder_attention_mask=None if image_mask is None else model.invert_attention_mask(image_mask),
+        output_attentions=True,
+        output_hidden_states=True,
+        return_dict=True,
+        query_length=num_queries,
+    )
+    last = output.last_hidden_state
+    return {
+        "last_hidden_state": last,
+        "pooler_output": last[:, 0],
+        "query_embeddings": model.proj_layer(last[:, :num_queries]) if num_queries else None,
+        "hidden_states": output.hidden_states,
+        "attentions": output.attentions,
+        "cross_attentions": output.cross_attentions,
+    }
+
+
+def record_geometry(geometry: str) -> dict[str, np.ndarray]:
+    model = build(cases.GEOMETRIES[geometry])
+    arrays = {name: torch.from_numpy(value) for name, value in cases.batch(geometry).items()}
+    pixels = arrays["pixel_values"].permute(0, 3, 1, 2)
+    ids, mask = arrays["input_ids"], arrays["attention_mask"]
+    answers: dict[str, np.ndarray] = {}
+
+    with torch.no_grad():
+        vision = model.visual_encoder(pixels, output_attentions=True, output_hidden_states=True, return_dict=True)
+        image = vision.last_hidden_state
+        keep(answers, "vision", dict(vision))
+        everything = run(model, ids, image, mask)
+        keep(answers, "multimodal", everything)
+        keep(answers, "queries_only", run(model, None, image))
+        text_only = run(model, ids, None, mask)
+        keep(answers, "text_only", {name: value for name, value in text_only.items() if name != "cross_attentions"})
+        short = ("last_hidden_state", "query_embeddings")
+        keep(answers, "mask_3d", run(model, ids, image, arrays["mask_3d"]), short)
+        keep(answers, "image_mask", run(model, ids, image, mask, image_mask=arrays["image_mask"]), short)
+        keep(answers, "image_mask_3d", run(model, ids, image, mask, image_mask=arrays["image_mask_3d"]), short)
+        keep(answers, "head_mask_1d", run(model, ids, image, mask, head_mask=arrays["head_mask_1d"]), short)
+        keep(answers, "head_mask_2d", run(model, ids, image, mask, head_mask=arrays["head_mask_2d"]), short)
+
+    output = run(model, ids, model.visual_encoder(pixels).last_hidden_state, mask)
+    loss = sum(
+        (output[name] * torch.from_numpy(cases.loss_weight(name, tuple(output[name].shape)))).sum()
+        for name in ("last_hidden_state", "query_embeddings")
+    )
+    loss.backward()
+    answers["loss"] = loss.detach().numpy()
+    keep(answers, "gradients", {name: parameter.grad for name, parameter in model.named_parameters()})
+
+    record_dropout(answers, geometry, arrays)
+    if geometry in cases.PRUNED:
+        model.prune_heads(cases.PRUNED[geometry])
+        with torch.no_grad():
+            keep(answers, "pruned", run(model, ids, image, mask))
+    return answers
+
+
+def record_dropout(answers: dict[str, np.ndarray], geometry: str, arrays: dict[str, torch.Tensor]) -> None:
+    """Dropout that drops everything is no matter of chance: it shows each place that has one."""
+    rates = {
+        "hidden": ("qformer_config", "hidden_dropout_prob"),
+        "attention": ("qformer_config", "attention_probs_dropout_prob"),
+        "vision": ("vision_config", "attention_dropout"),
+    }
+    for label, chosen in rates.items():
+        config = {name: dict(part) if isinstance(part, dict) else part for name, part in cases.GEOMETRIES[geometry].items()}
+        for part, name in rates.values():
+            config[part][name] = 1.0 if (part, name) == chosen else 0.0
+        model = build(config).train()
+        with torch.no_grad():
+            image = model.visual_encoder(arrays["pixel_values"].permute(0, 3, 1, 2)).last_hidden_state
+            output = run(model, arrays["input_ids"], image, arrays["attention_mask"])
+        keep(answers, f"dropout_{label}", output, ("last_hidden_state",))
+
+
+def record_default() -> dict[str, np.ndarray]:
+    """The embedded model from strings and a picture, through upstream's own `forward`."""
+    config = Blip2Config.from_pretrained(DEFAULT_MODEL)
+    config.tokenizer = str(DEFAULT_MODEL)
+    model, info = Blip2QFormerModel.from_pretrained(DEFAULT_MODEL, config=config, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model.eval()
+    processor = BlipImageProcessor.from_pretrained(DEFAULT_MODEL)
+    texts = list(cases.TEXTS)
+    images = [cases.image("RGB", 40 + 10 * i, 90) for i in range(len(texts))]
+    pixels = processor.preprocess(images, return_tensors="pt")["pixel_values"]
+    answers: dict[str, np.ndarray] = {}
+    with torch.no_grad():
+        keep(answers, "default", dict(model(texts, pixels)))
+        keep(answers, "default", {"query_embeddings": model(texts, pixels, return_dict=False)})
+    return answers
+
+
+def record_processor() -> dict[str, np.ndarray]:
+    tokenizer = BertTokenizer.from_pretrained(DEFAULT_MODEL, truncation_side="right")
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokens = tokenizer(list(cases.TEXTS), padding=True, return_tensors="np")
+    answers = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+    short = tokenizer(list(cases.TEXTS), padding=True, truncation=True, max_length=8, return_tensors="np")
+    answers["truncated"] = short["input_ids"]
+    small = BlipImageProcessor(size={"height": 20, "width": 28})
+    for mode in cases.IMAGE_MODES:
+        pixels = small.preprocess(cases.image(mode), return_tensors="np")["pixel_values"]
+        answers[f"image/{mode}"] = pixels.transpose(0, 2, 3, 1)
+    array = np.asarray(cases.image("RGB"))
+    answers["array"] = small.preprocess(array, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    full = BlipImageProcessor().preprocess(cases.image("RGB"), return_tensors="np")["pixel_values"]
+    answers["full"] = full.transpose(0, 2, 3, 1)[:, ::4]
+    return answers
+
+
+def record_activations() -> dict[str, np.ndarray]:
+    x = torch.linspace(-12, 12, 241)
+    return {"x": x.numpy(), **{name: ACT2FN[name](x).numpy() for name in ACT2FN}}
+
+
+def keep(answers: dict[str, np.ndarray], label: str, values: dict[str, Any], names: tuple[str, ...] | None = None) -> None:
+    for name, value in values.items():
+        if value is None or (names and name not in names):
+            continue
+        for i, part in enumerate(value) if isinstance(value, tuple) else [("", value)]:
+            answers[f"{label}/{name}" + (f"/{i}" if i != "" else "")] = part.numpy()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {geometry: record_geometry(geometry) for geometry in cases.GEOMETRIES}
+    records |= {"default": record_default(), "processor": record_processor(), "activations": record_activations()}
+    for name, answers in records.items():
+        np.savez_compressed(folder / f"{name}.npz", **answers)
+        print(f"{name}: {len(answers)} arrays")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Each module equals upstream: the recorded answers of `golden/`, weights and inputs of `oracle/cases.py`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import cases
+import flax_qformer as fq
+from flax_qformer.activations import ACTIVATIONS
+from flax_qformer.convert import export
+
+GEOMETRIES = list(cases.GEOMETRIES)
+
+
+class Case:
+    """A geometry: our model on upstream's weights, its batch, and upstream's answers."""
+
+    def __init__(self, name: str, folder: Any, golden: Any) -> None:
+        self.model, self.params = fq.from_pretrained(folder(name))
+        self.batch, self.golden = cases.batch(name), golden(name)
+        self.image = self.golden["vision/last_hidden_state"]
+
+    def run(self, model: Any = None, params: Any = None, **inputs: Any) -> fq.QFormerOutput:
+        """Run without jit, which would compile anew for every variant."""
+        model, params = model or self.model, params or self.params
+        return model.apply({"params": params}, **inputs, rngs={"dropout": jax.random.key(0)})
+
+    def text(self) -> dict[str, np.ndarray]:
+        return {name: self.batch[name] for name in ("input_ids", "attention_mask")}
+
+    def expect(self, label: str, output: Any) -> None:
+        """Compare every answer of a label; fail where one was not recorded or not given."""
+        answers = {key.removeprefix(f"{label}/"): value for key, value in self.golden.items() if key.startswith(f"{label}/")}
+        assert answers
+        for key, expected in answers.items():
+            name, _, index = key.partition("/")
+            value = getattr(output, name)
+            np.testing.assert_allclose(value[int(index)] if index else value, expected, atol=cases.ROUNDING, rtol=0, err_msg=key)
+
+
+@pytest.fixture(scope="module", params=GEOMETRIES)
+def case(request: pytest.FixtureRequest, upstream_folder: Any, golden: Any) -> Case:
+    return Case(request.param, upstream_folder, golden)
+
+
+def test_vision_tower(case: Case) -> None:
+    pixels = case.batch["pixel_values"]
+    output = case.run(pixel_values=pixels, method="encode_image", output_attentions=True, output_hidden_states=True)
+    case.expect("vision", output)
+    assert len(output.hidden_states) == case.model.config.vision_config.num_hidden_layers + 1
+    alone = fq.Blip2VisionModel(case.model.config.vision_config)
+    again = alone.apply({"params": case.params["visual_encoder"]}, pixels)
+    np.testing.assert_allclose(again.pooler_output, output.pooler_output, atol=1e-5)
+    assert again.attentions is None
+    assert again.hidden_states is None
+
+
+def test_pixels_and_text(case: Case) -> None:
+    inputs = {"pixel_values": case.batch["pixel_values"], **case.text()}
+    flags = {"output_attentions": True, "output_hidden_states": True}
+    case.expect("multimodal", case.run(**inputs, **flags))
+    output = jax.jit(lambda p, i: case.model.apply({"params": p}, **i, **flags))(case.params, inputs)
+    case.expect("multimodal", output)
+    qformer = case.model.config.qformer_config
+    assert len(output.cross_attentions) == -(-qformer.num_hidden_layers // qformer.cross_attention_frequency)
+    assert len(output.hidden_states) == qformer.num_hidden_layers + 1
+
+
+def test_queries_only_and_text_only(case: Case) -> None:
+    flags = {"output_attentions": True, "output_hidden_states": True}
+    case.expect("queries_only", case.run(encoder_hidden_states=case.image, **flags))
+    text_only = case.run(**case.text(), **flags)
+    case.expect("text_only", text_only)
+    assert text_only.query_embeddings is None
+    assert text_only.cross_attentions == ()
+
+
+def test_masks(case: Case) -> None:
+    ids, image, mask = case.batch["input_ids"], case.image, case.batch["attention_mask"]
+    case.expect("mask_3d", case.run(encoder_hidden_states=image, input_ids=ids, attention_mask=case.batch["mask_3d"]))
+    over_all = np.concatenate([np.ones((len(ids), case.model.config.num_query_tokens), int), mask], axis=1)
+    case.expect("multimodal", case.run(
+        encoder_hidden_states=image, input_ids=ids, attention_mask=over_all, output_attentions=True, output_hidden_states=True
+    ))
+    for name in ("image_mask", "image_mask_3d"):
+        case.expect(name, case.run(encoder_hidden_states=image, **case.text(), encoder_attention_mask=case.batch[name]))
+    for name in ("head_mask_1d", "head_mask_2d"):
+        case.expect(name, case.run(encoder_hidden_states=image, **case.text(), head_mask=case.batch[name]))
+    five = np.broadcast_to(case.batch["head_mask_2d"][:, None, :, None, None], (*case.batch["head_mask_2d"].shape[:1], len(ids), case.batch["head_mask_2d"].shape[1], 1, 1))
+    case.expect("head_mask_2d", case.run(encoder_hidden_states=image, **case.text(), head_mask=five))
+
+
+def checkpointing(config: fq.Blip2Config, on: bool) -> fq.Blip2Config:
+    parts = ("vision_config", "qformer_config")
+    changed = {part: dataclasses.replace(getattr(config, part), gradient_checkpointing=on) for part in parts}
+    return dataclasses.replace(config, **changed)
+
+
+def gradients(case: Case, model: fq.Blip2QFormerModel) -> tuple[jax.Array, dict[str, np.ndarray]]:
+    """The loss of the oracle, and its gradients by upstream's names."""
+
+    def loss(params: Any) -> jax.Array:
+        output = model.apply({"params": params}, case.batch["pixel_values"], **case.text())
+        names = ("last_hidden_state", "query_embeddings")
+        return sum((getattr(output, name) * cases.loss_weight(name, getattr(output, name).shape)).sum() for name in names)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(case.params)
+    return value, export(grads, model.config)
+
+
+@pytest.mark.parametrize("geometry, gradient_checkpointing", [*((name, False) for name in GEOMETRIES), ("frequency_1", True)])
+def test_gradients(geometry: str, gradient_checkpointing: bool, upstream_folder: Any, golden: Any) -> None:
+    case = Case(geometry, upstream_folder, golden)
+    loss, grads = gradients(case, fq.Blip2QFormerModel(checkpointing(case.model.config, gradient_checkpointing)))
+    np.testing.assert_allclose(loss, case.golden["loss"], rtol=1e-5)
+    expected = {key.removeprefix("gradients/"): value for key, value in case.golden.items() if key.startswith("gradients/")}
+    assert expected.keys() == grads.keys() - {"embeddings.position_ids"}
+    # The biases of keys have no gradient but rounding: softmax does not see them.
+    floor = 1e-3 * max(np.abs(value).max() for value in expected.values())
+    for name, value in expected.items():
+        error = np.linalg.norm(grads[name] - value) / max(np.linalg.norm(value), floor)
+        assert error < 1e-4, (name, error)
+
+
+def test_dropout_is_wherever_upstream_has_it(case: Case) -> None:
+    rates = {
+        "hidden": ("qformer_config", "hidden_dropout_prob"),
+        "attention": ("qformer_config", "attention_probs_dropout_prob"),
+        "vision": ("vision_config", "attention_dropout"),
+    }
+    for label, chosen in rates.items():
+        config = case.model.config
+        for part, name in rates.values():
+            changed = dataclasses.replace(getattr(config, part), **{name: 1.0 if (part, name) == chosen else 0.0})
+            config = dataclasses.replace(config, **{part: changed})
+        output = case.run(
+            fq.Blip2QFormerModel(config), pixel_values=case.batch["pixel_values"], **case.text(), deterministic=False
+        )
+        case.expect(f"dropout_{label}", output)
+
+
+@pytest.mark.parametrize("geometry", cases.PRUNED)
+def test_pruned_heads(geometry: str, upstream_folder: Any, golden: Any) -> None:
+    case = Case(geometry, upstream_folder, golden)
+    heads = cases.PRUNED[geometry]
+    # In two steps, the second of which names a head that is already gone.
+    first = {layer: gone[:1] for layer, gone in heads.items()}
+    config, params = fq.prune_heads(case.model.config, case.params, first)
+    config, params = fq.prune_heads(config, params, heads)
+    flags = {"output_attentions": True, "output_hidden_states": True}
+    inputs = {"encoder_hidden_states": case.image, **case.text()}
+    case.expect("pruned", case.run(type(case.model)(config), params, **inputs, **flags))
+    # A pruned head is a masked one, but for the cross-attention, which keeps it.
+    size = {path: value.size for path, value in flatten_dict(params, sep="/").items()}
+    for layer, gone in heads.items():
+        all_heads = config.qformer_config.num_attention_heads
+        kept = size[f"encoder/layer_{layer}/attention/attention/query/kernel"]
+        assert kept == config.qformer_config.hidden_size * config.qformer_config.head_dim * (all_heads - len(gone))
+    # Heads keep their numbers in a mask.
+    full_mask = np.ones(config.qformer_config.num_attention_heads, np.float32)
+    case.expect("pruned", case.run(type(case.model)(config), params, **inputs, **flags, head_mask=full_mask))
+
+
+def test_embedded_model_from_strings_and_pictures(golden: Any) -> None:
+    from flax_qformer.source import DEFAULT_MODEL
+
+    model, params = fq.from_pretrained(DEFAULT_MODEL)
+    processor = fq.Processor.from_pretrained(DEFAULT_MODEL)
+    images = [cases.image("RGB", 40 + 10 * i, 90) for i in range(len(cases.TEXTS))]
+    output = jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, processor(images, list(cases.TEXTS)))
+    for key, expected in golden("default").items():
+        np.testing.assert_allclose(getattr(output, key.removeprefix("default/")), expected, atol=cases.ROUNDING, rtol=0)
+
+
+def test_activations(golden: Any) -> None:
+    answers = golden("activations")
+    x = answers.pop("x")
+    assert answers.keys() == ACTIVATIONS.keys()
+    for name, expected in answers.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](x), expected, atol=2e-6, rtol=1e-6, err_msg=name)
