@@ -74,7 +74,7 @@ def convert(
         else:
             stored.setdefault(name, []).append(full_name)
     wanted = list(parameters(config, layout))
-    twice = [name for names in stored.values() if len(names) > 1 for name in names]
+    twice = [name for names in stored.values() if len(names) > 1 for name in sorted(names)]
     if twice:
         raise InputError(f"parameters would be filled twice, by {listed(twice)}")
     check_shapes({name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted})
@@ -153,11 +153,12 @@ def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -
     target = merged.transpose(np.argsort(parameter.order))
     rows = max(1, _BLOCK_BYTES * len(source) // max(1, source.nbytes))
     finite = True
-    for start in range(0, len(source), rows):
-        block = source[start : start + rows]
-        # A minimum or maximum is NaN if anything is; these make no temporary array.
-        finite = finite and bool(np.isfinite(block.min(initial=0)) and np.isfinite(block.max(initial=0)))
-        target[start : start + rows] = block
+    with np.errstate(all="ignore"):
+        for start in range(0, len(source), rows):
+            block = source[start : start + rows]
+            # A minimum or maximum is NaN if anything is; these make no temporary array.
+            finite = finite and bool(np.isfinite(block.min(initial=0)) and np.isfinite(block.max(initial=0)))
+            target[start : start + rows] = block
     return merged.reshape(parameter.shape), finite
 
 

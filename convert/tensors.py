@@ -101,8 +101,17 @@ def merged(shards: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]
 
 def listed(names: Sequence[str]) -> str:
     """The first 20 names, and how many more there are."""
-    shown = ", ".join(name if len(name) <= 100 else name[:97] + "..." for name in names[:20])
+    shown = ", ".join(name if len(name) <= 200 else name[:197] + "..." for name in names[:20])
     return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+_MAX_NAMES_BYTES = 4 << 20
+"""Names and shapes take some 250 bytes a tensor: a header or a pickle that is larger is no model's."""
+
+
+def _check_names_size(size: int) -> None:
+    if size > _MAX_NAMES_BYTES:
+        raise InputError(f"{size} bytes of names and shapes, far more than those of a model: not a checkpoint")
 
 
 # --- safetensors
@@ -131,6 +140,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"damaged, or not safetensors ({error}); fetch the file again") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        _check_names_size(length)
         pairs: list[tuple[str, Any]] = json.loads(file.read(length), object_pairs_hook=list)
     if len(dict(pairs)) < len(pairs):
         raise InputError("damaged: two tensors of one name; fetch the file again")
@@ -153,9 +163,6 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 # --- zip pickles
 
-
-_MAX_PICKLE_BYTES = 4 << 20
-"""A pickle holds names and shapes, some 250 bytes a tensor. Larger ones are not what torch.save writes for a model."""
 
 _STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -211,8 +218,7 @@ def _stored_range(archive: zipfile.ZipFile, file: io.BufferedReader, name: str, 
 
 def _stored_bytes(archive: zipfile.ZipFile, file: io.BufferedReader, name: str, path: Path) -> bytes:
     offset, length = _stored_range(archive, file, name, path)
-    if length > _MAX_PICKLE_BYTES:
-        raise InputError(f"{listed([name])} has {length} bytes, far more than the names and shapes of a model need")
+    _check_names_size(length)
     file.seek(offset)
     return file.read(length)
 
@@ -305,10 +311,10 @@ class _TensorPickle:
                 self.memo[len(self.memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(self.memo[argument])
-            case "GLOBAL":
-                stack.append(_known(argument.replace(" ", ".", 1)))
+            case "GLOBAL" | "INST":
+                stack.append(_known(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
-                stack.append(_known(f"{stack.pop(-2)}.{stack.pop()}"))
+                stack.append(_known(stack.pop(-2), stack.pop()))
             case "BINPERSID":
                 stack.append(self._persistent(stack.pop()))
             case "REDUCE":
@@ -345,7 +351,10 @@ class _TensorPickle:
         raise _Damaged("a storage of unknown form")
 
 
-def _known(name: str) -> _Name:
+def _known(module: object, attribute: object) -> _Name:
+    if not isinstance(module, str) or not isinstance(attribute, str):
+        raise _Damaged("a name that is no text")
+    name = f"{module}.{attribute}"
     if name not in _KNOWN_NAMES:
         raise InputError(
             f"the pickle names {listed([name])}, which no tensor needs: it is refused and nothing was run; if you trust "
@@ -369,7 +378,8 @@ def _reduce(function: object, arguments: object) -> object:
 
 def _strided(base: StoredTensor, start: int, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> StoredTensor:
     """A tensor in a storage; one that is larger than its storage would be a small file that fills the memory."""
-    if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in (start, *shape, *strides)):
+    numbers = (start, *shape, *strides)
+    if not len(shape) == len(strides) <= 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise _Damaged("a tensor of unknown form")
     end = start + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if 0 not in shape and (end > base.shape[0] or math.prod(shape) > base.shape[0]):

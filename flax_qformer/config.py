@@ -31,7 +31,9 @@ class _Config:
                 raise InputError(f"{name} is {_short(value)}; it must be a number from {low} to {high}")
             if f.type is bool and type(value) is not bool:
                 raise InputError(f"{name} is {_short(value)}; it must be true or false")
-            if f.name == "hidden_act" and value not in ACTIVATIONS:
+            if f.type == (str | None) and not isinstance(value, str | None):
+                raise InputError(f"{name} is {_short(value)}; it must be text")
+            if f.name == "hidden_act" and not (isinstance(value, str) and value in ACTIVATIONS):
                 raise InputError(f"{name} is {_short(value)}; known are {', '.join(ACTIVATIONS)}")
 
     def _check_heads(self, hidden_size: int, heads: int) -> None:
@@ -222,6 +224,9 @@ class Blip2Config(_Config):
         return values
 
 
+_MAX_JSON_BYTES = 16 << 20
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -229,11 +234,16 @@ def read_json(path: Path) -> dict[str, Any]:
       InputError: the file is not JSON, or holds something else than an object.
     """
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); fetch the file again") from None
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    if len(text) > _MAX_JSON_BYTES:
+        raise InputError(f"{path} is far larger than a config or an index: name another file")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); fetch the file again") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {_short(values)} where a JSON object is expected")
     return values

@@ -15,6 +15,7 @@ from .layers import (
     Block,
     dot_product_attention,
     mask_bias,
+    recomputed,
 )
 from .vision import Blip2VisionModel, VisionOutput
 
@@ -164,10 +165,10 @@ class Blip2QFormerLayer(Block):
     def __call__(
         self,
         x: jax.Array,
-        bias: jax.Array | None,
-        head_mask: jax.Array | None,
         image: jax.Array | None,
+        bias: jax.Array | None,
         image_bias: jax.Array | None,
+        head_mask: jax.Array | None,
         num_queries: int,
         deterministic: bool,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -204,24 +205,28 @@ class Blip2QFormerEncoder(Block):
     def __call__(
         self,
         x: jax.Array,
-        bias: jax.Array | None,
-        head_mask: jax.Array | None,
         image: jax.Array | None,
+        bias: jax.Array | None,
         image_bias: jax.Array | None,
+        head_mask: jax.Array | None,
         num_queries: int,
         deterministic: bool,
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """x: (batch, N, width), head_mask: (layers, batch or 1, heads, ...) -> states, weights and cross-attention weights.
+        """x: (batch, N, width), image: (batch, image tokens, image width) -> states, weights and cross-attention weights.
 
         The states are those before the first and after each layer.
         """
         c = self.config.qformer_config
-        layer = nn.remat(Blip2QFormerLayer, static_argnums=(6, 7)) if c.gradient_checkpointing else Blip2QFormerLayer
         states, attentions, cross_attentions = [x], [], []
         for i in range(c.num_hidden_layers):
-            module = layer(c, self.config.kept_heads(i), c.has_cross_attention(i), name=f"layer_{i}", **self.policy)
-            layer_mask = None if head_mask is None else head_mask[i]
-            x, weights, cross_weights = module(x, bias, layer_mask, image, image_bias, num_queries, deterministic)
+            heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
+            layer = Blip2QFormerLayer(c, heads, cross_attends, name=f"layer_{i}", **self.policy)
+            rest = (bias, image_bias, None if head_mask is None else head_mask[i])
+            static = (num_queries, deterministic)
+            if c.gradient_checkpointing:
+                x, weights, cross_weights = recomputed(self, layer, (x, image), rest, static)
+            else:
+                x, weights, cross_weights = layer(x, image, *rest, *static)
             states.append(x)
             attentions.append(weights)
             if cross_weights is not None:
@@ -331,7 +336,7 @@ class Blip2QFormerModel(Block):
             head_mask = _per_layer(head_mask, self.config.qformer_config)
 
         states, attentions, cross_attentions = self.encoder(
-            x, bias, head_mask, encoder_hidden_states, image_bias, num_queries, deterministic
+            x, encoder_hidden_states, bias, image_bias, head_mask, num_queries, deterministic
         )
         last = states[-1]
         return QFormerOutput(

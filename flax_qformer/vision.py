@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .activations import ACTIVATIONS
 from .config import Blip2VisionConfig
 from .errors import InputError
-from .layers import INITIALIZER, Block, dot_product_attention
+from .layers import INITIALIZER, Block, dot_product_attention, recomputed
 
 
 @flax.struct.dataclass
@@ -103,10 +103,13 @@ class Blip2Encoder(Block):
     def __call__(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
         """x: (batch, tokens, width) -> the states before the first and after each layer, and the weights of each."""
         c = self.config
-        layer = nn.remat(Blip2EncoderLayer, static_argnums=(2,)) if c.gradient_checkpointing else Blip2EncoderLayer
         states, attentions = [x], []
         for i in range(c.num_hidden_layers):
-            x, weights = layer(c, name=f"layers_{i}", **self.policy)(x, deterministic)
+            layer = Blip2EncoderLayer(c, name=f"layers_{i}", **self.policy)
+            if c.gradient_checkpointing:
+                x, weights = recomputed(self, layer, (x,), static=(deterministic,))
+            else:
+                x, weights = layer(x, deterministic)
             states.append(x)
             attentions.append(weights)
         return states, attentions

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 import cases
 import flax_qformer as fq
+from conftest import COMPILE_FAST
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.convert import export
 
@@ -108,7 +109,7 @@ def gradients(case: Case, model: fq.Blip2QFormerModel) -> tuple[jax.Array, dict[
         names = ("last_hidden_state", "query_embeddings")
         return sum((getattr(output, name) * cases.loss_weight(name, getattr(output, name).shape)).sum() for name in names)
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(case.params)
+    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)(case.params)
     return value, export(grads, model.config)
 
 

@@ -119,7 +119,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return 1 + 0.1 * value
     if "embedding" in name and "patch" not in name or name == "query_tokens":
         return 0.5 * value
-    return value * np.float32(np.prod(shape[1:]) ** -0.5)
+    return value * np.float32(max(np.prod(shape[1:]), 1) ** -0.5)
 
 
 def batch(geometry: str) -> dict[str, np.ndarray]:

@@ -169,6 +169,30 @@ def record_processor() -> dict[str, np.ndarray]:
     return answers
 
 
+def record_files(folder: Path) -> None:
+    """Files that PyTorch writes, for the reader that has none."""
+    folder.mkdir(exist_ok=True)
+    torch.save(build(cases.GEOMETRIES["frequency_3"]).state_dict(), folder / "state_dict.bin")
+    whole = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    kinds = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    state = {
+        "whole": whole,
+        "shares_storage": whole[1:3, 2:],
+        "transposed": whole.T,
+        "parameter": torch.nn.Parameter(whole * 2),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "bool": torch.tensor([True, False]),
+        **{str(kind): (whole / 3).to(kind) for kind in kinds},
+    }
+    training = {"model": state, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "lr": [1e-4]}, "epoch": 3}
+    torch.save(training, folder / "training.pth")
+    torch.save(state, folder / "protocol_4.pt", pickle_protocol=4)
+    torch.save({"whole": whole}, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(torch.nn.Linear(2, 2), folder / "module.pt")
+    torch.save({"sparse": whole.to_sparse()}, folder / "sparse.pt")
+
+
 def record_activations() -> dict[str, np.ndarray]:
     x = torch.linspace(-12, 12, 241)
     return {"x": x.numpy(), **{name: ACT2FN[name](x).numpy() for name in ACT2FN}}
@@ -191,6 +215,7 @@ def main() -> None:
     for name, answers in records.items():
         np.savez_compressed(folder / f"{name}.npz", **answers)
         print(f"{name}: {len(answers)} arrays")
+    record_files(folder / "torch")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""Every function under JAX's transformations and dtypes; memory, dropout and errors of the modules."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+import cases
+import flax_qformer as fq
+from conftest import COMPILE_FAST, write_upstream
+
+CONFIG = fq.Blip2Config.from_dict(
+    {
+        "vision_config": {**cases.GEOMETRIES["frequency_1"]["vision_config"], "num_hidden_layers": 1},
+        "qformer_config": {**cases.GEOMETRIES["frequency_1"]["qformer_config"], "num_hidden_layers": 1},
+        "num_query_tokens": 3,
+    }
+)
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    write_upstream(folder, CONFIG)
+    return fq.from_pretrained(folder)[1]
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    ids = np.array([[2, 9, 8, 3], [2, 7, 3, 0], [2, 30, 3, 0], [2, 3, 0, 0]], np.int32)
+    images = cases.draw("pixels", (4, 28, 28, 3))
+    return {"pixel_values": images, "input_ids": ids, "attention_mask": (ids > 0).astype(np.int32)}
+
+
+def apply(dtype: Any = jnp.float32, **flags: Any) -> Any:
+    model = fq.Blip2QFormerModel(CONFIG, dtype=dtype)
+    return lambda params, batch: model.apply({"params": params}, **batch, **flags)
+
+
+@pytest.fixture(scope="module")
+def exact(params: Any, batch: Any) -> jax.Array:
+    return jax.jit(apply())(params, batch).query_embeddings
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_jit_vmap_pmap_and_grad_in_every_dtype(dtype: Any, params: Any, batch: Any, exact: jax.Array) -> None:
+    function = apply(dtype)
+    tolerance = {jnp.float32: 2e-6, jnp.bfloat16: 4e-2, jnp.float16: 5e-3}[dtype] * float(jnp.abs(exact).max())
+
+    def loss(params: Any, batch: Any) -> tuple[jax.Array, fq.QFormerOutput]:
+        output = function(params, batch)
+        return (output.query_embeddings.astype(jnp.float32) ** 2).mean(), output
+
+    def data_parallel(params: Any, batch: Any) -> Any:
+        grads, output = jax.grad(loss, has_aux=True)(params, batch)
+        return jax.lax.pmean(grads, "devices"), output
+
+    def check(embeddings: jax.Array) -> None:
+        assert embeddings.dtype == dtype
+        np.testing.assert_allclose(embeddings.reshape(exact.shape).astype(jnp.float32), exact, atol=tolerance)
+
+    grads, output = jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(params, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype(dtype)}
+    check(output.query_embeddings)
+    split = {name: value.reshape(2, 2, *value.shape[1:]) for name, value in batch.items()}
+    check(jax.jit(jax.vmap(function, in_axes=(None, 0)), compiler_options=COMPILE_FAST)(params, split).query_embeddings)
+    averaged, output = jax.pmap(data_parallel, "devices", in_axes=(None, 0))(params, split)
+    check(output.query_embeddings)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+    for whole, parts in zip(jax.tree.leaves(grads), jax.tree.leaves(averaged), strict=True):
+        assert jnp.isfinite(whole).all()
+        np.testing.assert_allclose(whole, parts[0], atol=largest * (1e-5 if dtype == jnp.float32 else 2e-2))
+
+
+def test_parameters_keep_their_dtype(batch: Any) -> None:
+    model = fq.Blip2QFormerModel(CONFIG, dtype=jnp.float32, param_dtype=jnp.bfloat16)
+    tree = jax.eval_shape(model.init, jax.random.key(0), **batch)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_gradient_checkpointing_saves_memory() -> None:
+    """From the compiled program: the activations of several layers, large against the parameters."""
+
+    def temporary_bytes(on: bool) -> int:
+        config = dataclasses.replace(
+            CONFIG,
+            vision_config=dataclasses.replace(
+                CONFIG.vision_config, num_hidden_layers=4, image_size=140, gradient_checkpointing=on
+            ),
+            qformer_config=dataclasses.replace(CONFIG.qformer_config, num_hidden_layers=4, gradient_checkpointing=on),
+        )
+        model = fq.Blip2QFormerModel(config)
+        images, ids = jnp.zeros((8, 140, 140, 3)), jnp.zeros((8, 16), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), images, ids)["params"]
+
+        def loss(params: Any) -> jax.Array:
+            return model.apply({"params": params}, images, ids).query_embeddings.sum()
+
+        compiled = jax.jit(jax.grad(loss), compiler_options=COMPILE_FAST).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(True) < 0.6 * temporary_bytes(False)
+
+
+def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:
+    model = fq.Blip2QFormerModel(CONFIG)
+
+    @partial(jax.jit, compiler_options=COMPILE_FAST)
+    def function(seed: int) -> fq.QFormerOutput:
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, **batch, deterministic=False, rngs=rngs)
+
+    first, again, other = function(0), function(0), function(1)
+    np.testing.assert_array_equal(first.query_embeddings, again.query_embeddings)
+    assert not np.allclose(first.query_embeddings, other.query_embeddings, atol=1e-3)
+    # The last dropout, before the residual of proj_layer: a tenth of its results is the residual alone.
+    kept = first.last_hidden_state[:, : CONFIG.num_query_tokens]
+    assert 0.03 < float((first.query_embeddings == kept).mean()) < 0.2
+    with pytest.raises(Exception, match="dropout"):
+        apply(deterministic=False)(params, batch)
+
+
+def test_padding_token_is_not_trained(params: Any, batch: Any) -> None:
+    grads = jax.jit(
+        jax.grad(lambda p: apply()(p, batch).last_hidden_state[..., 0].sum()), compiler_options=COMPILE_FAST
+    )(params)
+    rows = jnp.abs(fq.get_input_embeddings(grads)).max(axis=1)
+    assert rows[0] == 0
+    assert rows[9] > 0
+
+
+def test_padding_and_chunks_change_nothing(params: Any, batch: Any) -> None:
+    exact = jax.jit(apply())(params, batch).query_embeddings
+    longer = {name: np.pad(value, ((0, 0), (0, 5))) for name, value in batch.items() if name != "pixel_values"}
+    padded = jax.jit(apply())(params, {**longer, "pixel_values": batch["pixel_values"]}).query_embeddings
+    np.testing.assert_allclose(padded, exact, atol=2e-6)
+
+
+def test_nnx_takes_the_model(params: Any, batch: Any, exact: jax.Array) -> None:
+    model = nnx.eval_shape(lambda: nnx.bridge.ToNNX(fq.Blip2QFormerModel(CONFIG), rngs=nnx.Rngs(0)).lazy_init(**batch))
+    own = {path: value for path, value in nnx.to_flat_state(nnx.state(model)) if "rngs" not in path[0]}
+    flat = flatten_dict(params)
+    assert own.keys() == flat.keys()
+    nnx.update(model, nnx.from_flat_state([(path, value.replace(flat[path])) for path, value in own.items()]))
+    np.testing.assert_allclose(model(**batch).query_embeddings, exact, atol=2e-6)
+
+
+def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None:
+    config, grown = fq.resize_token_embeddings(CONFIG, params, 60, jax.random.key(1))
+    assert config.qformer_config.vocab_size == 60
+    table = fq.get_input_embeddings(grown)
+    np.testing.assert_array_equal(table[:50], fq.get_input_embeddings(params))
+    assert 0 < float(jnp.abs(table[50:]).max()) < 1
+    model = fq.Blip2QFormerModel(config)
+    new_words = {**batch, "input_ids": np.where(batch["input_ids"] == 30, 59, batch["input_ids"])}
+    outputs = [model.apply({"params": p}, **b).last_hidden_state for p, b in ((grown, batch), (grown, new_words))]
+    assert not np.allclose(outputs[0][2], outputs[1][2])
+    np.testing.assert_allclose(outputs[0][3], outputs[1][3], atol=1e-6)
+    config, replaced = fq.set_input_embeddings(config, grown, table[:10] * 2)
+    assert (config.qformer_config.vocab_size, fq.get_input_embeddings(replaced).shape) == (10, (10, 24))
+    with pytest.raises(fq.InputError, match="width|takes"):
+        fq.set_input_embeddings(config, grown, table[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "nothing to read"),
+        ({"pixel_values": jnp.zeros((1, 3, 28, 28))}, "channels last"),
+        ({"pixel_values": jnp.zeros((1, 56, 56, 3))}, "takes .batch, 28, 28, 3."),
+        ({"pixel_values": jnp.zeros((1, 28, 28, 3)), "encoder_hidden_states": jnp.zeros((1, 5, 32))}, "not both"),
+        ({"encoder_hidden_states": jnp.zeros((1, 5, 31))}, "image tokens, 32"),
+        ({"input_ids": jnp.zeros((1, 4))}, "whole numbers"),
+        ({"input_ids": jnp.zeros((1, 25), int)}, "25 tokens, the model 24 positions"),
+        ({"input_ids": jnp.zeros((2, 4), int), "pixel_values": jnp.zeros((3, 28, 28, 3))}, "3 images and 2 texts"),
+        ({"input_ids": jnp.zeros((1, 4), int), "attention_mask": jnp.ones((1, 5))}, r"must be \(1, 4\)"),
+        ({"input_ids": jnp.zeros((1, 4), int), "head_mask": jnp.ones((2, 3, 4))}, "head_mask has shape"),
+        ({"encoder_hidden_states": jnp.zeros((1, 5, 32)), "encoder_attention_mask": jnp.ones(5)}, "encoder_attention_mask"),
+    ],
+)
+def test_inputs_that_do_not_fit(params: Any, inputs: Any, message: str) -> None:
+    with pytest.raises(fq.InputError, match=message):
+        apply()(params, inputs)
+
+
+def test_heads_that_are_not_there(params: Any) -> None:
+    for heads, message in (({1: [0]}, "layers 0 to 0"), ({0: [3]}, "heads are 0 to 2"), ({0: [-1]}, "heads are 0 to 2")):
+        with pytest.raises(fq.InputError, match=message):
+            fq.prune_heads(CONFIG, params, heads)
