@@ -77,7 +77,9 @@ def convert(
     twice = [name for names in stored.values() if len(names) > 1 for name in sorted(names)]
     if twice:
         raise InputError(f"parameters would be filled twice, by {listed(twice)}")
-    check_shapes({name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted})
+    check_shapes(
+        {name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted}
+    )
     pairs = [(parameter, tensors[stored[parameter.name][0]]) for parameter in wanted]
     _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
 
@@ -89,8 +91,8 @@ def convert(
     non_finite = [parameter.name for parameter, (_, finite) in zip(wanted, arrays, strict=True) if not finite]
     if non_finite and not allow_non_finite:
         raise InputError(
-            f"infinities or NaN in {len(non_finite)} tensors ({listed(non_finite)}); if they are meant, allow them with "
-            "--allow-non-finite (allow_non_finite=True)"
+            f"infinities or NaN in {len(non_finite)} tensors ({listed(non_finite)}); if they are meant, allow them "
+            "with --allow-non-finite (allow_non_finite=True)"
         )
     params = unflatten_dict({p.path: array for p, (array, _) in zip(wanted, arrays, strict=True)}, sep="/")
     return Converted(params, layout, tuple(left_out))
@@ -137,12 +139,14 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
     double = np.dtype(np.float64)
     others = [f"{name} {found}" for name, found in dtypes.items() if found not in (*PARAMETER_DTYPES, double)]
     if others:
-        raise InputError(f"{len(others)} tensors are not floating point: {listed(others)}; dequantise the checkpoint first")
+        raise InputError(
+            f"{len(others)} tensors are not floating point: {listed(others)}; dequantise the checkpoint first"
+        )
     doubles = [name for name, found in dtypes.items() if found == double]
     if doubles and dtype is None:
         raise InputError(
-            f"{len(doubles)} tensors are float64, which JAX does not keep: {listed(doubles)}; name the dtype to cast to "
-            "(--dtype float32)"
+            f"{len(doubles)} tensors are float64, which JAX does not keep: {listed(doubles)}; name the dtype to cast "
+            "to (--dtype float32)"
         )
 
 

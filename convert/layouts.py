@@ -65,7 +65,9 @@ def _feed_forward(suffix: str) -> tuple[Row, ...]:
     return (
         *_dense(f"{here}/{first}/dense", f"{there}.{first}.dense", f"{lavis}.{first}.dense", "width", "inner"),
         *_dense(f"{here}/{second}/dense", f"{there}.{second}.dense", f"{lavis}.{second}.dense", "inner", "width"),
-        *_layer_norm(f"{here}/{second}/LayerNorm", f"{there}.{second}.LayerNorm", f"{lavis}.{second}.LayerNorm", "width"),
+        *_layer_norm(
+            f"{here}/{second}/LayerNorm", f"{there}.{second}.LayerNorm", f"{lavis}.{second}.LayerNorm", "width"
+        ),
     )
 
 
@@ -221,7 +223,9 @@ def parameters(config: Blip2Config, layout: Layout) -> Iterator[Parameter]:
         for i in layers(config):
             sizes = _sizes(config, i)
             for row in rows:
-                name, axes = (row.diffusers, row.axes) if layout == "diffusers" else (row.lavis, row.lavis_axes or row.axes)
+                name, axes = (
+                    (row.diffusers, row.axes) if layout == "diffusers" else (row.lavis, row.lavis_axes or row.axes)
+                )
                 yield _concrete(row.path.format(i=i), name.format(i=i), axes, sizes)
 
 

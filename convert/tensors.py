@@ -1,8 +1,8 @@
 """Any PyTorch checkpoint as named arrays, read when asked for and without PyTorch.
 
-A checkpoint is data from strangers. safetensors files are checked by the safetensors library. Zip pickles (`.bin`, `.pt`,
-`.pth`) are run by an interpreter that knows the opcodes `torch.save` writes and the names that build tensors; any other
-name is refused, and nothing is ever imported or called.
+A checkpoint is data from strangers. safetensors files are checked by the safetensors library. Zip pickles (`.bin`,
+`.pt`, `.pth`) are run by an interpreter that knows the opcodes `torch.save` writes and the names that build tensors;
+any other name is refused, and nothing is ever imported or called.
 """
 
 import dataclasses
@@ -357,8 +357,8 @@ def _known(module: object, attribute: object) -> _Name:
     name = f"{module}.{attribute}"
     if name not in _KNOWN_NAMES:
         raise InputError(
-            f"the pickle names {listed([name])}, which no tensor needs: it is refused and nothing was run; if you trust "
-            "the file, save its state dict alone with PyTorch"
+            f"the pickle names {listed([name])}, which no tensor needs: it is refused and nothing was run; if you "
+            "trust the file, save its state dict alone with PyTorch"
         )
     return _Name(name)
 
@@ -371,7 +371,13 @@ def _reduce(function: object, arguments: object) -> object:
             return sizes
         case _Name("torch._utils._rebuild_parameter"), (StoredTensor() as tensor, *_):
             return tensor
-        case _Name("torch._utils._rebuild_tensor_v2"), (StoredTensor() as base, int(start), tuple(shape), tuple(strides), *_):
+        case _Name("torch._utils._rebuild_tensor_v2"), (
+            StoredTensor() as base,
+            int(start),
+            tuple(shape),
+            tuple(strides),
+            *_,
+        ):
             return _strided(base, start, shape, strides)
     raise _Damaged("a call of unknown form")
 

@@ -44,7 +44,9 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
 
     queries = len(next(iter(rows.values())))
     aspect = image.height / image.width
-    figure = Figure(figsize=(1.3 * (queries + 2.2), (1.3 * aspect + 0.25) * max(len(rows), 2) + 0.4), layout="constrained")
+    figure = Figure(
+        figsize=(1.3 * (queries + 2.2), (1.3 * aspect + 0.25) * max(len(rows), 2) + 0.4), layout="constrained"
+    )
     grid = figure.add_gridspec(max(len(rows), 2), queries + 2)
     original = figure.add_subplot(grid[:, :2])
     original.imshow(image)
@@ -55,8 +57,9 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
     for i, (label, maps) in enumerate(rows.items()):
         for query, one in enumerate(maps):
             axes = figure.add_subplot(grid[i, query + 2])
-            axes.imshow(image.convert("L"), cmap="gray", extent=extent)
-            axes.imshow(one / max(one.max(), 1e-12), cmap="inferno", alpha=0.7, extent=extent, interpolation="bicubic")
+            strength = one / max(one.max(), 1e-12)
+            axes.imshow(image.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=extent)
+            axes.imshow(strength, cmap="hot", alpha=strength, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
             axes.set_xticks([])
             axes.set_yticks([])
             if i == 0:

@@ -4,11 +4,12 @@ A folder of ours holds `config.json` as upstream writes it, the orbax checkpoint
 saved along, the tokenizer's files and `preprocessor_config.json`.
 """
 
+import contextlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .errors import InputError
 from .processor import ImageProcessor, Processor, tokenizer_of, write_image_settings
 from .qformer import Blip2QFormerModel
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
-from .writing import check_absent, new_folder
+from .writing import check_absent, check_space, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -128,7 +129,7 @@ def export_checkpoint(
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write a checkpoint as the folder that upstream's `Blip2QFormerModel.from_pretrained` loads; `flax-qformer export`.
+    """Write a folder that upstream's `Blip2QFormerModel.from_pretrained` loads; `flax-qformer export`.
 
     Arguments, result and errors are those of `convert_checkpoint`.
     """
@@ -137,7 +138,11 @@ def export_checkpoint(
     loaded = _load(found, None, None if dtype is None else as_dtype(dtype), allow_non_finite=True)
     with new_folder(Path(destination), overwrite) as folder:
         notes = _write_settings(folder, found, loaded.config, None)
-        save_file(export(loaded.params, loaded.config), folder / "model.safetensors", metadata={"format": "pt"})
+        tensors = export(loaded.params, loaded.config)
+        with _saving(folder, tensors.values()):
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        # safetensors lets nobody else read what it writes.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     return f"{loaded.summary()}; wrote {destination}{notes}"
 
 
@@ -188,7 +193,9 @@ def _load(
     try:
         converted = convert(tensors, used, dtype=dtype, allow_non_finite=allow_non_finite)
     except InputError as error:
-        about = "the published geometry is assumed, --config FILE names another" if assumed else _left_to_default(source)
+        about = (
+            "the published geometry is assumed, --config FILE names another" if assumed else _left_to_default(source)
+        )
         raise InputError(f"{source.name}: {error}{about and '; ' + about}") from None
     return _Loaded(used, converted.params, layout, len(converted.left_out))
 
@@ -260,11 +267,17 @@ def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
     arrays = jax.tree.map(np.asarray, dict(params))
+    with _saving(folder, jax.tree.leaves(arrays)), context:
+        ocp.save(folder / PARAMS, arrays)
+
+
+@contextlib.contextmanager
+def _saving(folder: Path, arrays: Iterable[np.ndarray]) -> Iterator[None]:
+    """Raise OSError where arrays cannot be written; orbax and safetensors report that in types of their own."""
+    check_space(folder, sum(array.nbytes for array in arrays))
     try:
-        with context:
-            ocp.save(folder / PARAMS, arrays)
+        yield
     except Exception as error:
-        # Tensorstore reports a full disk in a type of its own.
         raise OSError(str(error)) from error
 
 

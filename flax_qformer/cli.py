@@ -41,24 +41,22 @@ def embed(options: argparse.Namespace) -> None:
     images, texts = options.images, options.text and pair_up(len(options.images), options.text)
     with new_file(options.output) as file:
         model, params, processor = _load(options)
-
-        @jax.jit
-        def query_embeddings(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-            return model.apply({"params": params}, **batch).query_embeddings
-
+        run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
         results = []
-        for start, stop in _batches(len(images), options.batch_size):
+        for rows in _batches(len(images), options.batch_size):
             batch = processor(
-                images[start:stop],
-                texts and texts[start:stop],
+                [images[row] for row in rows],
+                texts and [texts[row] for row in rows],
                 truncate=options.truncate,
                 pad_to_multiple_of=TEXT_MULTIPLE,
             )
-            results.append(np.asarray(query_embeddings(params, batch), np.float32))
-        embeddings = np.concatenate(results)
-        arrays = {"query_embeddings": embeddings, "images": np.array([str(image) for image in images])}
-        np.savez(file, **arrays, **({"texts": np.array(texts)} if texts else {}))
-    print(f"wrote {options.output}: query_embeddings {embeddings.shape}, images" + (", texts" if texts else ""))
+            results.append(np.asarray(run(params, batch).query_embeddings, np.float32))
+        embeddings = np.concatenate(results)[: len(images)]
+        arrays: dict[str, Any] = {"query_embeddings": embeddings, "images": [str(image) for image in images]}
+        if texts:
+            arrays["texts"] = texts
+        np.savez(file, **arrays)
+    print(f"wrote {options.output}: query_embeddings {embeddings.shape}, {', '.join(list(arrays)[1:])}")
 
 
 def attend(options: argparse.Namespace) -> None:
@@ -69,9 +67,8 @@ def attend(options: argparse.Namespace) -> None:
         model, params, processor = _load(options)
         image = open_image(options.image)
         batch = processor(image, options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
-        output = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))(
-            params, batch
-        )
+        run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))
+        output = run(params, batch)
         maps = np.asarray(attention_maps(output.cross_attentions, model.config), np.float32)[0]
         figure = draw_attention(image, _rows(maps, model, options.layers), title=options.text or "")
         figure.savefig(file, format=suffix, dpi=120)
@@ -101,13 +98,16 @@ def _load(options: argparse.Namespace) -> tuple[Blip2QFormerModel, dict[str, Any
     return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
 
 
-def _batches(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where each batch starts and stops, with a progress bar if there are several."""
-    with tqdm(total=total, unit="image", disable=total <= size) as progress:
+def _batches(total: int, size: int) -> Iterator[list[int]]:
+    """The numbers of the images of each batch, with a progress bar if there are several.
+
+    The last one is filled up with the last image, so that all have one size and one compiled program.
+    """
+    size = min(size, total)
+    with tqdm(total=total, unit="image", disable=total == size) as progress:
         for start in range(0, total, size):
-            stop = min(start + size, total)
-            yield start, stop
-            progress.update(stop - start)
+            yield [min(row, total - 1) for row in range(start, start + size)]
+            progress.update(min(size, total - start))
 
 
 def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) -> dict[str, np.ndarray]:
@@ -177,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "convert",
         help="a PyTorch checkpoint to a Flax folder",
-        description="Convert a checkpoint to a folder with config.json, tokenizer, image settings and an orbax checkpoint. "
-        "PyTorch is not needed. Every tensor is accounted for, or nothing is written.",
+        description="Convert a checkpoint to a folder with config.json, tokenizer, image settings and an orbax "
+        "checkpoint. PyTorch is not needed. Every tensor is accounted for, or nothing is written.",
     )
     command.set_defaults(run=convert)
     command.add_argument(
@@ -196,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "export",
         help="a Flax folder to what upstream loads",
-        description="Write a folder that diffusers' Blip2QFormerModel.from_pretrained loads: the inverse of convert, bit "
-        "for bit.",
+        description="Write a folder that diffusers' Blip2QFormerModel.from_pretrained loads: the inverse of convert, "
+        "bit for bit.",
     )
     command.set_defaults(run=export)
     command.add_argument("source", metavar="SRC", help="a Flax folder, or anything that convert takes")

@@ -154,8 +154,8 @@ class Blip2Config(_Config):
     """A whole model. Source: transformers 4.46.3 `Blip2Config`, as diffusers' `Blip2QFormerModel` uses it.
 
     `pruned_heads` holds (layer, heads) pairs: self-attention heads of the Q-Former that are gone, numbered as in the
-    unpruned model. It is built by `prune_heads`; a mapping is accepted as well. `tokenizer` is upstream's field: a folder
-    or hub id that the tokenizer comes from.
+    unpruned model. It is built by `prune_heads`; a mapping is accepted as well. `tokenizer` is upstream's field: a
+    folder or hub id that the tokenizer comes from.
     """
 
     vision_config: Blip2VisionConfig = Blip2VisionConfig()
@@ -195,7 +195,7 @@ class Blip2Config(_Config):
         missing = [name for name in ("vision_config", "qformer_config", "num_query_tokens") if name not in values]
         if missing:
             raise InputError(f"the config has no {' and no '.join(missing)}; it is not that of a Blip2QFormerModel")
-        parts = {"vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
+        parts: dict[str, type[_Config]] = {"vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
         for name in parts:
             if not isinstance(values[name], Mapping):
                 raise InputError(f"{name} is {_short(values[name])}; it must be an object with the part's fields")

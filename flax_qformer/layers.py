@@ -1,7 +1,7 @@
 """What every tower shares: the dtype policy, dense layers, LayerNorm, attention.
 
-The policy: parameters live in `param_dtype`, products run in `dtype` and accumulate in float32, LayerNorm statistics and
-softmax are float32 whatever the dtype.
+The policy: parameters live in `param_dtype`, products run in `dtype` and accumulate in float32, LayerNorm statistics
+and softmax are float32 whatever the dtype.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from .errors import InputError
 
 INITIALIZER = nn.initializers.normal(0.02)
-"""BERT's and ViT's initializer. Upstream zeroes the queries, which then stay equal for ever; LAVIS draws them, as here."""
+"""BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
 
 # What upstream adds to the self-attention scores of a masked position.
 SELF_ATTENTION_MASK = -10000.0
@@ -101,7 +101,7 @@ def recomputed(parent: Block, layer: Block, activations: tuple, rest: tuple = ()
 
     function = jax.custom_vjp(run)
     function.defvjp(forward, backward)
-    return function(activations, rest, parent.variables["params"][layer.name], key)
+    return function(activations, rest, parent.variables["params"][str(layer.name)], key)
 
 
 def dot_product_attention(

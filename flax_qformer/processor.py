@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -73,7 +73,7 @@ class ImageProcessor:
         resized = _rgb(image).resize((self.width, self.height), resample=self.resample)
         # In float64 and back, as transformers does; the rest is float32.
         scaled = (np.asarray(resized).astype(np.float64) * self.rescale_factor).astype(np.float32)
-        return (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return (scaled - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
 
 
 def _image_settings(path: Path) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
 class Processor:
     """Images and text to what `Blip2QFormerModel` takes.
 
-        processor = Processor.from_pretrained(path)
-        batch = processor(images=image, text="dog")
+    processor = Processor.from_pretrained(path)
+    batch = processor(images=image, text="dog")
     """
 
     def __init__(self, tokenizer: Any, image_processor: ImageProcessor, config: Blip2Config) -> None:
@@ -208,8 +208,10 @@ class Processor:
             images = _list_of_images(images)
             batch["pixel_values"] = np.stack([self.image_processor(image) for image in images])
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            batch |= self._tokenize(pair_up(len(images), texts) if images is not None else texts, truncate, pad_to_multiple_of)
+            texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
+            batch |= self._tokenize(
+                pair_up(len(images), texts) if images is not None else texts, truncate, pad_to_multiple_of
+            )
         return batch
 
     def _tokenize(self, texts: list[str], truncate: bool, multiple: int | None) -> dict[str, np.ndarray]:
@@ -269,10 +271,9 @@ def pair_up(num_images: int, texts: list[str]) -> list[str]:
 
 
 def _list_of_images(images: Any) -> list[Image]:
-    if isinstance(images, str | os.PathLike | PIL.Image.Image):
-        images = [images]
-    elif hasattr(images, "ndim") and images.ndim < 4:
-        images = [images]
+    is_one = isinstance(images, str | os.PathLike | PIL.Image.Image) or not isinstance(images, Iterable)
+    if is_one or (hasattr(images, "ndim") and images.ndim < 4):
+        return [images]
     images = list(images)
     if not images:
         raise InputError("0 images: give at least one")

@@ -183,7 +183,7 @@ class Blip2QFormerLayer(Block):
         queries, text = x[:, :num_queries], x[:, num_queries:]
         parts = []
         if num_queries:
-            if self.cross_attends:
+            if self.cross_attends and image is not None:
                 cross = Blip2QFormerAttention(c, c.num_attention_heads, name="crossattention", **self.policy)
                 queries, cross_weights = cross(queries, image, image_bias, head_mask, deterministic)
             parts.append(self._feed_forward(queries, "_query", deterministic))
@@ -212,7 +212,7 @@ class Blip2QFormerEncoder(Block):
         num_queries: int,
         deterministic: bool,
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """x: (batch, N, width), image: (batch, image tokens, image width) -> states, weights and cross-attention weights.
+        """x: (batch, N, width), image: (batch, image tokens, image width) -> states, weights, cross-attention weights.
 
         The states are those before the first and after each layer.
         """
@@ -235,7 +235,7 @@ class Blip2QFormerEncoder(Block):
 
 
 class ProjLayer(Block):
-    """A feed-forward on top of the queries; the residual is its input before the LayerNorm. Source: diffusers `ProjLayer`."""
+    """A feed-forward on the queries; the residual is its input before the LayerNorm. Source: diffusers `ProjLayer`."""
 
     width: int
 
@@ -249,10 +249,12 @@ class ProjLayer(Block):
 
 
 class Blip2QFormerModel(Block):
-    """BLIP-Diffusion's Q-Former with its vision tower. Source: diffusers `Blip2QFormerModel`; arXiv 2305.14720, 2301.12597.
+    """BLIP-Diffusion's Q-Former with its vision tower.
 
-        model = Blip2QFormerModel(config)
-        output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
+    Source: diffusers `Blip2QFormerModel`; arXiv 2305.14720 (BLIP-Diffusion), 2301.12597 (BLIP-2).
+
+    model = Blip2QFormerModel(config)
+    output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
     """
 
     config: Blip2Config
@@ -274,7 +276,7 @@ class Blip2QFormerModel(Block):
         output_hidden_states: bool = False,
         deterministic: bool = True,
     ) -> VisionOutput:
-        """Embed images; see `Blip2VisionModel`. `last_hidden_state` can be kept and given as `encoder_hidden_states`."""
+        """Embed images, see `Blip2VisionModel`. `last_hidden_state` can be kept for `encoder_hidden_states`."""
         return self.visual_encoder(
             pixel_values,
             output_attentions=output_attentions,
@@ -328,7 +330,7 @@ class Blip2QFormerModel(Block):
 
         bias = image_bias = None
         if attention_mask is not None:
-            mask = _over_all_tokens(attention_mask, x.shape[:2], num_queries)
+            mask = _over_all_tokens(attention_mask, (x.shape[0], x.shape[1]), num_queries)
             bias = mask_bias(mask, SELF_ATTENTION_MASK, "attention_mask")
         if encoder_attention_mask is not None:
             image_bias = mask_bias(encoder_attention_mask, CROSS_ATTENTION_MASK, "encoder_attention_mask")
@@ -366,7 +368,9 @@ def _check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.A
         )
     positions = config.qformer_config.max_position_embeddings
     if input_ids.shape[1] > positions:
-        raise InputError(f"the text has {input_ids.shape[1]} tokens, the model {positions} positions: truncate the text")
+        raise InputError(
+            f"the text has {input_ids.shape[1]} tokens, the model {positions} positions: truncate the text"
+        )
     if image is not None and len(image) != len(input_ids):
         raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
 

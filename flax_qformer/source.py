@@ -19,7 +19,13 @@ BERT = "bert-base-uncased"
 PARAMS = "params"
 """The orbax checkpoint in a folder of ours."""
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -138,6 +144,6 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{hub_id} is no file or folder here, and the hub cannot be asked for it ({reason}); check the name and the "
-            "connection, or give a folder"
+            f"{hub_id} is no file or folder here, and the hub cannot be asked for it ({reason}); check the name and "
+            "the connection, or give a folder"
         ) from None

@@ -18,7 +18,7 @@ class VisionOutput:
     Attributes:
       last_hidden_state: (batch, tokens, width), normalised: the class token, then the patches row by row.
       pooler_output: (batch, width): the class token, normalised once more.
-      hidden_states: (batch, tokens, width) before the first and after each layer, not normalised; None unless asked for.
+      hidden_states: (batch, tokens, width) before the first and after each layer; None unless asked for.
       attentions: (batch, heads, tokens, tokens) of each layer; None unless asked for.
     """
 

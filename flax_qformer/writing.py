@@ -1,8 +1,10 @@
 """Writes that are whole or absent, also after a kill."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +24,16 @@ def check_absent(target: Path, overwrite: bool) -> None:
         raise InputError(f"{target} exists; name another place, or replace it with --overwrite (overwrite=True)")
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
         raise InputError(f"{target} is not a folder; name another place")
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raise OSError if `size` bytes do not fit: orbax would find out halfway, from many threads at once."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    needed = size + size // 20 + (1 << 20)
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:.0f} MB are needed, more than is left")
+    if limit != resource.RLIM_INFINITY and size > limit:
+        raise OSError(errno.EFBIG, f"{size / 1e6:.0f} MB are needed, more than a file may have")
 
 
 @contextlib.contextmanager
@@ -64,6 +76,8 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.abspath(target))
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target} is not a file; name another place")
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -79,7 +93,9 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {target} ({error.strerror or error}); free space, or name another place") from None
+        raise InputError(
+            f"cannot write {target} ({error.strerror or error}); free space, or name another place"
+        ) from None
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -16,7 +16,6 @@ import cases
 import flax_qformer as fq
 from flax_qformer.convert.layouts import Layout, parameters
 
-
 # For jax.jit(compiler_options=...) where only the program matters: a fifth of the time to compile.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
@@ -37,10 +36,7 @@ def golden() -> Callable[[str], dict[str, Any]]:
 def weights(config: fq.Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
     """The weights of `cases` in PyTorch's form, whatever names they go by."""
     names = {p.path: p.name for p in parameters(config, "diffusers")}
-    return {
-        p.name: cases.weight(names[p.path], p.torch_shape)
-        for p in parameters(config, layout)
-    }
+    return {p.name: cases.weight(names[p.path], p.torch_shape) for p in parameters(config, layout)}
 
 
 @pytest.fixture(scope="session")
@@ -61,4 +57,4 @@ def write_upstream(folder: Path, config: fq.Blip2Config) -> None:
     """A model of drawn weights, as upstream's `save_pretrained` writes it."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    save_file(weights(config), folder / "model.safetensors")
+    save_file(weights(config), folder / "model.safetensors", metadata={"format": "pt"})

@@ -75,7 +75,9 @@ def test_tables_name_every_parameter_of_the_modules(config: fq.Blip2Config) -> N
 
 @given(configs(), LAYOUTS, st.sampled_from([np.float32, np.float16, jnp.bfloat16]), st.booleans())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_convert_and_export_are_inverse(tmp_path: Path, config: fq.Blip2Config, layout: Layout, dtype: Any, prefix: bool) -> None:
+def test_convert_and_export_are_inverse(
+    tmp_path: Path, config: fq.Blip2Config, layout: Layout, dtype: Any, prefix: bool
+) -> None:
     tensors = {name: value.astype(dtype) for name, value in weights(config, layout).items()}
     in_blip = prefix and layout == "lavis"
     named = {name if name.startswith("proj_layer") or not in_blip else f"blip.{name}": t for name, t in tensors.items()}
@@ -99,7 +101,10 @@ def test_axes_move_as_upstream_computes(upstream_folder: Any) -> None:
     heads, dim = 4, 8
     qkv = torch["visual_encoder.encoder.layers.1.self_attn.qkv.weight"]
     # value (2) of head 3, its 5th number, from input 7
-    assert flat["visual_encoder/encoder/layers_1/self_attn/qkv/kernel"][7, 2, 3, 5] == qkv[2 * heads * dim + 3 * dim + 5, 7]
+    assert (
+        flat["visual_encoder/encoder/layers_1/self_attn/qkv/kernel"][7, 2, 3, 5]
+        == qkv[2 * heads * dim + 3 * dim + 5, 7]
+    )
     out = torch["encoder.layer.2.crossattention.output.dense.weight"]
     assert flat["encoder/layer_2/crossattention/output/dense/kernel"][1, 6, 20] == out[20, 1 * 8 + 6]
     patch = torch["visual_encoder.embeddings.patch_embedding.weight"]
@@ -137,8 +142,17 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, data: st.DataObject) -> N
 def test_what_is_left_out_is_counted_and_nothing_is_filled_twice(tmp_path: Path) -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_1"])
     lavis = weights(config, "lavis")
-    extra = ("Qformer.cls.predictions.bias", "vision_proj.weight", "itm_head.bias", "temp", "unet.conv_in.weight",
-             "text_encoder.a", "vae.b", "ctx_embeddings_cache", "Qformer.bert.embeddings.position_ids")
+    extra = (
+        "Qformer.cls.predictions.bias",
+        "vision_proj.weight",
+        "itm_head.bias",
+        "temp",
+        "unet.conv_in.weight",
+        "text_encoder.a",
+        "vae.b",
+        "ctx_embeddings_cache",
+        "Qformer.bert.embeddings.position_ids",
+    )
     left_out = {name: np.zeros(2, np.float32) for name in extra}
     save_file({**lavis, **left_out}, tmp_path / "lavis.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -234,7 +248,7 @@ def test_round_trip_through_the_disk_keeps_every_byte(tmp_path: Path, dtype: str
         assert again[name].dtype == value.dtype
         assert again[name].tobytes() == value.tobytes()
     assert fq.Blip2Config.from_json(tmp_path / "again" / "config.json") == config
-    model, params = fq.from_pretrained(tmp_path / "flax", param_dtype=jnp.float32)
+    _, params = fq.from_pretrained(tmp_path / "flax", param_dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     fq.convert_checkpoint(tmp_path / "flax", tmp_path / "cast", dtype="float32")
     assert same(params, fq.from_pretrained(tmp_path / "cast")[1])
@@ -259,9 +273,13 @@ def test_dtypes_and_values_that_no_parameter_has(tmp_path: Path) -> None:
         damaged = np.array(tensors["encoder.layer.1.output.dense.weight"])
         damaged[3, 1] = value
         for dtype in (np.float32, np.float16, jnp.bfloat16):
-            with pytest.raises(fq.InputError, match=r"in 1 tensors \(encoder.layer.1.output.dense.weight\).*--allow-non-finite"):
+            with pytest.raises(
+                fq.InputError, match=r"in 1 tensors \(encoder.layer.1.output.dense.weight\).*--allow-non-finite"
+            ):
                 load({"encoder.layer.1.output.dense.weight": damaged.astype(dtype)})
-    kernel = load({"encoder.layer.1.output.dense.weight": damaged}, allow_non_finite=True)["encoder"]["layer_1"]["output"]
+    kernel = load({"encoder.layer.1.output.dense.weight": damaged}, allow_non_finite=True)["encoder"]["layer_1"][
+        "output"
+    ]
     assert kernel["dense"]["kernel"][1, 3] == -np.inf
 
 
@@ -280,4 +298,6 @@ def test_real_files_of_pytorch() -> None:
         for key, value in views.items():
             dtype = jnp.dtype(key.removeprefix("torch."))
             assert value.dtype == dtype
-            np.testing.assert_allclose(value.astype(np.float64), np.trunc(whole / 3) if "int" in key else whole / 3, rtol=1e-2)
+            np.testing.assert_allclose(
+                value.astype(np.float64), np.trunc(whole / 3) if "int" in key else whole / 3, rtol=1e-2
+            )

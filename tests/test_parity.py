@@ -35,12 +35,16 @@ class Case:
 
     def expect(self, label: str, output: Any) -> None:
         """Compare every answer of a label; fail where one was not recorded or not given."""
-        answers = {key.removeprefix(f"{label}/"): value for key, value in self.golden.items() if key.startswith(f"{label}/")}
+        answers = {
+            key.removeprefix(f"{label}/"): value for key, value in self.golden.items() if key.startswith(f"{label}/")
+        }
         assert answers
         for key, expected in answers.items():
             name, _, index = key.partition("/")
             value = getattr(output, name)
-            np.testing.assert_allclose(value[int(index)] if index else value, expected, atol=cases.ROUNDING, rtol=0, err_msg=key)
+            np.testing.assert_allclose(
+                value[int(index)] if index else value, expected, atol=cases.ROUNDING, rtol=0, err_msg=key
+            )
 
 
 @pytest.fixture(scope="module", params=GEOMETRIES)
@@ -84,14 +88,24 @@ def test_masks(case: Case) -> None:
     ids, image, mask = case.batch["input_ids"], case.image, case.batch["attention_mask"]
     case.expect("mask_3d", case.run(encoder_hidden_states=image, input_ids=ids, attention_mask=case.batch["mask_3d"]))
     over_all = np.concatenate([np.ones((len(ids), case.model.config.num_query_tokens), int), mask], axis=1)
-    case.expect("multimodal", case.run(
-        encoder_hidden_states=image, input_ids=ids, attention_mask=over_all, output_attentions=True, output_hidden_states=True
-    ))
+    case.expect(
+        "multimodal",
+        case.run(
+            encoder_hidden_states=image,
+            input_ids=ids,
+            attention_mask=over_all,
+            output_attentions=True,
+            output_hidden_states=True,
+        ),
+    )
     for name in ("image_mask", "image_mask_3d"):
         case.expect(name, case.run(encoder_hidden_states=image, **case.text(), encoder_attention_mask=case.batch[name]))
     for name in ("head_mask_1d", "head_mask_2d"):
         case.expect(name, case.run(encoder_hidden_states=image, **case.text(), head_mask=case.batch[name]))
-    five = np.broadcast_to(case.batch["head_mask_2d"][:, None, :, None, None], (*case.batch["head_mask_2d"].shape[:1], len(ids), case.batch["head_mask_2d"].shape[1], 1, 1))
+    five = np.broadcast_to(
+        case.batch["head_mask_2d"][:, None, :, None, None],
+        (*case.batch["head_mask_2d"].shape[:1], len(ids), case.batch["head_mask_2d"].shape[1], 1, 1),
+    )
     case.expect("head_mask_2d", case.run(encoder_hidden_states=image, **case.text(), head_mask=five))
 
 
@@ -107,18 +121,24 @@ def gradients(case: Case, model: fq.Blip2QFormerModel) -> tuple[jax.Array, dict[
     def loss(params: Any) -> jax.Array:
         output = model.apply({"params": params}, case.batch["pixel_values"], **case.text())
         names = ("last_hidden_state", "query_embeddings")
-        return sum((getattr(output, name) * cases.loss_weight(name, getattr(output, name).shape)).sum() for name in names)
+        return sum(
+            (getattr(output, name) * cases.loss_weight(name, getattr(output, name).shape)).sum() for name in names
+        )
 
     value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)(case.params)
     return value, export(grads, model.config)
 
 
-@pytest.mark.parametrize("geometry, gradient_checkpointing", [*((name, False) for name in GEOMETRIES), ("frequency_1", True)])
+@pytest.mark.parametrize(
+    ("geometry", "gradient_checkpointing"), [*((name, False) for name in GEOMETRIES), ("frequency_1", True)]
+)
 def test_gradients(geometry: str, gradient_checkpointing: bool, upstream_folder: Any, golden: Any) -> None:
     case = Case(geometry, upstream_folder, golden)
     loss, grads = gradients(case, fq.Blip2QFormerModel(checkpointing(case.model.config, gradient_checkpointing)))
     np.testing.assert_allclose(loss, case.golden["loss"], rtol=1e-5)
-    expected = {key.removeprefix("gradients/"): value for key, value in case.golden.items() if key.startswith("gradients/")}
+    expected = {
+        key.removeprefix("gradients/"): value for key, value in case.golden.items() if key.startswith("gradients/")
+    }
     assert expected.keys() == grads.keys() - {"embeddings.position_ids"}
     # The biases of keys have no gradient but rounding: softmax does not see them.
     floor = 1e-3 * max(np.abs(value).max() for value in expected.values())

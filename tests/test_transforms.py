@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.traverse_util import flatten_dict
 
 import cases
 import flax_qformer as fq
@@ -144,11 +143,10 @@ def test_padding_and_chunks_change_nothing(params: Any, batch: Any) -> None:
 
 
 def test_nnx_takes_the_model(params: Any, batch: Any, exact: jax.Array) -> None:
-    model = nnx.eval_shape(lambda: nnx.bridge.ToNNX(fq.Blip2QFormerModel(CONFIG), rngs=nnx.Rngs(0)).lazy_init(**batch))
-    own = {path: value for path, value in nnx.to_flat_state(nnx.state(model)) if "rngs" not in path[0]}
-    flat = flatten_dict(params)
-    assert own.keys() == flat.keys()
-    nnx.update(model, nnx.from_flat_state([(path, value.replace(flat[path])) for path, value in own.items()]))
+    model = nnx.bridge.ToNNX(fq.Blip2QFormerModel(CONFIG), rngs=nnx.Rngs(0)).lazy_init(**batch)
+    own = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, params)
+    nnx.update(model, params)
     np.testing.assert_allclose(model(**batch).query_embeddings, exact, atol=2e-6)
 
 
@@ -182,7 +180,10 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
         ({"input_ids": jnp.zeros((2, 4), int), "pixel_values": jnp.zeros((3, 28, 28, 3))}, "3 images and 2 texts"),
         ({"input_ids": jnp.zeros((1, 4), int), "attention_mask": jnp.ones((1, 5))}, r"must be \(1, 4\)"),
         ({"input_ids": jnp.zeros((1, 4), int), "head_mask": jnp.ones((2, 3, 4))}, "head_mask has shape"),
-        ({"encoder_hidden_states": jnp.zeros((1, 5, 32)), "encoder_attention_mask": jnp.ones(5)}, "encoder_attention_mask"),
+        (
+            {"encoder_hidden_states": jnp.zeros((1, 5, 32)), "encoder_attention_mask": jnp.ones(5)},
+            "encoder_attention_mask",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit(params: Any, inputs: Any, message: str) -> None:
@@ -191,6 +192,10 @@ def test_inputs_that_do_not_fit(params: Any, inputs: Any, message: str) -> None:
 
 
 def test_heads_that_are_not_there(params: Any) -> None:
-    for heads, message in (({1: [0]}, "layers 0 to 0"), ({0: [3]}, "heads are 0 to 2"), ({0: [-1]}, "heads are 0 to 2")):
+    for heads, message in (
+        ({1: [0]}, "layers 0 to 0"),
+        ({0: [3]}, "heads are 0 to 2"),
+        ({0: [-1]}, "heads are 0 to 2"),
+    ):
         with pytest.raises(fq.InputError, match=message):
             fq.prune_heads(CONFIG, params, heads)

@@ -1,6 +1,6 @@
 """Make the assets of the package: `python -m flax_qformer.assets.make`.
 
-The example image and the vocabulary are drawn and written here; the weights of the default model are random, from a seed.
+The example image and the vocabulary are made here; the weights of the default model are random, from a seed.
 """
 
 import json
@@ -76,16 +76,19 @@ def _config(vocab_size: int) -> Blip2Config:
 def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
     """Random weights by upstream's names, scaled so that signals keep their size and attention has a preference."""
     rng = np.random.default_rng(0)
-    tensors = {"embeddings.position_ids": np.arange(config.qformer_config.max_position_embeddings)[None]}
+    positions = np.arange(config.qformer_config.max_position_embeddings)
+    tensors: dict[str, np.ndarray] = {"embeddings.position_ids": positions[None]}
     for parameter in parameters(config, "diffusers"):
-        drawn = rng.standard_normal(parameter.torch_shape).astype(np.float32)
+        drawn = rng.standard_normal(parameter.torch_shape, np.float32)
         if parameter.path.endswith("/kernel"):
-            gain = 2.0 if parameter.path.endswith(("query/kernel", "key/kernel")) else 1.0
+            gain = 1.5 if parameter.path.endswith(("query/kernel", "key/kernel")) else 1.0
             drawn *= gain / np.sqrt(np.prod(parameter.torch_shape[1:]))
         elif parameter.path.endswith("/scale"):
             drawn = 1 + 0.1 * drawn
         elif parameter.path.endswith("/bias"):
             drawn *= 0.1
+        elif parameter.path.endswith("position_embedding"):
+            drawn *= 0.2
         tensors[parameter.name] = drawn
     return tensors
 

@@ -99,7 +99,24 @@ TEXTS = (
 )
 """What is tokenised with the vocabulary of the embedded model."""
 
-IMAGE_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "RGBX", "RGBa", "I;16")
+IMAGE_MODES = (
+    "1",
+    "L",
+    "P",
+    "RGB",
+    "RGBA",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "LA",
+    "PA",
+    "RGBX",
+    "RGBa",
+    "I;16",
+)
 
 ROUNDING = 2e-5
 """How far float32 on CPU may be from upstream, values being around 4."""
@@ -117,7 +134,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return 0.1 * value
     if "norm" in name.lower():
         return 1 + 0.1 * value
-    if "embedding" in name and "patch" not in name or name == "query_tokens":
+    if ("embedding" in name and "patch" not in name) or name == "query_tokens":
         return 0.5 * value
     return value * np.float32(max(np.prod(shape[1:]), 1) ** -0.5)
 
@@ -170,3 +187,20 @@ def image(mode: str, height: int = 57, width: int = 83) -> PIL.Image.Image:
     if mode == "RGBA":
         return PIL.Image.fromarray(pixels)
     return PIL.Image.fromarray(pixels).convert("RGBa") if mode == "RGBa" else rgb.convert(mode)
+
+
+def full_batch() -> dict[str, np.ndarray]:
+    """Two images and padded texts for the published geometry."""
+    rng = np.random.RandomState(0)
+    attention_mask = (np.arange(7) < np.array([[7], [4]])).astype(np.int32)
+    input_ids = (rng.randint(1000, 30000, (2, 7)) * attention_mask).astype(np.int32)
+    return {
+        "pixel_values": draw("full pixels", (2, 224, 224, 3)),
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+    }
+
+
+def stride(size: int) -> int:
+    """Every how many numbers of a gradient one is recorded."""
+    return max(1, size // 1000) | 1

@@ -123,7 +123,9 @@ def record_dropout(answers: dict[str, np.ndarray], geometry: str, arrays: dict[s
         "vision": ("vision_config", "attention_dropout"),
     }
     for label, chosen in rates.items():
-        config = {name: dict(part) if isinstance(part, dict) else part for name, part in cases.GEOMETRIES[geometry].items()}
+        config = {
+            name: dict(part) if isinstance(part, dict) else part for name, part in cases.GEOMETRIES[geometry].items()
+        }
         for part, name in rates.values():
             config[part][name] = 1.0 if (part, name) == chosen else 0.0
         model = build(config).train()
@@ -174,7 +176,16 @@ def record_files(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     torch.save(build(cases.GEOMETRIES["frequency_3"]).state_dict(), folder / "state_dict.bin")
     whole = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    kinds = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    kinds = (
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    )
     state = {
         "whole": whole,
         "shares_storage": whole[1:3, 2:],
@@ -198,7 +209,9 @@ def record_activations() -> dict[str, np.ndarray]:
     return {"x": x.numpy(), **{name: ACT2FN[name](x).numpy() for name in ACT2FN}}
 
 
-def keep(answers: dict[str, np.ndarray], label: str, values: dict[str, Any], names: tuple[str, ...] | None = None) -> None:
+def keep(
+    answers: dict[str, np.ndarray], label: str, values: dict[str, Any], names: tuple[str, ...] | None = None
+) -> None:
     for name, value in values.items():
         if value is None or (names and name not in names):
             continue

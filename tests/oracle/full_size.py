@@ -1,0 +1,35 @@
+"""Run upstream on a full-size folder: `python tests/oracle/full_size.py FOLDER` adds `upstream.safetensors` to it."""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
+from safetensors.torch import save_file
+from transformers import Blip2Config
+
+import cases
+from record import DEFAULT_MODEL, run
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    config = Blip2Config.from_pretrained(folder)
+    config.tokenizer = str(DEFAULT_MODEL)
+    model = Blip2QFormerModel.from_pretrained(folder, config=config).eval()
+    batch = {name: torch.from_numpy(value) for name, value in cases.full_batch().items()}
+    image = model.visual_encoder(batch["pixel_values"].permute(0, 3, 1, 2)).last_hidden_state
+    output = run(model, batch["input_ids"].long(), image, batch["attention_mask"].long())
+    names = ("last_hidden_state", "query_embeddings")
+    loss = sum((output[n] * torch.from_numpy(cases.loss_weight(n, tuple(output[n].shape)))).sum() for n in names)
+    loss.backward()
+    tensors = {name: output[name].detach() for name in (*names, "pooler_output")}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.flatten()
+        tensors[f"gradient {name}"] = grad.double().norm()
+        tensors[f"sample {name}"] = grad[:: cases.stride(len(grad))]
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "upstream.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Models on disk: whole or absent, also after a kill and on a full disk; and on a hub."""
+
+import dataclasses
+import http.server
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cases
+import flax_qformer as fq
+from conftest import write_upstream
+from flax_qformer.source import DEFAULT_MODEL
+from flax_qformer.writing import new_file, new_folder
+
+CONFIG = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_3"])
+COMMAND = [sys.executable, "-c", "from flax_qformer.cli import main; main()"]
+
+
+def entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def equal(one: Any, other: Any) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), one, other))
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, params = fq.from_pretrained(DEFAULT_MODEL)
+    processor = fq.Processor.from_pretrained(DEFAULT_MODEL)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    fq.save_pretrained(tmp_path / "saved", model, half, processor)
+    again, loaded = fq.from_pretrained(tmp_path / "saved", dtype="bfloat16")
+    assert again == dataclasses.replace(model, dtype=jnp.dtype(jnp.bfloat16))
+    assert equal(loaded, half)
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves(fq.from_pretrained(tmp_path / "saved", param_dtype="float16")[1])
+    } == {jnp.dtype(jnp.float16)}
+    texts = list(cases.TEXTS)
+    loaded_processor = fq.Processor.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(loaded_processor(text=texts)["input_ids"], processor(text=texts)["input_ids"])
+    assert loaded_processor.image_processor == processor.image_processor
+    with pytest.raises(fq.InputError, match="exists.*--overwrite"):
+        fq.save_pretrained(tmp_path / "saved", model, params)
+    fq.save_pretrained(tmp_path / "saved", model, params, overwrite=True)
+    assert equal(fq.from_pretrained(tmp_path / "saved")[1], params)
+    assert entries(tmp_path) == {"saved"}
+    with pytest.raises(fq.InputError, match="1 missing: query_tokens"):
+        fq.save_pretrained(tmp_path / "other", model, {k: v for k, v in params.items() if k != "query_tokens"})
+    assert entries(tmp_path) == {"saved"}
+
+
+def test_pruned_and_grown_models_are_saved_with_their_config(tmp_path: Path) -> None:
+    write_upstream(tmp_path / "torch", CONFIG)
+    model, params = fq.from_pretrained(tmp_path / "torch")
+    config, params = fq.prune_heads(model.config, params, {0: [4, 1], 3: [0]})
+    config, params = fq.resize_token_embeddings(config, params, 70, jax.random.key(0))
+    fq.save_pretrained(tmp_path / "saved", type(model)(config), params)
+    again, loaded = fq.from_pretrained(tmp_path / "saved")
+    assert again.config == config
+    assert equal(loaded, params)
+
+
+@pytest.mark.parametrize("damage", ["remove a part", "cut a part", "other config", "no metadata"])
+def test_damaged_folders(tmp_path: Path, damage: str) -> None:
+    write_upstream(tmp_path / "torch", CONFIG)
+    folder = tmp_path / "flax"
+    fq.convert_checkpoint(tmp_path / "torch", folder)
+    parts = sorted((path for path in (folder / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    match damage:
+        case "remove a part":
+            parts[-1].unlink()
+        case "cut a part":
+            parts[-1].write_bytes(parts[-1].read_bytes()[:100])
+        case "no metadata":
+            for part in parts:
+                if "METADATA" in part.name:
+                    part.unlink()
+        case "other config":
+            (folder / "config.json").write_text(json.dumps(cases.GEOMETRIES["frequency_1"]))
+    with pytest.raises(fq.InputError, match=r"damaged|not those of the config"):
+        fq.from_pretrained(folder)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    for name in (tmp_path / "absent", "no/such/folder", "absent.safetensors", ""):
+        if name:
+            with pytest.raises(fq.InputError, match="no file or folder"):
+                fq.from_pretrained(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(fq.InputError, match="holds no checkpoint"):
+        fq.from_pretrained(tmp_path / "empty")
+    with pytest.raises(fq.InputError, match="no config"):
+        fq.from_pretrained(DEFAULT_MODEL, config=tmp_path / "absent.json")
+    for dtype in ("float63", "int8", "float64", None):
+        with pytest.raises(fq.InputError, match="take float32, bfloat16, float16"):
+            fq.from_pretrained(DEFAULT_MODEL, dtype=dtype)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a", overwrite=False) as folder:
+        (folder / "part").write_text("x")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), new_file(tmp_path / "b.npz") as file:
+        file.write(b"x")
+        raise RuntimeError
+    assert entries(tmp_path) == set()
+    (tmp_path / "file").write_text("kept")
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(fq.InputError), new_folder(target, overwrite=True):
+            pass
+    with pytest.raises(fq.InputError, match="cannot write"), new_file(tmp_path / "file" / "below"):
+        pass
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["convert", "export", "embed"])
+def test_a_full_disk(tmp_path: Path, command: str) -> None:
+    """Files may not grow beyond 100 kB, which is how a full disk looks to a program."""
+    if command == "embed":
+        images = [str(DEFAULT_MODEL.parent / "example.png")] * 60
+        arguments = ["embed", *images, "--output", str(tmp_path / "out.npz"), "--batch-size", "60"]
+    else:
+        arguments = [command, str(DEFAULT_MODEL), str(tmp_path / "out")]
+    limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh", *COMMAND, *arguments]  # in blocks of 512 bytes
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "cannot write" in done.stderr
+    assert entries(tmp_path) == set()
+
+
+def kill_while_writing(arguments: list[str], folder: Path, delay: float) -> bool:
+    """Run a command, kill it a moment after it has begun to write; whether it was still at it."""
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any(name.endswith(".partial") for name in entries(folder)):
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def test_a_kill_at_any_moment(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, qformer_config=dataclasses.replace(CONFIG.qformer_config, vocab_size=400_000))
+    write_upstream(tmp_path / "torch", config)
+    _, expected = fq.from_pretrained(tmp_path / "torch")
+    work = tmp_path / "work"
+    work.mkdir()
+    rng, killed = random.Random(0), 0
+    for attempt in range(6):
+        overwrite = attempt % 2 == 1
+        if overwrite:
+            fq.convert_checkpoint(tmp_path / "torch", work / "model", overwrite=True)
+        killed += kill_while_writing(
+            ["convert", str(tmp_path / "torch"), str(work / "model"), *(["--overwrite"] if overwrite else [])],
+            work,
+            rng.uniform(0, 0.6),
+        )
+        if (work / "model").exists():
+            assert equal(fq.from_pretrained(work / "model")[1], expected)
+            shutil.rmtree(work / "model")
+    assert killed
+    # The next write removes what the killed ones left.
+    fq.convert_checkpoint(tmp_path / "torch", work / "model", overwrite=True)
+    assert entries(work) == {"model"}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a hub as a download asks for."""
+
+    files: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.asked.append(path)
+        listed = [str(file.relative_to(self.files)) for file in sorted(self.files.rglob("*")) if file.is_file()]
+        name = path.removeprefix("/someone/model/resolve/").partition("/")[2]
+        if path.startswith("/api/models/someone/model/tree/"):
+            sizes = [
+                {"type": "file", "oid": "0" * 40, "size": (self.files / f).stat().st_size, "path": f} for f in listed
+            ]
+            self.reply(json.dumps(sizes).encode())
+        elif path.startswith("/api/models/someone/model"):
+            info = {"id": "someone/model", "sha": "1" * 40, "siblings": [{"rfilename": file} for file in listed]}
+            self.reply(json.dumps(info).encode())
+        elif path.startswith("/someone/model/resolve/") and name in listed:
+            self.reply((self.files / name).read_bytes(), name)
+        else:
+            self.send_error(404)
+
+    def reply(self, body: bytes, name: str = "") -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", "1" * 40)
+        self.send_header("ETag", f'"{abs(hash(name))}-{len(body)}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
+    """A hub on loopback that serves a folder, and the environment that asks it."""
+
+    class Served(Hub):
+        files = tmp_path / "served"
+        asked: list[str] = []
+
+    Served.files.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Served)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if "proxy" not in name.lower() and not name.startswith("HF_")
+        },
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    yield Served, environment
+    server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
+    """A pipeline on a hub: only the Q-Former's files come, and come once."""
+    served, environment = hub
+    shutil.copytree(DEFAULT_MODEL, served.files / "qformer")
+    (served.files / "model_index.json").write_text('{"_class_name": "BlipDiffusionPipeline"}')
+    for big in ("unet/diffusion_pytorch_model.safetensors", "qformer/flax_model.msgpack", "tokenizer/vocab.json"):
+        (served.files / big).parent.mkdir(exist_ok=True)
+        (served.files / big).write_text("not to be fetched")
+    if kind == "bin":
+        from safetensors.numpy import load_file
+
+        from torch_files import torch_save
+
+        weights = served.files / "qformer" / "model.safetensors"
+        torch_save(load_file(weights), served.files / "qformer" / "pytorch_model.bin")
+        weights.unlink()
+    else:
+        (served.files / "qformer" / "pytorch_model.bin").write_text("not to be fetched")
+
+    def convert(destination: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        command = [*COMMAND, "convert", "someone/model", str(tmp_path / destination)]
+        return subprocess.run(command, env={**environment, **extra}, capture_output=True, text=True, check=False)
+
+    done = convert("first")
+    assert done.returncode == 0, done.stderr
+    fetched = {path.partition("/resolve/")[2].partition("/")[2] for path in served.asked if "/resolve/" in path}
+    weights = "qformer/model.safetensors" if kind == "safetensors" else "qformer/pytorch_model.bin"
+    assert weights in fetched
+    assert not any(name.startswith(("unet", "tokenizer")) or "flax" in name for name in fetched)
+    assert len([name for name in fetched if "model" in name.rpartition("/")[2] and not name.endswith("json")]) == 1
+    assert equal(fq.from_pretrained(tmp_path / "first")[1], fq.from_pretrained(DEFAULT_MODEL)[1])
+
+    served.asked.clear()
+    done = convert("second", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert not served.asked
+    done = convert("third", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
+    assert done.returncode == 2
+    assert "someone/model is no file or folder here" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,239 @@
+"""The commands as a user runs them, and what they say when they cannot."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+import cases
+import flax_qformer as fq
+from conftest import GOLDEN
+from flax_qformer.cli import main
+from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
+from torch_files import torch_save
+
+BIN = Path(sys.executable).parent
+
+
+def run(*arguments: Any, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own."""
+    command = [BIN / "flax-qformer", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def embeddings(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_the_command_of_the_readme(tmp_path: Path) -> None:
+    done = run("embed", EXAMPLE_IMAGE, "--text", "red circle", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "embeddings.npz: query_embeddings (1, 8, 64)" in done.stdout
+    model, params = fq.from_pretrained(DEFAULT_MODEL)
+    batch = fq.Processor.from_pretrained(DEFAULT_MODEL)(EXAMPLE_IMAGE, "red circle")
+    expected = model.apply({"params": params}, **batch).query_embeddings
+    found = embeddings(tmp_path / "embeddings.npz")
+    np.testing.assert_allclose(found["query_embeddings"], expected, atol=1e-5)
+    assert found["images"].tolist() == [str(EXAMPLE_IMAGE)]
+    assert found["texts"].tolist() == ["red circle"]
+
+
+def test_no_pytorch_is_needed(tmp_path: Path) -> None:
+    """Nor orbax, nor matplotlib, before they are used."""
+    program = f"""
+import sys
+for name in ("torch", "orbax", "matplotlib"):
+    sys.modules[name] = None
+from flax_qformer.cli import main
+main(["embed", {str(EXAMPLE_IMAGE)!r}, "--text", "dog"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_many_images_and_texts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images = []
+    for i in range(5):
+        images.append(tmp_path / f"{i}.png")
+        cases.image("RGB", 30 + i, 50).save(images[-1])
+    texts = ["dog", "a red circle", "cat", "x", "a photo of a small blue square"]
+    output = tmp_path / "new" / "all.npz"
+    base = ["embed", *map(str, images), "--output", str(output)]
+    main([*base, "--text", *texts, "--batch-size", "2"])
+    together = embeddings(output)["query_embeddings"]
+    assert together.shape == (5, 8, 64)
+    progress = capfd.readouterr().err
+    assert "5/5" in progress
+    assert "image/s" in progress
+    # One --text for each is the same, and neither the batch nor its padding matters.
+    main([*base, *(word for text in texts for word in ("--text", text))])
+    np.testing.assert_allclose(embeddings(output)["query_embeddings"], together, atol=cases.ROUNDING)
+    assert capfd.readouterr().err == ""
+    main(["embed", str(images[3]), "--text", "x", "--output", str(output)])
+    np.testing.assert_allclose(embeddings(output)["query_embeddings"][0], together[3], atol=cases.ROUNDING)
+    main([*base, "--text", "x", "--dtype", "bfloat16"])
+    half = embeddings(output)["query_embeddings"]
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half[3] - together[3]).max() < 0.2
+    main(base)
+    assert "texts" not in embeddings(output)
+
+
+def test_attend_draws_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "attention.png"
+    for layers in ([], ["--layers"], ["--layers", "0", "3"]):
+        main(["attend", str(EXAMPLE_IMAGE), "--text", "red circle", "--output", str(picture), *layers])
+        with PIL.Image.open(picture) as image:
+            assert image.width > 1000
+            assert len(np.unique(np.asarray(image.convert("L")))) > 100
+    main(["attend", str(EXAMPLE_IMAGE), "--output", str(tmp_path / "attention.svg")])
+    assert "<svg" in (tmp_path / "attention.svg").read_text()
+
+
+def test_attention_maps_are_where_the_patches_are() -> None:
+    config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"])
+    grid = config.vision_config.grid_size
+    weights = np.zeros((2, 7, 3, grid * grid + 1), np.float32)
+    weights[1, :, 2, 1 + 3 * grid + 1] = np.linspace(0, 1, 7)  # row 3, column 1, half of it on average
+    maps = np.asarray(fq.attention_maps([jnp.zeros_like(weights), weights], config))
+    assert maps.shape == (2, 2, 3, grid, grid)
+    assert maps[1, 1, 2, 3, 1] == pytest.approx(0.5)
+    assert maps.sum() == pytest.approx(0.5)
+
+
+def test_convert_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", str(DEFAULT_MODEL), str(tmp_path / "flax"), "--dtype", "float16"])
+    assert "parameters in float16 (diffusers names); 1 tensors left out by rule; wrote" in capsys.readouterr().out
+    main(["embed", str(EXAMPLE_IMAGE), "--model", str(tmp_path / "flax"), "--output", str(tmp_path / "e.npz")])
+    main(["export", str(tmp_path / "flax"), str(tmp_path / "torch")])
+    assert {path.name for path in (tmp_path / "torch").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "vocab.txt",
+    }
+    main(["export", str(tmp_path / "flax"), str(tmp_path / "torch"), "--overwrite"])
+
+
+def test_a_lavis_checkpoint_end_to_end(tmp_path: Path) -> None:
+    """Neither config nor tokenizer: both are named."""
+    config = fq.Blip2Config.from_json(DEFAULT_MODEL / "config.json")
+    from conftest import weights
+
+    torch_save({"model": weights(config, "lavis")}, tmp_path / "lavis.pth")
+    parts = ["--config", str(DEFAULT_MODEL / "config.json"), "--tokenizer", str(DEFAULT_MODEL)]
+    main(["convert", str(tmp_path / "lavis.pth"), str(tmp_path / "flax"), *parts])
+    outputs = []
+    for model in ([str(tmp_path / "lavis.pth"), *parts], [str(tmp_path / "flax")]):
+        main(["embed", str(EXAMPLE_IMAGE), "--text", "dog", "--output", str(tmp_path / "e.npz"), "--model", *model])
+        outputs.append(embeddings(tmp_path / "e.npz")["query_embeddings"])
+    np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("command", [[], ["embed"], ["attend"], ["convert"], ["export"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: flax-qformer" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of things that cannot be used."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.png").write_text("no image")
+    (folder / "cut.png").write_bytes(EXAMPLE_IMAGE.read_bytes()[:4000])
+    (folder / "notes.safetensors").write_text("no checkpoint")
+    shutil.copyfile(GOLDEN / "torch" / "legacy.pt", folder / "legacy.pt")
+    shutil.copyfile(GOLDEN / "torch" / "module.pt", folder / "module.pt")
+    (folder / "existing").mkdir()
+    (folder / "existing" / "kept").write_text("kept")
+    (folder / "no_config").mkdir()
+    shutil.copyfile(DEFAULT_MODEL / "model.safetensors", folder / "no_config" / "model.safetensors")
+    for name, change in {
+        "no_field": lambda c: c.pop("qformer_config"),
+        "no_width": lambda c: c["qformer_config"].pop("hidden_size"),
+        "odd_heads": lambda c: c["vision_config"].update(num_attention_heads=5),
+        "other_layers": lambda c: c["qformer_config"].update(num_hidden_layers=5),
+    }.items():
+        config = json.loads((DEFAULT_MODEL / "config.json").read_text())
+        change(config)
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        shutil.copyfile(DEFAULT_MODEL / "model.safetensors", folder / name / "model.safetensors")
+    (folder / "cut").mkdir()
+    shutil.copyfile(DEFAULT_MODEL / "config.json", folder / "cut" / "config.json")
+    (folder / "cut" / "model.safetensors").write_bytes((DEFAULT_MODEL / "model.safetensors").read_bytes()[:-100])
+    return folder
+
+
+IMAGE = str(EXAMPLE_IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed"], "required: IMAGE"),
+        (["embed", "absent.png"], "there is no image absent.png"),
+        (["embed", "text.png"], "text.png is not an image"),
+        (["embed", "cut.png"], "cut.png is damaged or cut off"),
+        (["embed", IMAGE, "cut.png", "--batch-size", "1"], "cut.png is damaged or cut off"),
+        (["embed", IMAGE, "--text", "a", "b"], "1 images and 2 texts"),
+        (["embed", IMAGE, "--text", "dog " * 100], "102 tokens, but the model reads at most 64"),
+        (["embed", IMAGE, "--dtype", "float63"], "take float32, bfloat16, float16"),
+        (["embed", IMAGE, "--batch-size", "0"], "not a whole number above 0"),
+        (["embed", IMAGE, "--model", "absent/model/folder"], "no file or folder absent/model/folder"),
+        (["embed", IMAGE, "--output", "existing"], "existing is not a file"),
+        (["embed", IMAGE, "--output", "text.png/below.npz"], "cannot write"),
+        (["attend", IMAGE, "--output", "map.txt"], "names no kind of picture"),
+        (["attend", IMAGE, "--layers", "4", "--output", "map.png"], "layer 4 does not look at the image"),
+        (["convert", "notes.safetensors", "out"], "not a checkpoint"),
+        (["convert", "legacy.pt", "out"], "legacy (non-zip) pickle"),
+        (["convert", "module.pt", "out"], "names torch.nn.modules.linear.Linear"),
+        (["convert", "cut", "out"], "damaged"),
+        (["convert", "existing", "out"], "holds no checkpoint"),
+        (["convert", "no_config", "out"], "name one with --config FILE"),
+        (["convert", "no_field", "out"], "the config has no qformer_config"),
+        (["convert", "no_width", "out"], "its config leaves to the defaults: qformer_config.hidden_size 768"),
+        (["convert", "odd_heads", "out"], "5 attention heads do not divide hidden_size 64"),
+        (["convert", "other_layers", "out"], "32 missing: encoder.layer.4.attention.attention.query.weight"),
+        (["convert", str(DEFAULT_MODEL), "existing"], "existing exists"),
+        (["convert", str(DEFAULT_MODEL), "out", "--dtype", "int8"], "take float32, bfloat16, float16"),
+        (["convert", str(DEFAULT_MODEL), "out", "--tokenizer", "existing"], "neither tokenizer.json nor vocab.txt"),
+        (["export", "existing", "out"], "holds no checkpoint"),
+        (["export", str(DEFAULT_MODEL), "existing"], "existing exists"),
+        ([], "required: COMMAND"),
+        (["embedd"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, bad: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bad)
+    before = sorted(path for path in bad.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    lines = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert message in lines[-1]
+    # Nothing but a progress bar may stand before it.
+    assert all("image/s" in line or "s/image" in line for line in lines[:-1])
+    assert sorted(path for path in bad.rglob("*")) == before
+    assert (bad / "existing" / "kept").read_text() == "kept"
+
+
+def test_bad_input_in_a_process_of_its_own(bad: Path) -> None:
+    done = run("embed", "cut.png", "--text", "dog", folder=bad)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("flax-qformer embed: cut.png is damaged")
+    assert not (bad / "embeddings.npz").exists()

@@ -1,0 +1,92 @@
+"""The published geometry, 494 million parameters, against upstream; weights are drawn, nothing large is stored.
+
+`UPSTREAM_PYTHON` names the Python of an environment of `oracle/requirements.txt`; `.ci/run` makes one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import cases
+import flax_qformer as fq
+from conftest import write_upstream
+from flax_qformer.config import BLIP_DIFFUSION
+from flax_qformer.convert import export
+
+pytestmark = pytest.mark.slow
+
+ORACLE = Path(__file__).parent / "oracle"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The full model as upstream writes it."""
+    folder = tmp_path_factory.mktemp("full")
+    write_upstream(folder, BLIP_DIFFUSION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def upstream(folder: Path) -> dict[str, np.ndarray]:
+    """What upstream computes from it."""
+    done = subprocess.run(
+        [os.environ["UPSTREAM_PYTHON"], ORACLE / "full_size.py", folder], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "upstream.safetensors")
+
+
+def test_outputs_and_gradients(folder: Path, upstream: dict[str, np.ndarray]) -> None:
+    model, params = fq.from_pretrained(folder)
+    batch = {name: value for name, value in cases.full_batch().items()}
+
+    def loss(params: Any) -> tuple[jax.Array, fq.QFormerOutput]:
+        output = model.apply({"params": params}, **batch)
+        names = ("last_hidden_state", "query_embeddings")
+        parts = [(getattr(output, n) * cases.loss_weight(n, getattr(output, n).shape)).sum() for n in names]
+        return parts[0] + parts[1], output
+
+    (value, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    for name in ("last_hidden_state", "pooler_output", "query_embeddings"):
+        error = np.abs(getattr(output, name) - upstream[name]).max()
+        print(f"{name}: {error:.1e} of {np.abs(upstream[name]).max():.1f}")
+        assert error < cases.ROUNDING, name
+    grads = export(jax.tree.map(np.asarray, grads), model.config)
+    norms = {name.removeprefix("gradient "): norm for name, norm in upstream.items() if name.startswith("gradient ")}
+    assert len(norms) == len(grads) - 1
+    floor = 1e-3 * max(norms.values())
+    errors = {}
+    for name, norm in norms.items():
+        sample = upstream[f"sample {name}"]
+        found = grads[name].ravel()
+        errors[name] = max(
+            abs(np.linalg.norm(found.astype(np.float64)) - norm) / max(norm, floor),
+            np.linalg.norm(found[:: cases.stride(found.size)] - sample) / max(np.linalg.norm(sample), floor / 10),
+        )
+    worst = max(errors, key=errors.__getitem__)
+    print(f"gradients: {errors[worst]:.1e} relative ({worst})")
+    assert errors[worst] < 1e-4
+
+
+def test_conversion_takes_less_than_twice_the_file(folder: Path, tmp_path: Path) -> None:
+    """Peak memory of the whole process, as the system counts it (getrusage would count the parent's as well)."""
+    program = f"""
+from pathlib import Path
+from flax_qformer.cli import main
+main(["convert", {str(folder)!r}, {str(tmp_path / "flax")!r}])
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak, size = int(done.stdout.split()[-1]) * 1024, (folder / "model.safetensors").stat().st_size
+    print(f"converting {size / 1e9:.2f} GB takes {peak / 1e9:.2f} GB")
+    assert size < peak < 2 * size
+    assert json.loads((tmp_path / "flax" / "config.json").read_text())["num_query_tokens"] == 16
