@@ -4,6 +4,7 @@
 apply them. Whole folders on disk are `flax_qformer.checkpoint`'s.
 """
 
+import mmap
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -25,8 +26,8 @@ __all__ = ["Converted", "check_shapes", "convert", "export", "layout_of"]
 
 PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 
-_BLOCK_BYTES = 1 << 20
-"""What is transposed at a time: it stays in a core's cache, where going through it against the grain is cheap."""
+_BLOCK_ROWS = 64
+"""Rows that are transposed at a time: they stay in a core's cache, where going against the grain is cheap."""
 
 
 @dataclass(frozen=True)
@@ -155,20 +156,20 @@ def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -
     source = tensor.view()
     merged = _aligned_empty(tuple(source.shape[axis] for axis in parameter.order), np.dtype(dtype or tensor.dtype))
     target = merged.transpose(np.argsort(parameter.order))
-    rows = max(1, _BLOCK_BYTES * len(source) // max(1, source.nbytes))
     finite = True
     with np.errstate(all="ignore"):
-        for start in range(0, len(source), rows):
-            block = source[start : start + rows]
+        for start in range(0, len(source), _BLOCK_ROWS):
+            block = source[start : start + _BLOCK_ROWS]
             # A minimum or maximum is NaN if anything is; these make no temporary array.
             finite = finite and bool(np.isfinite(block.min(initial=0)) and np.isfinite(block.max(initial=0)))
-            target[start : start + rows] = block
+            target[start : start + _BLOCK_ROWS] = block
     return merged.reshape(parameter.shape), finite
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array at a multiple of 64 bytes, which JAX takes over on CPU without a copy."""
+    """An array on pages of its own: aligned, JAX takes it over on CPU without a copy.
+
+    numpy would ask for huge pages, which virtual machines are slow to hand out: 2 GB take twice the time.
+    """
     size = int(np.prod(shape)) * dtype.itemsize
-    data = np.empty(size + 64, np.uint8)
-    start = -data.ctypes.data % 64
-    return data[start : start + size].view(dtype).reshape(shape)
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape) if size else np.empty(shape, dtype)

@@ -189,6 +189,21 @@ def image(mode: str, height: int = 57, width: int = 83) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGBa") if mode == "RGBa" else rgb.convert(mode)
 
 
+def gradient_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest relative error of a gradient, and whose it is.
+
+    Biases of keys have none (softmax does not see them), so that both sides hold rounding: they count against the rest.
+    """
+    norms = {name: float(np.linalg.norm(value)) for name, value in expected.items()}
+    rest = max(norms.values())
+    errors = {
+        name: float(np.linalg.norm(found[name] - value)) / (rest if name.endswith("key.bias") else norms[name])
+        for name, value in expected.items()
+        if value.size
+    }
+    return max((error, name) for name, error in errors.items())
+
+
 def full_batch() -> dict[str, np.ndarray]:
     """Two images and padded texts for the published geometry."""
     rng = np.random.RandomState(0)
@@ -201,6 +216,8 @@ def full_batch() -> dict[str, np.ndarray]:
     }
 
 
-def stride(size: int) -> int:
-    """Every how many numbers of a gradient one is recorded."""
-    return max(1, size // 1000) | 1
+def sample(name: str, gradient: np.ndarray) -> np.ndarray:
+    """Some thousand numbers of a gradient; of an embedding table, from rows that were used."""
+    if name.endswith("embeddings.weight"):
+        gradient = gradient[np.abs(gradient).max(axis=1) > 0]
+    return np.ascontiguousarray(gradient.ravel()[:: max(1, gradient.size // 2000) | 1])

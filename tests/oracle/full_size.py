@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
+from record import DEFAULT_MODEL, run
 from safetensors.torch import save_file
 from transformers import Blip2Config
 
 import cases
-from record import DEFAULT_MODEL, run
 
 
 def main() -> None:
@@ -25,9 +25,7 @@ def main() -> None:
     loss.backward()
     tensors = {name: output[name].detach() for name in (*names, "pooler_output")}
     for name, parameter in model.named_parameters():
-        grad = parameter.grad.flatten()
-        tensors[f"gradient {name}"] = grad.double().norm()
-        tensors[f"sample {name}"] = grad[:: cases.stride(len(grad))]
+        tensors[f"gradient {name}"] = torch.from_numpy(cases.sample(name, parameter.grad.numpy()))
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "upstream.safetensors")
 
 
