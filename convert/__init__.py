@@ -4,7 +4,6 @@
 apply them. Whole folders on disk are `flax_qformer.checkpoint`'s.
 """
 
-import mmap
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -26,16 +26,13 @@ __all__ = ["Converted", "check_shapes", "convert", "export", "layout_of"]
 
 PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 
-_BLOCK_ROWS = 64
-"""Rows that are transposed at a time: they stay in a core's cache, where going against the grain is cheap."""
-
 
 @dataclass(frozen=True)
 class Converted:
     """A parameter tree, and what was found on the way.
 
     Attributes:
-      params: nested dictionaries of numpy arrays.
+      params: nested dictionaries of arrays.
       layout: the naming that the checkpoint follows.
       left_out: names of tensors that a rule leaves out.
     """
@@ -84,7 +81,7 @@ def convert(
     pairs = [(parameter, tensors[stored[parameter.name][0]]) for parameter in wanted]
     _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
 
-    def read(pair: tuple[Parameter, StoredTensor]) -> tuple[np.ndarray, bool]:
+    def read(pair: tuple[Parameter, StoredTensor]) -> tuple[jax.Array, bool]:
         return _read(*pair, dtype)
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
@@ -151,25 +148,13 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
         )
 
 
-def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -> tuple[np.ndarray, bool]:
-    """The parameter in memory, and whether it is finite: read, checked, cast and transposed block by block."""
-    source = tensor.view()
-    merged = _aligned_empty(tuple(source.shape[axis] for axis in parameter.order), np.dtype(dtype or tensor.dtype))
-    target = merged.transpose(np.argsort(parameter.order))
-    finite = True
+def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -> tuple[jax.Array, bool]:
+    """The parameter on the default device, its axes moved on the way by XLA's blocked copy; and whether it is finite."""
+    view = tensor.view()
     with np.errstate(all="ignore"):
-        for start in range(0, len(source), _BLOCK_ROWS):
-            block = source[start : start + _BLOCK_ROWS]
-            # A minimum or maximum is NaN if anything is; these make no temporary array.
-            finite = finite and bool(np.isfinite(block.min(initial=0)) and np.isfinite(block.max(initial=0)))
-            target[start : start + _BLOCK_ROWS] = block
-    return merged.reshape(parameter.shape), finite
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array on pages of its own: aligned, JAX takes it over on CPU without a copy.
-
-    numpy would ask for huge pages, which virtual machines are slow to hand out: 2 GB take twice the time.
-    """
-    size = int(np.prod(shape)) * dtype.itemsize
-    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape) if size else np.empty(shape, dtype)
+        # A minimum or maximum is NaN if anything is; these make no temporary array.
+        finite = bool(np.isfinite(view.min(initial=0)) and np.isfinite(view.max(initial=0)))
+        if dtype is not None:
+            view = view.astype(dtype)
+    array = jax.device_put(view.transpose(parameter.order).reshape(parameter.shape), may_alias=False)
+    return array.block_until_ready(), finite

@@ -61,7 +61,7 @@ def from_pretrained(
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     loaded = _load(locate(path_or_hub_id), config, kept, allow_non_finite)
     model = Blip2QFormerModel(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
-    return model, jax.device_put(loaded.params)
+    return model, loaded.params
 
 
 def save_pretrained(
@@ -159,7 +159,7 @@ def as_dtype(name: DTypeLike) -> jnp.dtype:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A checkpoint in memory: numpy arrays of a PyTorch one, JAX arrays of ours."""
+    """A checkpoint in memory."""
 
     config: Blip2Config
     params: dict[str, Any]
