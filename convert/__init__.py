@@ -149,7 +149,7 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
 
 
 def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -> tuple[jax.Array, bool]:
-    """The parameter on the default device, its axes moved on the way by XLA's blocked copy; and whether it is finite."""
+    """The parameter on the default device, its axes moved on the way by XLA; and whether it is finite."""
     view = tensor.view()
     with np.errstate(all="ignore"):
         # A minimum or maximum is NaN if anything is; these make no temporary array.
