@@ -84,17 +84,37 @@ def test_parameters_keep_their_dtype(batch: Any) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def checkpointing(config: fq.Blip2Config, on: bool, **changes: Any) -> fq.Blip2Config:
+    parts = ("vision_config", "qformer_config")
+    new = {part: dataclasses.replace(getattr(config, part), gradient_checkpointing=on, **changes) for part in parts}
+    return dataclasses.replace(config, **new)
+
+
+def test_gradient_checkpointing_repeats_dropout(params: Any, batch: Any) -> None:
+    """The second run drops what the first dropped, or the gradient would not be that of the loss."""
+    model = fq.Blip2QFormerModel(checkpointing(CONFIG, True))
+
+    def loss(params: Any) -> jax.Array:
+        rngs = {"dropout": jax.random.key(3)}
+        output = model.apply({"params": params}, **batch, deterministic=False, rngs=rngs)
+        return output.query_embeddings[..., 0].sum()
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)
+    _, grads = value_and_grad(params)
+    norm = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(grads)))
+    step = 0.01 / norm
+    uphill, downhill = (
+        value_and_grad(jax.tree.map(lambda p, g, sign=sign: p + sign * step * g, params, grads))[0] for sign in (1, -1)
+    )
+    assert float((uphill - downhill) / (2 * step * norm**2)) == pytest.approx(1, abs=0.02)
+
+
 def test_gradient_checkpointing_saves_memory() -> None:
     """From the compiled program: the activations of several layers, large against the parameters."""
 
     def temporary_bytes(on: bool) -> int:
-        config = dataclasses.replace(
-            CONFIG,
-            vision_config=dataclasses.replace(
-                CONFIG.vision_config, num_hidden_layers=4, image_size=140, gradient_checkpointing=on
-            ),
-            qformer_config=dataclasses.replace(CONFIG.qformer_config, num_hidden_layers=4, gradient_checkpointing=on),
-        )
+        config = checkpointing(CONFIG, on, num_hidden_layers=4)
+        config = dataclasses.replace(config, vision_config=dataclasses.replace(config.vision_config, image_size=140))
         model = fq.Blip2QFormerModel(config)
         images, ids = jnp.zeros((8, 140, 140, 3)), jnp.zeros((8, 16), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), images, ids)["params"]
