@@ -1,0 +1,359 @@
+"""Record LAVIS's stage-1 answers: `python tests/oracle/record_pretraining.py FOLDER`, with `requirements-lavis.txt`.
+
+Each answer is LAVIS 1.0.2's own, except that negatives are given, and that images which share an id share their targets
+and are no negatives of each other: LAVIS's repository does that, no release does.
+"""
+
+import json
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lavis_files
+import numpy as np
+import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import GenerationConfig
+
+import cases
+
+blip2, blip2_qformer, clip_vit = lavis_files.load()
+
+WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] a an the of and on in left right above below small large tiny red green blue "
+    "yellow black white circle square triangle star ring dog cat bird tree house two three with without "
+    "very , . ##s ##ish"
+).split()
+
+TEXTS = (
+    "a small red circle",
+    "two black cats on the very large white house",
+    "star",
+    "a blue square left of a green triangle , and more than fits",
+    "the dog without a tree",
+    "an",
+)
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "frequency_1": {
+        "vision_config": {
+            "hidden_size": 18,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "image_size": 16,
+        },
+        "qformer_config": {
+            "hidden_size": 28,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+        },
+        "num_query_tokens": 4,
+        "image_text_hidden_size": 20,
+        "max_text_length": 12,
+        "end": 96,
+    },
+    "frequency_2": {
+        "vision_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 26,
+        },
+        "qformer_config": {
+            "hidden_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "intermediate_size": 32,
+        },
+        "num_query_tokens": 5,
+        "image_text_hidden_size": 14,
+        "max_text_length": 9,
+        "end": 79,
+        "image_id": [3, 7, 3, 0, 7, 3],
+    },
+    "frequency_3": {
+        "vision_config": {
+            "hidden_size": 15,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 5,
+            "image_size": 24,
+        },
+        "qformer_config": {
+            "hidden_size": 24,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "intermediate_size": 20,
+        },
+        "num_query_tokens": 2,
+        "image_text_hidden_size": 40,
+        "max_text_length": 16,
+        "end": 21,
+    },
+}
+
+CAPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"num_beams": 1, "max_length": 12, "min_length": 1},
+    "greedy_min": {"num_beams": 1, "max_length": 12, "min_length": 7},
+    "greedy_short": {"num_beams": 1, "max_length": 4, "min_length": 1},
+    "greedy_penalty": {"num_beams": 1, "max_length": 12, "min_length": 1, "repetition_penalty": 1.5},
+    "beams": {"num_beams": 3, "max_length": 12, "min_length": 1},
+    "beams_min": {"num_beams": 3, "max_length": 12, "min_length": 7},
+    "beams_short": {"num_beams": 3, "max_length": 4, "min_length": 1},
+    "beams_penalty": {"num_beams": 3, "max_length": 12, "min_length": 1, "repetition_penalty": 1.5},
+    "nucleus": {"num_beams": 1, "max_length": 8, "min_length": 4, "top_p": 0.9},
+}
+
+
+class Watched:
+    """`torch.nn.functional` as LAVIS's forward sees it: keeps what passes, and lets images share targets."""
+
+    def __init__(self, same: torch.Tensor | None) -> None:
+        self.same = same
+        self.features: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+    def normalize(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.features.append(F.normalize(x, **options))
+        return self.features[-1]
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.logits.append(logits.detach().clone())
+        if self.same is not None and len(self.logits) <= 2:  # of images to texts, of texts to images; then ITM
+            labels = self.same / self.same.sum(dim=1, keepdim=True)
+        return F.cross_entropy(logits, labels, **options)
+
+
+def whole(geometry: str) -> dict[str, Any]:
+    """The config under the names of `config.json`, with what LAVIS has no say in."""
+    config = dict(GEOMETRIES[geometry])
+    vision, qformer = dict(config["vision_config"]), dict(config["qformer_config"])
+    vision |= {"intermediate_size": 4 * vision["hidden_size"], "patch_size": 8}
+    vision |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    qformer |= {"vocab_size": len(WORDS) + 1, "max_position_embeddings": 20, "layer_norm_eps": 1e-12}
+    qformer |= {"cross_attention_frequency": int(geometry[-1]), "encoder_hidden_size": vision["hidden_size"]}
+    return {**config, "vision_config": vision, "qformer_config": qformer}
+
+
+def build(config: dict[str, Any]) -> torch.nn.Module:
+    """LAVIS's model as its `__init__` makes it, small ones in place of what it downloads, and with drawn weights."""
+    vision, qformer = config["vision_config"], config["qformer_config"]
+    bert = blip2.BertConfig(**qformer | {"vocab_size": len(WORDS)})  # LAVIS adds [DEC] to the published vocabulary
+    tower = clip_vit.VisionTransformer(
+        input_resolution=vision["image_size"],
+        patch_size=vision["patch_size"],
+        width=vision["hidden_size"],
+        layers=vision["num_hidden_layers"] + 1,  # 1.0.2 leaves out the last one
+        heads=vision["num_attention_heads"],
+        use_grad_checkpointing=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "vocab.txt"
+        vocabulary.write_text("\n".join(WORDS))
+        tokenizer = blip2.BertTokenizer(str(vocabulary))
+    with (
+        mock.patch.object(blip2.BertTokenizer, "from_pretrained", return_value=tokenizer),
+        mock.patch.object(blip2.BertConfig, "from_pretrained", return_value=bert),
+        mock.patch.object(blip2.BertLMHeadModel, "from_pretrained", lambda *_, config: blip2.BertLMHeadModel(config)),
+        mock.patch.object(blip2, "create_clip_vit_L", return_value=tower),
+    ):
+        model = blip2_qformer.Blip2Qformer(
+            vit_model="clip_L",
+            img_size=vision["image_size"],
+            vit_precision="fp32",
+            freeze_vit=False,
+            num_query_token=config["num_query_tokens"],
+            cross_attention_freq=qformer["cross_attention_frequency"],
+            embed_dim=config["image_text_hidden_size"],
+            max_txt_len=config["max_text_length"],
+        ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weight(name, tuple(parameter.shape)))
+        # So that captions end here and there, and padding is not one of their words.
+        end = torch.from_numpy(cases.draw(f"end {config['end']}", (qformer["hidden_size"],)))
+        model.Qformer.bert.embeddings.word_embeddings.weight[WORDS.index("[SEP]")] = end.bfloat16().float()
+        model.Qformer.cls.predictions.bias[WORDS.index("[PAD]")] -= 8
+    return model
+
+
+def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A drawn parameter with few digits, for a small file."""
+    if name == "temp":
+        return torch.tensor(0.125)
+    # Names by which `cases` knows the kind.
+    known = name.replace("ln_", "norm_").replace("in_proj_bias", "in_proj.bias")
+    return torch.from_numpy(cases.weight(known, shape)).bfloat16().float()
+
+
+def negatives(name: str, same: torch.Tensor) -> torch.Tensor:
+    """One index per row, of images or texts with another id."""
+    rng = np.random.RandomState(zlib.crc32(name.encode()))
+    return torch.tensor([rng.choice(np.flatnonzero(~row)) for row in same.numpy()])
+
+
+def answer(model: torch.nn.Module, samples: dict[str, Any], drawn: list[torch.Tensor]) -> dict[str, Any]:
+    """LAVIS's forward with these negatives: of each text an image, of each image a text."""
+    same = samples["same"]
+    shared = bool(same.sum() > len(same))
+    watched = Watched(same.float() if shared else None)
+    language: list[Any] = []
+    hook = model.Qformer.register_forward_hook(lambda _module, _inputs, output: language.append(output))
+    with (
+        mock.patch.object(blip2_qformer, "F", watched),
+        mock.patch("torch.multinomial", side_effect=torch.cat(drawn)),
+    ):
+        output = model(samples)
+    hook.remove()
+    sim_i2t, sim_t2i, itm_logits = watched.logits
+    return {
+        "loss": output.loss,
+        "loss_itc": output.loss_itc,
+        "loss_itm": output.loss_itm,
+        "loss_itg": output.loss_lm,
+        "image_features": watched.features[0],
+        "text_features": watched.features[1],
+        "sim_i2t": sim_i2t,
+        "sim_t2i": sim_t2i,
+        "itm_logits": itm_logits,
+        "itg_logits": language[0].logits,
+        # What LAVIS's repository draws from; 1.0.2's distribution is another and goes unused.
+        "negative_image_probabilities": sim_t2i.masked_fill(same, -10000).softmax(dim=1),
+        "negative_text_probabilities": sim_i2t.masked_fill(same, -10000).softmax(dim=1),
+    }
+
+
+def features(model: torch.nn.Module, samples: dict[str, Any], tokens: dict[str, torch.Tensor]) -> dict[str, Any]:
+    image = model.extract_features(samples, mode="image")
+    text = model.extract_features(samples, mode="text")
+    multimodal = model.extract_features(samples, mode="multimodal")
+    with torch.no_grad():
+        _, vision = model.forward_image(samples["image"])
+        # Row i: image i with every text.
+        match = [
+            model.compute_itm(one.expand(len(vision), -1, -1), tokens["input_ids"], tokens["attention_mask"])
+            for one in vision
+        ]
+    tokens = model.tokenizer(samples["text_input"], padding=True, return_tensors="pt")  # as `extract_features` does
+    return {
+        "input_ids": tokens["input_ids"],
+        "attention_mask": tokens["attention_mask"],
+        "vision": vision,
+        "image_queries": image.image_embeds,
+        "image_features": image.image_embeds_proj,
+        "text_hidden": text.text_embeds,
+        "text_features": text.text_embeds_proj,
+        "multimodal": multimodal.multimodal_embeds,
+        "match": torch.stack(match),
+    }
+
+
+def repeat_tokens(expand_size: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, **rest: Any) -> Any:
+    """Tokens for each beam, and no more: LAVIS repeats its images itself, and later transformers would once more."""
+    tokens, mask = (x.repeat_interleave(expand_size, dim=0) for x in (input_ids, attention_mask))
+    return tokens, {**rest, "attention_mask": mask}
+
+
+def caption(model: torch.nn.Module, image: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    """LAVIS's `generate`, which returns strings: the token ids are taken from within."""
+    extra = {"return_dict_in_generate": True, "output_scores": True}
+    if "repetition_penalty" in settings:  # LAVIS takes it and forgets it
+        extra["repetition_penalty"] = settings["repetition_penalty"]
+    generate, kept, probabilities = model.Qformer.generate, [], []
+
+    def generate_and_keep(**options: Any) -> torch.Tensor:
+        kept.append(generate(**options, **extra))
+        return kept[0].sequences
+
+    def second(distribution: torch.Tensor, num_samples: int) -> torch.Tensor:
+        """What a sampler might draw."""
+        probabilities.append(distribution.clone())
+        two = distribution.topk(2)
+        return torch.where(two.values[:, 1:] > 0, two.indices[:, 1:], two.indices[:, :1])
+
+    with (
+        mock.patch.object(model.Qformer, "generate", generate_and_keep),
+        mock.patch.object(model.Qformer, "_expand_inputs_for_generation", repeat_tokens),
+        mock.patch("torch.multinomial", second),
+    ):
+        model.generate({"image": image}, use_nucleus_sampling="top_p" in settings, **settings)
+    answers = {**settings, "ids": kept[0].sequences}
+    if settings["num_beams"] > 1:
+        answers["scores"] = kept[0].sequences_scores
+    if probabilities:
+        answers["probabilities"] = torch.stack(probabilities, dim=1)
+    return answers
+
+
+def record(geometry: str) -> dict[str, np.ndarray]:
+    config = whole(geometry)
+    model = build(config)
+    size, count = config["vision_config"]["image_size"], len(TEXTS)
+    pixels = torch.from_numpy(cases.draw(f"pretraining {geometry}", (count, 3, size, size))).bfloat16().float()
+    image_id = torch.tensor(config.pop("image_id", range(count)))
+    same = image_id[:, None] == image_id
+    samples = {"image": pixels, "text_input": list(TEXTS), "same": same}
+    length = {"padding": "max_length", "truncation": True, "max_length": config["max_text_length"]}
+    tokens = dict(model.tokenizer(list(TEXTS), **length, return_tensors="pt"))
+    drawn = [negatives(f"{geometry} {kind}", same) for kind in ("image", "text")]
+
+    del config["end"]
+    answers = {"config": np.array(json.dumps(config))}
+    keep(answers, "state", model.state_dict())
+    inputs = {"pixel_values": pixels, "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+    drawn_inputs = {"negative_image_index": drawn[0], "negative_text_index": drawn[1]}
+    keep(answers, "inputs", {**inputs, "image_id": image_id, **drawn_inputs})
+
+    output = answer(model, samples, drawn)
+    output["loss"].backward()
+    keep(answers, "outputs", output)
+    keep(answers, "gradients", {name: parameter.grad for name, parameter in model.named_parameters()})
+    keep(answers, "features", features(model, samples, tokens))
+    if geometry == "frequency_1":
+        # As LAVIS trains: features from the other side of a similarity carry no gradient, not even the process's own.
+        model.zero_grad()
+        lavis_files.gather(own_gradients=False)
+        answer(model, samples, drawn)["loss"].backward()
+        lavis_files.gather(own_gradients=True)
+        ends = ("vision_proj.weight", "text_proj.weight", "query_tokens", "temp", "ln_vision.weight")
+        keep(answers, "gradients_gathered", {name: model.get_parameter(name).grad for name in ends})
+    for name, settings in CAPTIONS.items():
+        keep(answers, f"captions/{name}", caption(model, pixels, settings))
+    return answers
+
+
+def record_nucleus() -> dict[str, np.ndarray]:
+    """What is drawn from when LAVIS samples: it names `top_p` only, and transformers adds a `top_k` of its own."""
+    settings = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
+    defaults = GenerationConfig(do_sample=True, top_p=settings["top_p"])
+    assert all(getattr(defaults, name) == value for name, value in settings.items())
+    logits = torch.from_numpy(cases.draw("nucleus", (5, 120))) * torch.tensor([[0.1], [0.5], [1], [2], [8]])
+    warper = blip2.BertLMHeadModel(blip2.BertConfig(num_hidden_layers=0))._get_logits_warper(defaults)
+    probabilities = warper(None, logits).softmax(dim=-1)
+    return {"logits": logits.numpy(), "probabilities": probabilities.numpy()} | {
+        name: np.array(value) for name, value in settings.items()
+    }
+
+
+def keep(answers: dict[str, np.ndarray], label: str, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        answers[f"{label}/{name}"] = value.detach().numpy() if isinstance(value, torch.Tensor) else np.array(value)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {geometry: record(geometry) for geometry in GEOMETRIES} | {"nucleus": record_nucleus()}
+    for name, answers in records.items():
+        np.savez_compressed(folder / f"pretraining_{name}.npz", **answers)
+        print(f"pretraining_{name}: {len(answers)} arrays")
+
+
+if __name__ == "__main__":
+    main()
