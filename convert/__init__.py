@@ -4,9 +4,10 @@
 apply them. Whole folders on disk are `flax_qformer.checkpoint`'s.
 """
 
+import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,22 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
 
 from flax_qformer.config import Blip2Config
-from flax_qformer.convert.layouts import LEFT_OUT, PREFIX, Layout, Parameter, parameters
+from flax_qformer.convert.layouts import (
+    BERT_BIAS,
+    LEFT_OUT,
+    PARTS,
+    PREFIX,
+    TIED,
+    Layout,
+    Parameter,
+    Part,
+    bert_bias,
+    parameters,
+)
 from flax_qformer.convert.tensors import StoredTensor, listed
 from flax_qformer.errors import InputError
 
-__all__ = ["Converted", "check_shapes", "convert", "export", "layout_of"]
+__all__ = ["Converted", "check_shapes", "convert", "export", "layout_of", "parts_of"]
 
 PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 
@@ -34,7 +46,7 @@ class Converted:
     Attributes:
       params: nested dictionaries of arrays.
       layout: the naming that the checkpoint follows.
-      left_out: names of tensors that a rule leaves out.
+      left_out: names of tensors that a rule leaves out, among them those of parts that were not asked for.
     """
 
     params: dict[str, Any]
@@ -45,6 +57,7 @@ class Converted:
 def convert(
     tensors: Mapping[str, StoredTensor],
     config: Blip2Config,
+    parts: Iterable[Part] = ("proj_layer",),
     *,
     dtype: DTypeLike | None = None,
     allow_non_finite: bool = False,
@@ -54,6 +67,7 @@ def convert(
     Args:
       tensors: as `tensors.open_tensors` lists them; read as they are converted.
       config: the model that they belong to.
+      parts: what the model has besides queries, towers and layers.
       dtype: cast the parameters; by default each keeps its own.
       allow_non_finite: accept infinities and NaN.
 
@@ -63,21 +77,26 @@ def convert(
     """
     layout = layout_of(tensors)
     rule, prefix = LEFT_OUT[layout], PREFIX[layout]
+    wanted = list(parameters(config, layout, parts))
+    unused = _names(layout, [part for part in PARTS if part not in parts]) | {TIED[layout][0]}
     stored: dict[str, list[str]] = {}
     left_out = []
     for full_name in tensors:
         name = full_name.removeprefix(prefix)
-        if rule.fullmatch(name):
+        if rule.fullmatch(name) or name in unused:
             left_out.append(full_name)
         else:
             stored.setdefault(name, []).append(full_name)
-    wanted = list(parameters(config, layout))
     twice = [name for names in stored.values() if len(names) > 1 for name in sorted(names)]
     if twice:
         raise InputError(f"parameters would be filled twice, by {listed(twice)}")
+    for name in stored.get(BERT_BIAS.name(layout), []):
+        wanted.append(bert_bias(layout, math.prod(tensors[name].shape)))
     check_shapes(
         {name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted}
     )
+    if "heads" in parts:
+        _check_tied(tensors, layout)
     pairs = [(parameter, tensors[stored[parameter.name][0]]) for parameter in wanted]
     _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
 
@@ -97,19 +116,46 @@ def convert(
 
 
 def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
-    """Turn a parameter tree into PyTorch's tensors by name: the inverse of `convert`, bit for bit.
+    """Turn a parameter tree, with the parts that it has, into PyTorch's tensors by name: the inverse of `convert`.
 
     Raises:
       InputError: the tree is not that of the config.
     """
     flat = flatten_dict(dict(params), sep="/")
-    wanted = list(parameters(config, layout))
+    parts: list[Part] = [part for part, rows in PARTS.items() if any(row.path in flat for row in rows)]
+    wanted = list(parameters(config, layout, parts))
+    if BERT_BIAS.path in flat:
+        wanted.append(bert_bias(layout, np.size(flat[BERT_BIAS.path])))
     check_shapes({path: np.shape(value) for path, value in flat.items()}, {p.path: p.shape for p in wanted})
     tensors = {p.name: p.to_torch(np.asarray(flat[p.path])) for p in wanted}
+    # A buffer, which both look for.
+    position_ids = np.arange(config.qformer_config.max_position_embeddings)[None]
     if layout == "diffusers":
-        # A buffer of upstream's, without which it warns.
-        tensors["embeddings.position_ids"] = np.arange(config.qformer_config.max_position_embeddings)[None]
+        return tensors | {"embeddings.position_ids": position_ids}
+    tensors["Qformer.bert.embeddings.position_ids"] = position_ids
+    if "heads" in parts:
+        decoder, words = TIED[layout]
+        tensors[decoder] = tensors[words]
     return tensors
+
+
+def parts_of(names: Collection[str]) -> set[Part]:
+    """The parts of which a checkpoint has at least a tensor."""
+    layout = layout_of(names)
+    found = {name.removeprefix(PREFIX[layout]) for name in names}
+    return {part for part in PARTS if found & _names(layout, [part])}
+
+
+def _names(layout: Layout, parts: Iterable[Part]) -> set[str]:
+    names = {row.name(layout) for part in parts for row in PARTS[part]}
+    return names | {BERT_BIAS.name(layout)} if "heads" in parts else names
+
+
+def _check_tied(tensors: Mapping[str, StoredTensor], layout: Layout) -> None:
+    short = {name.removeprefix(PREFIX[layout]): tensor for name, tensor in tensors.items()}
+    copy, table = TIED[layout]
+    if copy in short and not np.array_equal(short[copy].view(), short[table].view()):
+        raise InputError(f"{copy} differs from {table}, of which it should be a copy: the LM head here has no table")
 
 
 def layout_of(names: Collection[str]) -> Layout:

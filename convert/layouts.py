@@ -10,7 +10,7 @@ row is a permutation of PyTorch's axes and then a reshape. `1` is an axis of len
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 from flax_qformer.config import Blip2Config
 
 Layout = Literal["diffusers", "lavis"]
+Part = Literal["proj_layer", "heads"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Row:
     lavis: str
     axes: str
     lavis_axes: str | None = None
+
+    def name(self, layout: Layout) -> str:
+        return self.diffusers if layout == "diffusers" else self.lavis
 
 
 def _dense(path: str, diffusers: str, lavis: str, inner: str, outer: str) -> tuple[Row, Row]:
@@ -86,9 +90,6 @@ MODEL = (
         "positions width -> positions width",
     ),
     *_layer_norm("embeddings/LayerNorm", "embeddings.LayerNorm", "Qformer.bert.embeddings.LayerNorm", "width"),
-    *_dense("proj_layer/dense1", "proj_layer.dense1", "proj_layer.dense1", "width", "proj_inner"),
-    *_dense("proj_layer/dense2", "proj_layer.dense2", "proj_layer.dense2", "proj_inner", "width"),
-    *_layer_norm("proj_layer/LayerNorm", "proj_layer.LayerNorm", "proj_layer.LayerNorm", "width"),
     Row(
         "visual_encoder/embeddings/class_embedding",
         "visual_encoder.embeddings.class_embedding",
@@ -169,6 +170,37 @@ QFORMER_CROSS_LAYER = _attention(
     "heads",
 )
 
+PROJ_LAYER = (
+    *_dense("proj_layer/dense1", "proj_layer.dense1", "proj_layer.dense1", "width", "proj_inner"),
+    *_dense("proj_layer/dense2", "proj_layer.dense2", "proj_layer.dense2", "proj_inner", "width"),
+    *_layer_norm("proj_layer/LayerNorm", "proj_layer.LayerNorm", "proj_layer.LayerNorm", "width"),
+)
+
+_CLS = "cls.predictions"
+HEADS = (
+    *_dense("vision_proj", "vision_proj", "vision_proj", "width", "features"),
+    *_dense("text_proj", "text_proj", "text_proj", "width", "features"),
+    *_dense("itm_head", "itm_head", "itm_head", "width", "2"),
+    Row("temp", "temp", "temp", " -> "),
+    *_dense(
+        "lm_head/transform/dense", f"{_CLS}.transform.dense", f"Qformer.{_CLS}.transform.dense", "width", "transformed"
+    ),
+    *_layer_norm(
+        "lm_head/transform/LayerNorm",
+        f"{_CLS}.transform.LayerNorm",
+        f"Qformer.{_CLS}.transform.LayerNorm",
+        "transformed",
+    ),
+    Row("lm_head/bias", f"{_CLS}.decoder.bias", f"Qformer.{_CLS}.decoder.bias", "words -> words"),
+)
+
+BERT_BIAS = Row("lm_head/bert_bias", f"{_CLS}.bias", f"Qformer.{_CLS}.bias", "any -> any")
+"""The LM head's bias from before LAVIS added a word, and with it a bias of the decoder's own. Nothing reads it; it may
+have any length or be absent, and is kept so that a checkpoint comes back whole."""
+
+PARTS: dict[Part, tuple[Row, ...]] = {"proj_layer": PROJ_LAYER, "heads": HEADS}
+"""What a model has besides, by class: `Blip2QFormerModel` the one, `Blip2ForPreTraining` the other."""
+
 SECTIONS: tuple[tuple[Callable[[Blip2Config], range], tuple[Row, ...]], ...] = (
     (lambda c: range(1), MODEL),
     (lambda c: range(c.vision_config.num_hidden_layers), VISION_LAYER),
@@ -188,11 +220,17 @@ LEFT_OUT = {
     "diffusers": re.compile(r"embeddings\.position_ids"),
     "lavis": re.compile(
         r"Qformer\.bert\.embeddings\.position_ids"
-        r"|(Qformer\.cls|vision_proj|text_proj|itm_head|unet|vae|text_encoder|controlnet)\..*"
-        r"|temp|ctx_embeddings_cache"
+        r"|(unet|vae|text_encoder|controlnet)\..*"
+        r"|ctx_embeddings_cache"
     ),
 }
-"""What a checkpoint may hold besides: a constant, LAVIS's heads of the first stage, and the rest of BLIP-Diffusion."""
+"""What a checkpoint may hold besides: a constant, and the rest of BLIP-Diffusion."""
+
+TIED = {
+    "diffusers": (f"{_CLS}.decoder.weight", "embeddings.word_embeddings.weight"),
+    "lavis": (f"Qformer.{_CLS}.decoder.weight", "Qformer.bert.embeddings.word_embeddings.weight"),
+}
+"""The decoder's kernel, and the table that it is a copy of."""
 
 
 @dataclass(frozen=True)
@@ -214,19 +252,22 @@ class Parameter:
     def to_torch(self, value: np.ndarray) -> np.ndarray:
         """The parameter as PyTorch has it. value: `shape` -> `torch_shape`."""
         merged = value.reshape([self.torch_shape[axis] for axis in self.order])
-        return np.ascontiguousarray(merged.transpose(np.argsort(self.order)))
+        return np.asarray(merged.transpose(np.argsort(self.order)), order="C")
 
 
-def parameters(config: Blip2Config, layout: Layout) -> Iterator[Parameter]:
-    """Every parameter of a model, with its name in a layout."""
-    for layers, rows in SECTIONS:
+def parameters(config: Blip2Config, layout: Layout, parts: Iterable[Part] = ("proj_layer",)) -> Iterator[Parameter]:
+    """Every parameter of a model that has these parts, with its name in a layout."""
+    once = [(lambda c: range(1), PARTS[part]) for part in parts]
+    for layers, rows in (*SECTIONS, *once):
         for i in layers(config):
             sizes = _sizes(config, i)
             for row in rows:
-                name, axes = (
-                    (row.diffusers, row.axes) if layout == "diffusers" else (row.lavis, row.lavis_axes or row.axes)
-                )
-                yield _concrete(row.path.format(i=i), name.format(i=i), axes, sizes)
+                axes = row.axes if layout == "diffusers" else row.lavis_axes or row.axes
+                yield _concrete(row.path.format(i=i), row.name(layout).format(i=i), axes, sizes)
+
+
+def bert_bias(layout: Layout, length: int) -> Parameter:
+    return _concrete(BERT_BIAS.path, BERT_BIAS.name(layout), BERT_BIAS.axes, {"any": length})
 
 
 def _concrete(path: str, name: str, axes: str, sizes: Mapping[str, int]) -> Parameter:
@@ -246,7 +287,10 @@ def _sizes(config: Blip2Config, layer: int) -> dict[str, int]:
     vision, qformer = config.vision_config, config.qformer_config
     return {
         "1": 1,
+        "2": 2,
         "3": 3,
+        "transformed": qformer.hidden_size,
+        "features": config.image_text_hidden_size,
         "channels": 3,
         "patch_y": vision.patch_size,
         "patch_x": vision.patch_size,

@@ -11,6 +11,7 @@ from .attention_maps import attention_maps, draw_attention
 from .checkpoint import convert_checkpoint, export_checkpoint, from_pretrained, save_pretrained
 from .config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from .errors import InputError
+from .pretraining import Blip2ForPreTraining, PreTrainingOutput
 from .processor import ImageProcessor, Processor
 from .qformer import Blip2QFormerModel, QFormerOutput
 from .surgery import get_input_embeddings, prune_heads, resize_token_embeddings, set_input_embeddings
@@ -18,12 +19,14 @@ from .vision import Blip2VisionModel, VisionOutput
 
 __all__ = [
     "Blip2Config",
+    "Blip2ForPreTraining",
     "Blip2QFormerConfig",
     "Blip2QFormerModel",
     "Blip2VisionConfig",
     "Blip2VisionModel",
     "ImageProcessor",
     "InputError",
+    "PreTrainingOutput",
     "Processor",
     "QFormerOutput",
     "VisionOutput",

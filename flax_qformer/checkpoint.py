@@ -6,13 +6,14 @@ saved along, the tokenizer's files and `preprocessor_config.json`.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,51 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from .config import BLIP_DIFFUSION, Blip2Config, read_json
-from .convert import check_shapes, convert, export, layout_of
-from .convert.layouts import parameters
+from .config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
+from .convert import check_shapes, convert, export, layout_of, parts_of
+from .convert.layouts import BERT_BIAS, Layout, Part, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError
+from .pretraining.model import Blip2ForPreTraining
 from .processor import ImageProcessor, Processor, tokenizer_of, write_image_settings
-from .qformer import Blip2QFormerModel
+from .qformer import Blip2QFormerModel, QFormer
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
 from .writing import check_absent, check_space, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+PARTS: dict[type[QFormer], Part] = {Blip2QFormerModel: "proj_layer", Blip2ForPreTraining: "heads"}
+"""The part that only a model of this class has."""
+
+AnyModel = Blip2QFormerModel | Blip2ForPreTraining
+Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
+
+log = logging.getLogger(__name__)
+
+
+@overload
+def from_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    dtype: DTypeLike = ...,
+    param_dtype: DTypeLike | None = ...,
+    *,
+    model_class: type[Model],
+    config: str | os.PathLike[str] | Blip2Config | None = ...,
+    allow_non_finite: bool = ...,
+) -> tuple[Model, dict[str, Any]]: ...
+
+
+@overload
+def from_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    dtype: DTypeLike = ...,
+    param_dtype: DTypeLike | None = ...,
+    *,
+    model_class: None = ...,
+    config: str | os.PathLike[str] | Blip2Config | None = ...,
+    allow_non_finite: bool = ...,
+) -> tuple[AnyModel, dict[str, Any]]: ...
 
 
 def from_pretrained(
@@ -39,9 +74,10 @@ def from_pretrained(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     *,
+    model_class: type[AnyModel] | None = None,
     config: str | os.PathLike[str] | Blip2Config | None = None,
     allow_non_finite: bool = False,
-) -> tuple[Blip2QFormerModel, dict[str, Any]]:
+) -> tuple[AnyModel, dict[str, Any]]:
     """Load a model, from a Flax or a PyTorch checkpoint alike.
 
     Args:
@@ -49,6 +85,8 @@ def from_pretrained(
         file, the `*.index.json` of a sharded one, or a hub id.
       dtype: what the model computes in: float32, bfloat16 or float16.
       param_dtype: what the parameters are kept in; by default each as it is stored.
+      model_class: `Blip2QFormerModel` or `Blip2ForPreTraining`; by default what the checkpoint is. What a class has
+        and the checkpoint lacks is drawn afresh, as the log says: heads from a seed, `proj_layer` as the identity.
       config: a `config.json`, or the config itself, where the checkpoint brings none or a wrong one.
       allow_non_finite: accept infinities and NaN in a PyTorch checkpoint.
 
@@ -59,14 +97,14 @@ def from_pretrained(
       InputError: there is no such checkpoint, or it does not fit its config.
     """
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
-    loaded = _load(locate(path_or_hub_id), config, kept, allow_non_finite)
-    model = Blip2QFormerModel(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
+    loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite)
+    model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
     return model, loaded.params
 
 
 def save_pretrained(
     path: str | os.PathLike[str],
-    model: Blip2QFormerModel,
+    model: AnyModel,
     params: Mapping[str, Any],
     processor: Processor | None = None,
     *,
@@ -78,9 +116,9 @@ def save_pretrained(
       InputError: the folder exists and may not be replaced, or the parameters are not those of the model.
     """
     shapes = {path: np.shape(value) for path, value in flatten_dict(dict(params), sep="/").items()}
-    check_shapes(shapes, _shapes(model.config))
+    _check(shapes, model.config, type(model))
     with new_folder(Path(path), overwrite) as folder:
-        _write_config(folder, model.config)
+        _write_config(folder, model.config, type(model))
         if processor is not None:
             processor.save_pretrained(folder)
         _write_params(folder, params)
@@ -115,9 +153,9 @@ def convert_checkpoint(
     """
     check_absent(Path(destination), overwrite)
     found = locate(source)
-    loaded = _load(found, config, None if dtype is None else as_dtype(dtype), allow_non_finite)
+    loaded = _load(found, None, config, None if dtype is None else as_dtype(dtype), allow_non_finite)
     with new_folder(Path(destination), overwrite) as folder:
-        notes = _write_settings(folder, found, loaded.config, tokenizer)
+        notes = _write_settings(folder, found, loaded, tokenizer)
         _write_params(folder, loaded.params)
     return f"{loaded.summary()}; wrote {destination}{notes}"
 
@@ -126,19 +164,36 @@ def export_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    dtype: DTypeLike | None = None,
+    layout: Layout | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write a folder that upstream's `Blip2QFormerModel.from_pretrained` loads; `flax-qformer export`.
+    """Write a folder with a PyTorch checkpoint; `flax-qformer export`.
 
-    Arguments, result and errors are those of `convert_checkpoint`.
+    Args:
+      source: anything that `from_pretrained` takes.
+      destination: the folder to make, whole or not at all.
+      layout: by whose names. "diffusers", the default, is for upstream's `Blip2QFormerModel.from_pretrained`; a stage-1
+        model gets a `proj_layer` that passes everything through, and keeps its heads, which upstream leaves alone.
+        "lavis", the default for a stage-1 model, is for the `load_state_dict` of LAVIS's.
+      overwrite: replace an existing folder.
+
+    Returns:
+      A line on what was done.
+
+    Raises:
+      InputError: the source cannot be used, or the destination exists.
     """
     check_absent(Path(destination), overwrite)
     found = locate(source)
-    loaded = _load(found, None, None if dtype is None else as_dtype(dtype), allow_non_finite=True)
+    loaded = _load(found, None, None, None, allow_non_finite=True)
+    if layout is None:
+        layout = "lavis" if loaded.model_class is Blip2ForPreTraining else "diffusers"
+    if layout == "diffusers" and loaded.model_class is Blip2ForPreTraining:
+        params = loaded.params | _drawn(Blip2QFormerModel, loaded.config, ["proj_layer"])
+        loaded = replace(loaded, model_class=Blip2QFormerModel, params=params)
     with new_folder(Path(destination), overwrite) as folder:
-        notes = _write_settings(folder, found, loaded.config, None)
-        tensors = export(loaded.params, loaded.config)
+        notes = _write_settings(folder, found, loaded, None)
+        tensors = export(loaded.params, loaded.config, layout)
         with _saving(folder, tensors.values()):
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         # safetensors lets nobody else read what it writes.
@@ -161,6 +216,7 @@ def as_dtype(name: DTypeLike) -> jnp.dtype:
 class _Loaded:
     """A checkpoint in memory."""
 
+    model_class: type[AnyModel]
     config: Blip2Config
     params: dict[str, Any]
     layout: str
@@ -178,26 +234,68 @@ class _Loaded:
 
 def _load(
     source: Source,
+    model_class: type[AnyModel] | None,
     config: str | os.PathLike[str] | Blip2Config | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
 ) -> _Loaded:
+    """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
     if source.params:
-        return _load_ours(source.params, _config(source, config), dtype)
-    if not source.weights:
+        loaded = _load_ours(source.params, model_class, _config(source, config), dtype)
+    elif source.weights:
+        loaded = _load_pytorch(source, model_class, config, dtype, allow_non_finite)
+    else:
         raise InputError(f"{source.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
+    wanted = _shapes(loaded.config, loaded.model_class)
+    fresh = sorted({path.split("/")[0] for path in wanted} - loaded.params.keys())
+    if not fresh:
+        return loaded
+    log.warning("%s has no %s: drawn afresh", source.name, ", ".join(fresh))
+    return replace(loaded, params=loaded.params | _drawn(loaded.model_class, loaded.config, fresh, dtype))
+
+
+def _class_of(source: Source) -> type[AnyModel] | None:
+    names = read_json(source.config).get("architectures") if source.config else None
+    return {c.__name__: c for c in PARTS}.get(names[0]) if isinstance(names, list) and names else None
+
+
+def _load_pytorch(
+    source: Source,
+    model_class: type[AnyModel] | None,
+    config: str | os.PathLike[str] | Blip2Config | None,
+    dtype: jnp.dtype | None,
+    allow_non_finite: bool,
+) -> _Loaded:
     tensors = merged(_open(path) for path in source.weights)
-    layout = layout_of(tensors)
+    layout, parts = layout_of(tensors), parts_of(tensors)
+    is_stage_1 = parts == {"heads"}
+    model_class = model_class or _class_of(source) or (Blip2ForPreTraining if is_stage_1 else Blip2QFormerModel)
     assumed = config is None and source.config is None and layout == "lavis"
-    used = BLIP_DIFFUSION if assumed else _config(source, config)
+    used = (BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION) if assumed else _config(source, config)
+    # What is missing as a whole is drawn; from a checkpoint with neither part, nothing is missing.
+    wanted = [PARTS[model_class]] if not parts or PARTS[model_class] in parts else []
     try:
-        converted = convert(tensors, used, dtype=dtype, allow_non_finite=allow_non_finite)
+        converted = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite)
     except InputError as error:
         about = (
             "the published geometry is assumed, --config FILE names another" if assumed else _left_to_default(source)
         )
         raise InputError(f"{source.name}: {error}{about and '; ' + about}") from None
-    return _Loaded(used, converted.params, layout, len(converted.left_out))
+    return _Loaded(model_class, used, converted.params, layout, len(converted.left_out))
+
+
+def _drawn(
+    model_class: type[AnyModel], config: Blip2Config, names: Iterable[str], dtype: jnp.dtype | None = None
+) -> dict[str, Any]:
+    """Fresh parameters under these names, from a fixed seed."""
+    model, size = model_class(config, param_dtype=dtype or jnp.float32), config.vision_config.image_size
+
+    @jax.jit
+    def draw(key: jax.Array) -> dict[str, Any]:
+        tree = model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), int))["params"]
+        return {name: tree[name] for name in names}
+
+    return draw(jax.random.key(0))
 
 
 def _open(path: Path) -> dict[str, StoredTensor]:
@@ -232,18 +330,26 @@ def _left_to_default(source: Source) -> str:
     return f"its config leaves to the defaults: {', '.join(missing)}" if missing else ""
 
 
-def _shapes(config: Blip2Config) -> dict[str, tuple[int, ...]]:
-    return {parameter.path: parameter.shape for parameter in parameters(config, "diffusers")}
+def _shapes(config: Blip2Config, model_class: type[AnyModel]) -> dict[str, tuple[int, ...]]:
+    return {parameter.path: parameter.shape for parameter in parameters(config, "diffusers", [PARTS[model_class]])}
 
 
-def _load_ours(folder: Path, config: Blip2Config, dtype: jnp.dtype | None) -> _Loaded:
+def _check(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_class: type[AnyModel]) -> None:
+    found = {path: shape for path, shape in shapes.items() if path != BERT_BIAS.path}
+    check_shapes(found, _shapes(config, model_class))
+
+
+def _load_ours(
+    folder: Path, model_class: type[AnyModel] | None, config: Blip2Config, dtype: jnp.dtype | None
+) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
     try:
         stored = flatten_dict(ocp.metadata(folder).metadata, sep="/")
     except Exception as error:
         raise InputError(f"{folder} is damaged or no orbax checkpoint ({error}); convert it again") from None
-    check_shapes({path: leaf.shape for path, leaf in stored.items()}, _shapes(config))
+    stored_class = Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel
+    _check({path: leaf.shape for path, leaf in stored.items()}, config, stored_class)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=device) for path, leaf in stored.items()
@@ -252,11 +358,14 @@ def _load_ours(folder: Path, config: Blip2Config, dtype: jnp.dtype | None) -> _L
         params = ocp.load(folder, unflatten_dict(wanted, sep="/"))
     except Exception as error:
         raise InputError(f"{folder} is damaged ({error}); convert it again") from None
-    return _Loaded(config, params, "flax")
+    model_class = model_class or stored_class
+    of_class = {path.split("/")[0] for path in _shapes(config, model_class)}
+    return _Loaded(model_class, config, {name: tree for name, tree in params.items() if name in of_class}, "flax")
 
 
-def _write_config(folder: Path, config: Blip2Config) -> None:
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+def _write_config(folder: Path, config: Blip2Config, model_class: type[AnyModel]) -> None:
+    values = {"architectures": [model_class.__name__], **config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
@@ -281,12 +390,12 @@ def _saving(folder: Path, arrays: Iterable[np.ndarray]) -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _write_settings(folder: Path, source: Source, config: Blip2Config, tokenizer: str | os.PathLike[str] | None) -> str:
+def _write_settings(folder: Path, source: Source, loaded: _Loaded, tokenizer: str | os.PathLike[str] | None) -> str:
     """Write everything but the parameters; return what the caller should know of it."""
-    _write_config(folder, config)
-    write_image_settings(folder, ImageProcessor.from_source(source, config.vision_config.image_size))
+    _write_config(folder, loaded.config, loaded.model_class)
+    write_image_settings(folder, ImageProcessor.from_source(source, loaded.config.vision_config.image_size))
     try:
-        files = tokenizer_of(source, config, tokenizer)
+        files = tokenizer_of(source, loaded.config, tokenizer)
     except InputError as error:
         if tokenizer is not None:
             raise

@@ -90,11 +90,12 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    print(export_checkpoint(options.source, options.destination, overwrite=options.overwrite))
+    print(export_checkpoint(options.source, options.destination, layout=options.layout, overwrite=options.overwrite))
 
 
 def _load(options: argparse.Namespace) -> tuple[Blip2QFormerModel, dict[str, Any], Processor]:
-    model, params = from_pretrained(options.model, as_dtype(options.dtype), config=options.config)
+    dtype = as_dtype(options.dtype)
+    model, params = from_pretrained(options.model, dtype, model_class=Blip2QFormerModel, config=options.config)
     return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
 
 
@@ -196,12 +197,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "export",
         help="a Flax folder to what upstream loads",
-        description="Write a folder that diffusers' Blip2QFormerModel.from_pretrained loads: the inverse of convert, "
-        "bit for bit.",
+        description="Write a folder with model.safetensors, which PyTorch loads: the inverse of convert, bit for bit.",
     )
     command.set_defaults(run=export)
     command.add_argument("source", metavar="SRC", help="a Flax folder, or anything that convert takes")
     command.add_argument("destination", metavar="DST", help="the folder to make")
+    command.add_argument(
+        "--layout",
+        choices=("diffusers", "lavis"),
+        help="what loads it: diffusers' Blip2QFormerModel.from_pretrained, or load_state_dict of LAVIS's stage-1 model "
+        "(default: lavis for a stage-1 model, else diffusers)",
+    )
     _add_overwrite(command)
     return parser
 

@@ -31,6 +31,8 @@ class _Config:
                 raise InputError(f"{name} is {_short(value)}; it must be a number from {low} to {high}")
             if f.type is bool and type(value) is not bool:
                 raise InputError(f"{name} is {_short(value)}; it must be true or false")
+            if f.type == (int | None) and not (value is None or (type(value) is int and value >= 0)):
+                raise InputError(f"{name} is {_short(value)}; it must be a whole number from 0, or null")
             if f.type == (str | None) and not isinstance(value, str | None):
                 raise InputError(f"{name} is {_short(value)}; it must be text")
             if f.name == "hidden_act" and not (isinstance(value, str) and value in ACTIVATIONS):
@@ -125,6 +127,7 @@ class Blip2QFormerConfig(_Config):
     max_position_embeddings: int = _int(512)
     layer_norm_eps: float = _float(1e-12)
     pad_token_id: int = _int(0, 0)
+    bos_token_id: int | None = None
     position_embedding_type: str = "absolute"
     cross_attention_frequency: int = _int(2)
     chunk_size_feed_forward: int = _int(0, 0)
@@ -145,6 +148,11 @@ class Blip2QFormerConfig(_Config):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def start_token_id(self) -> int:
+        """The number of [DEC], which begins captions; tokenizers add it last."""
+        return self.vocab_size - 1 if self.bos_token_id is None else self.bos_token_id
+
     def has_cross_attention(self, layer: int) -> bool:
         return layer % self.cross_attention_frequency == 0
 
@@ -161,6 +169,7 @@ class Blip2Config(_Config):
     vision_config: Blip2VisionConfig = Blip2VisionConfig()
     qformer_config: Blip2QFormerConfig = Blip2QFormerConfig()
     num_query_tokens: int = _int(32)
+    image_text_hidden_size: int = _int(256)
     pruned_heads: tuple[tuple[int, tuple[int, ...]], ...] = ()
     tokenizer: str | None = None
 
@@ -213,7 +222,6 @@ class Blip2Config(_Config):
     def to_dict(self) -> dict[str, Any]:
         """The config as upstream's `save_pretrained` writes it, every field spelled out."""
         values = {
-            "architectures": ["Blip2QFormerModel"],
             "model_type": "blip-2",
             **super().to_dict(),
             "pruned_heads": {str(layer): list(heads) for layer, heads in self.pruned_heads},
@@ -264,3 +272,10 @@ BLIP_DIFFUSION = Blip2Config(
 
 LAVIS's tower (`clip_vit.py`) normalises with PyTorch's eps of 1e-5. Converted diffusers checkpoints state their own.
 """
+
+BLIP2_VIT_L = dataclasses.replace(
+    BLIP_DIFFUSION,
+    qformer_config=dataclasses.replace(BLIP_DIFFUSION.qformer_config, cross_attention_frequency=2),
+    num_query_tokens=32,
+)
+"""LAVIS's stage-1 model `pretrain_vitL`."""

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .errors import InputError
-
 INITIALIZER = nn.initializers.normal(0.02)
 """BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
 
@@ -34,8 +32,8 @@ class Block(nn.Module, kw_only=True):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     @nn.nowrap
-    def dense(self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], use_bias: bool = True) -> "Dense":
-        return Dense(in_shape, out_shape, use_bias, name=name, **self.policy)
+    def dense(self, name: str | None, in_shape: tuple[int, ...], out_shape: tuple[int, ...], **details: Any) -> "Dense":
+        return Dense(in_shape, out_shape, name=name, **details, **self.policy)
 
     @nn.nowrap
     def layer_norm(self, name: str, eps: float) -> nn.LayerNorm:
@@ -52,11 +50,12 @@ class Dense(Block):
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = INITIALIZER
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., *in_shape) -> (..., *out_shape) in `dtype`."""
-        kernel = self.param("kernel", INITIALIZER, self.in_shape + self.out_shape, self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init, self.in_shape + self.out_shape, self.param_dtype)
         n = len(self.in_shape)
         contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
@@ -137,12 +136,10 @@ def dot_product_attention(
     return context.astype(query.dtype), weights
 
 
-def mask_bias(mask: jax.Array, masked: float, name: str) -> jax.Array:
+def mask_bias(mask: jax.Array, masked: float) -> jax.Array:
     """Turn a mask of ones (keep) and zeros (leave out) into what is added to attention scores.
 
     mask: (batch, keys) or (batch, queries, keys) -> (batch, 1, 1 or queries, keys), float32.
     """
-    if mask.ndim not in (2, 3):
-        raise InputError(f"{name} has shape {mask.shape}; it must be (batch, keys) or (batch, queries, keys)")
     mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None, :, :]
     return (1.0 - mask.astype(jnp.float32)) * masked

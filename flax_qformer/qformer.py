@@ -1,5 +1,7 @@
 """Image embeddings and text to query embeddings: the Q-Former."""
 
+from typing import TypeAlias
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -19,6 +21,9 @@ from .layers import (
 )
 from .vision import Blip2VisionModel, VisionOutput
 
+KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
+"""Keys and values of one self-attention, each (batch, tokens, heads, head_dim)."""
+
 
 @flax.struct.dataclass
 class QFormerOutput:
@@ -33,6 +38,8 @@ class QFormerOutput:
       attentions: (batch, heads, N, N) of each layer; None unless asked for.
       cross_attentions: (batch, heads, num_query_tokens, image tokens) of each layer that cross-attends; None unless
         asked for.
+      past_key_values: self-attention keys and values of each layer, each (batch, tokens, heads, head_dim), those given
+        included; None unless asked for.
     """
 
     last_hidden_state: jax.Array
@@ -41,6 +48,7 @@ class QFormerOutput:
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
     cross_attentions: tuple[jax.Array, ...] | None = None
+    past_key_values: tuple[KeyValue, ...] | None = None
 
 
 class _Table(Block):
@@ -61,8 +69,17 @@ class Blip2TextEmbeddings(Block):
     config: Blip2QFormerConfig
 
     @nn.compact
-    def __call__(self, queries: jax.Array | None, input_ids: jax.Array | None, deterministic: bool) -> jax.Array:
-        """queries: (batch, queries, width), input_ids: (batch, T), either may be None -> (batch, N, width)."""
+    def __call__(
+        self,
+        queries: jax.Array | None,
+        input_ids: jax.Array | None,
+        first_position: int | jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        """queries: (batch, queries, width), input_ids: (batch, T), either may be None -> (batch, N, width).
+
+        The text's first token has the position `first_position`.
+        """
         c = self.config
         parts = [] if queries is None else [queries.astype(self.dtype)]
         if input_ids is not None:
@@ -71,7 +88,7 @@ class Blip2TextEmbeddings(Block):
             is_pad = (input_ids == c.pad_token_id)[..., None]
             words = jnp.where(is_pad, jax.lax.stop_gradient(words), words)
             positions = _Table((c.max_position_embeddings, c.hidden_size), name="position_embeddings", **self.policy)
-            parts.append(words + positions(jnp.arange(input_ids.shape[1])))
+            parts.append(words + positions(first_position + jnp.arange(input_ids.shape[1])))
         x = self.layer_norm("LayerNorm", c.layer_norm_eps)(jnp.concatenate(parts, axis=1))
         return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
 
@@ -89,18 +106,23 @@ class Blip2QFormerMultiHeadAttention(Block):
         context: jax.Array,
         bias: jax.Array | None,
         head_mask: jax.Array | None,
+        past: KeyValue | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x: (batch, queries, width) attends to context: (batch, keys, context width).
+    ) -> tuple[jax.Array, jax.Array, KeyValue]:
+        """x: (batch, queries, width) attends to context: (batch, keys, context width), and to what is past before it.
 
-        Returns (batch, queries, heads, head_dim), and weights (batch, heads, queries, keys).
+        Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values.
         """
         heads = (self.num_heads, self.config.head_dim)
         query = self.dense("query", x.shape[-1:], heads)(x)
         key = self.dense("key", context.shape[-1:], heads)(context)
         value = self.dense("value", context.shape[-1:], heads)(context)
+        if past is not None:
+            key = jnp.concatenate([past[0].astype(key.dtype), key], axis=1)
+            value = jnp.concatenate([past[1].astype(value.dtype), value], axis=1)
         dropout = nn.Dropout(self.config.attention_probs_dropout_prob, deterministic=deterministic)
-        return dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
+        attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
+        return attended, weights, (key, value)
 
 
 class _ResidualOutput(Block):
@@ -130,12 +152,13 @@ class Blip2QFormerAttention(Block):
         context: jax.Array,
         bias: jax.Array | None,
         head_mask: jax.Array | None,
+        past: KeyValue | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x: (batch, queries, width) -> the same shape, and weights (batch, heads, queries, keys)."""
+    ) -> tuple[jax.Array, jax.Array, KeyValue]:
+        """x: (batch, queries, width) -> the same shape, weights (batch, heads, queries, keys), and keys and values."""
         attention = Blip2QFormerMultiHeadAttention(self.config, self.num_heads, name="attention", **self.policy)
-        attended, weights = attention(x, context, bias, head_mask, deterministic)
-        return _ResidualOutput(self.config, name="output", **self.policy)(attended, x, deterministic), weights
+        attended, weights, cache = attention(x, context, bias, head_mask, past, deterministic)
+        return _ResidualOutput(self.config, name="output", **self.policy)(attended, x, deterministic), weights, cache
 
 
 class _Intermediate(Block):
@@ -169,27 +192,29 @@ class Blip2QFormerLayer(Block):
         bias: jax.Array | None,
         image_bias: jax.Array | None,
         head_mask: jax.Array | None,
+        past: KeyValue | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and two sets of weights.
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, KeyValue]:
+        """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and what it came from.
 
-        The weights are (batch, heads, N, N), and (batch, heads, num_queries, image tokens) or None.
+        That is the weights, (batch, heads, N, past + N), those of cross-attention, (batch, heads, num_queries, image
+        tokens) or None, and the keys and values of self-attention.
         """
         c, cross_weights = self.config, None
         kept = None if head_mask is None else head_mask[:, self.heads, :, :]
         attention = Blip2QFormerAttention(c, len(self.heads), name="attention", **self.policy)
-        x, weights = attention(x, x, bias, kept, deterministic)
+        x, weights, cache = attention(x, x, bias, kept, past, deterministic)
         queries, text = x[:, :num_queries], x[:, num_queries:]
         parts = []
         if num_queries:
             if self.cross_attends and image is not None:
                 cross = Blip2QFormerAttention(c, c.num_attention_heads, name="crossattention", **self.policy)
-                queries, cross_weights = cross(queries, image, image_bias, head_mask, deterministic)
+                queries, cross_weights, _ = cross(queries, image, image_bias, head_mask, None, deterministic)
             parts.append(self._feed_forward(queries, "_query", deterministic))
         if text.shape[1]:
             parts.append(self._feed_forward(text, "", deterministic))
-        return jnp.concatenate(parts, axis=1), weights, cross_weights
+        return jnp.concatenate(parts, axis=1), weights, cross_weights, cache
 
     def _feed_forward(self, x: jax.Array, suffix: str, deterministic: bool) -> jax.Array:
         inner = _Intermediate(self.config, name=f"intermediate{suffix}", **self.policy)(x)
@@ -209,33 +234,39 @@ class Blip2QFormerEncoder(Block):
         bias: jax.Array | None,
         image_bias: jax.Array | None,
         head_mask: jax.Array | None,
+        past: tuple[KeyValue, ...] | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """x: (batch, N, width), image: (batch, image tokens, image width) -> states, weights, cross-attention weights.
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue]]:
+        """x: (batch, N, width), image: (batch, image tokens, image width) -> states and what they came from.
 
-        The states are those before the first and after each layer.
+        The states are those before the first and after each layer; then, of each layer, the weights, those of
+        cross-attention, and the keys and values.
         """
         c = self.config.qformer_config
-        states, attentions, cross_attentions = [x], [], []
+        states, attentions, cross_attentions, caches = [x], [], [], []
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
             layer = Blip2QFormerLayer(c, heads, cross_attends, name=f"layer_{i}", **self.policy)
-            rest = (bias, image_bias, None if head_mask is None else head_mask[i])
+            rest = (bias, image_bias, None if head_mask is None else head_mask[i], None if past is None else past[i])
             static = (num_queries, deterministic)
             if c.gradient_checkpointing:
-                x, weights, cross_weights = recomputed(self, layer, (x, image), rest, static)
+                x, weights, cross_weights, cache = recomputed(self, layer, (x, image), rest, static)
             else:
-                x, weights, cross_weights = layer(x, image, *rest, *static)
+                x, weights, cross_weights, cache = layer(x, image, *rest, *static)
             states.append(x)
             attentions.append(weights)
+            caches.append(cache)
             if cross_weights is not None:
                 cross_attentions.append(cross_weights)
-        return states, attentions, cross_attentions
+        return states, attentions, cross_attentions, caches
 
 
 class ProjLayer(Block):
-    """A feed-forward on the queries; the residual is its input before the LayerNorm. Source: diffusers `ProjLayer`."""
+    """A feed-forward on the queries; the residual is its input before the LayerNorm. Source: diffusers `ProjLayer`.
+
+    It begins as the identity, so that queries trained without it pass through.
+    """
 
     width: int
 
@@ -244,18 +275,12 @@ class ProjLayer(Block):
         """x: (batch, queries, width) -> the same shape."""
         y = self.layer_norm("LayerNorm", 1e-12)(x)
         y = ACTIVATIONS["quick_gelu"](self.dense("dense1", (self.width,), (4 * self.width,))(y))
-        y = self.dense("dense2", (4 * self.width,), (self.width,))(y)
+        y = self.dense("dense2", (4 * self.width,), (self.width,), kernel_init=nn.initializers.zeros)(y)
         return nn.Dropout(0.1, deterministic=deterministic)(y) + x
 
 
-class Blip2QFormerModel(Block):
-    """BLIP-Diffusion's Q-Former with its vision tower.
-
-    Source: diffusers `Blip2QFormerModel`; arXiv 2305.14720 (BLIP-Diffusion), 2301.12597 (BLIP-2).
-
-    model = Blip2QFormerModel(config)
-    output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
-    """
+class QFormer(Block):
+    """The vision tower, the queries and the layers: what `Blip2QFormerModel` and `Blip2ForPreTraining` share."""
 
     config: Blip2Config
 
@@ -266,7 +291,6 @@ class Blip2QFormerModel(Block):
         self.query_tokens = self.param("query_tokens", INITIALIZER, (1, c.num_query_tokens, width), self.param_dtype)
         self.embeddings = Blip2TextEmbeddings(c.qformer_config, **self.policy)
         self.encoder = Blip2QFormerEncoder(c, **self.policy)
-        self.proj_layer = ProjLayer(width, **self.policy)
 
     def encode_image(
         self,
@@ -284,6 +308,81 @@ class Blip2QFormerModel(Block):
             deterministic=deterministic,
         )
 
+    def read(
+        self,
+        pixel_values: jax.Array | None = None,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        encoder_hidden_states: jax.Array | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        head_mask: jax.Array | None = None,
+        past_key_values: tuple[KeyValue, ...] | None = None,
+        first_position: int | jax.Array | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> QFormerOutput:
+        """Run the layers; arguments and errors are those of `Blip2QFormerModel`, whose output has more to it.
+
+        Args:
+          first_position: position of the text's first token; by default what is past without its queries.
+        """
+        if pixel_values is not None:
+            if encoder_hidden_states is not None:
+                raise InputError("give pixel_values or encoder_hidden_states, not both")
+            encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
+        num_past = 0 if past_key_values is None else past_key_values[0][0].shape[1]
+        if num_past and encoder_hidden_states is not None:
+            raise InputError("past_key_values hold the queries: give the text that follows them, and no image")
+        _check_inputs(self.config, encoder_hidden_states, input_ids)
+        if first_position is None:
+            first_position = max(num_past - self.config.num_query_tokens, 0)
+            _check_length(self.config.qformer_config, first_position, input_ids)
+
+        queries = None
+        if encoder_hidden_states is not None:
+            queries = jnp.broadcast_to(self.query_tokens, (len(encoder_hidden_states), *self.query_tokens.shape[1:]))
+        x = self.embeddings(queries, input_ids, first_position, deterministic)
+        num_queries = 0 if queries is None else queries.shape[1]
+
+        bias = image_bias = None
+        if attention_mask is not None:
+            mask = _over_all_tokens(attention_mask, (x.shape[0], x.shape[1]), num_queries, num_past)
+            bias = mask_bias(mask, SELF_ATTENTION_MASK)
+        if encoder_attention_mask is not None and queries is not None:
+            _check_image_mask(encoder_attention_mask, encoder_hidden_states.shape[:2], num_queries)
+            image_bias = mask_bias(encoder_attention_mask, CROSS_ATTENTION_MASK)
+        if head_mask is not None:
+            head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
+
+        states, attentions, cross_attentions, caches = self.encoder(
+            x, encoder_hidden_states, bias, image_bias, head_mask, past_key_values, num_queries, deterministic
+        )
+        return QFormerOutput(
+            last_hidden_state=states[-1],
+            pooler_output=states[-1][:, 0],
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            past_key_values=tuple(caches) if use_cache else None,
+        )
+
+
+class Blip2QFormerModel(QFormer):
+    """BLIP-Diffusion's Q-Former with its vision tower.
+
+    Source: diffusers `Blip2QFormerModel`; arXiv 2305.14720 (BLIP-Diffusion), 2301.12597 (BLIP-2).
+
+    model = Blip2QFormerModel(config)
+    output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
+    """
+
+    def setup(self) -> None:
+        super().setup()
+        self.proj_layer = ProjLayer(self.config.qformer_config.hidden_size, **self.policy)
+
     def __call__(
         self,
         pixel_values: jax.Array | None = None,
@@ -293,6 +392,8 @@ class Blip2QFormerModel(Block):
         encoder_hidden_states: jax.Array | None = None,
         encoder_attention_mask: jax.Array | None = None,
         head_mask: jax.Array | None = None,
+        past_key_values: tuple[KeyValue, ...] | None = None,
+        use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         deterministic: bool = True,
@@ -310,45 +411,32 @@ class Blip2QFormerModel(Block):
           encoder_attention_mask: (batch, image tokens) or (batch, Q, image tokens), which of them the queries may see.
           head_mask: factors on the attention weights, of self- and cross-attention alike: (heads,), (layers, heads), or
             (layers, batch, heads, 1, 1). Heads are numbered as in the unpruned model.
+          past_key_values: those of an earlier call, which the text follows and attends to; no image then. Masks are
+            over what is past, too: (batch, T), (batch, past + T) or (batch, T, past + T).
+          use_cache: return `past_key_values`.
           output_attentions, output_hidden_states: return those of every layer as well.
           deterministic: False turns dropout on, which needs a `dropout` rng.
 
         Raises:
           InputError: the inputs do not fit one another or the config.
         """
-        if pixel_values is not None:
-            if encoder_hidden_states is not None:
-                raise InputError("give pixel_values or encoder_hidden_states, not both")
-            encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
-        _check_inputs(self.config, encoder_hidden_states, input_ids)
-
-        queries = None
-        if encoder_hidden_states is not None:
-            queries = jnp.broadcast_to(self.query_tokens, (len(encoder_hidden_states), *self.query_tokens.shape[1:]))
-        x = self.embeddings(queries, input_ids, deterministic)
-        num_queries = 0 if queries is None else queries.shape[1]
-
-        bias = image_bias = None
-        if attention_mask is not None:
-            mask = _over_all_tokens(attention_mask, (x.shape[0], x.shape[1]), num_queries)
-            bias = mask_bias(mask, SELF_ATTENTION_MASK, "attention_mask")
-        if encoder_attention_mask is not None:
-            image_bias = mask_bias(encoder_attention_mask, CROSS_ATTENTION_MASK, "encoder_attention_mask")
-        if head_mask is not None:
-            head_mask = _per_layer(head_mask, self.config.qformer_config)
-
-        states, attentions, cross_attentions = self.encoder(
-            x, encoder_hidden_states, bias, image_bias, head_mask, num_queries, deterministic
+        output = self.read(
+            pixel_values,
+            input_ids,
+            attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            head_mask=head_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            deterministic=deterministic,
         )
-        last = states[-1]
-        return QFormerOutput(
-            last_hidden_state=last,
-            pooler_output=last[:, 0],
-            query_embeddings=self.proj_layer(last[:, :num_queries], deterministic) if num_queries else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
-        )
+        if pixel_values is None and encoder_hidden_states is None:
+            return output
+        queries = output.last_hidden_state[:, : self.config.num_query_tokens]
+        return output.replace(query_embeddings=self.proj_layer(queries, deterministic))
 
 
 def _check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
@@ -366,38 +454,51 @@ def _check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.A
         raise InputError(
             f"input_ids are {input_ids.dtype} of shape {input_ids.shape}; they must be whole numbers (batch, tokens)"
         )
-    positions = config.qformer_config.max_position_embeddings
-    if input_ids.shape[1] > positions:
-        raise InputError(
-            f"the text has {input_ids.shape[1]} tokens, the model {positions} positions: truncate the text"
-        )
     if image is not None and len(image) != len(input_ids):
         raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
 
 
-def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int) -> jax.Array:
-    """Extend a mask over the text to queries and text; (batch, N) and (batch, N, N) pass through."""
-    batch, total = shape
-    if mask.shape == (batch, total - num_queries):
-        return jnp.concatenate([jnp.ones((batch, num_queries)), mask], axis=1)
-    if mask.shape not in ((batch, total), (batch, total, total)):
+def _check_length(config: Blip2QFormerConfig, first_position: int, input_ids: jax.Array | None) -> None:
+    length = first_position + (0 if input_ids is None else input_ids.shape[1])
+    if length > config.max_position_embeddings:
         raise InputError(
-            f"attention_mask has shape {mask.shape}; it must be ({batch}, {total - num_queries}) over the text, or "
-            f"({batch}, {total}) or ({batch}, {total}, {total}) over {num_queries} queries and text"
+            f"the text has {length} tokens, the model {config.max_position_embeddings} positions: truncate the text"
+        )
+
+
+def _check_image_mask(mask: jax.Array, image: tuple[int, int], num_queries: int) -> None:
+    batch, tokens = image
+    if mask.shape not in ((batch, tokens), (batch, num_queries, tokens)):
+        raise InputError(
+            f"encoder_attention_mask has shape {mask.shape}; it must be ({batch}, {tokens}) over the image, or "
+            f"({batch}, {num_queries}, {tokens}) over queries and image"
+        )
+
+
+def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int, num_past: int) -> jax.Array:
+    """Extend a mask over the text to what is past, queries and text; one over all of that passes through."""
+    batch, total = shape
+    text, keys = total - num_queries, num_past + total
+    if mask.shape == (batch, text):
+        return jnp.concatenate([jnp.ones((batch, keys - text)), mask], axis=1)
+    if mask.shape not in ((batch, keys), (batch, total, keys)):
+        raise InputError(
+            f"attention_mask has shape {mask.shape}; it must be ({batch}, {text}) over the text, or "
+            f"({batch}, {keys}) or ({batch}, {total}, {keys}) over {num_queries + num_past} queries and text"
         )
     return mask
 
 
-def _per_layer(head_mask: jax.Array, config: Blip2QFormerConfig) -> jax.Array:
+def _per_layer(head_mask: jax.Array, config: Blip2QFormerConfig, batch: int) -> jax.Array:
     """Bring a head mask to (layers, batch or 1, heads, 1, 1)."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     if head_mask.shape == (heads,):
         head_mask = jnp.broadcast_to(head_mask, (layers, heads))
     if head_mask.shape == (layers, heads):
         return head_mask[:, None, :, None, None]
-    if head_mask.ndim == 5 and head_mask.shape[0] == layers and head_mask.shape[2:] == (heads, 1, 1):
+    if head_mask.shape in ((layers, batch, heads, 1, 1), (layers, 1, heads, 1, 1)):
         return head_mask
     raise InputError(
         f"head_mask has shape {head_mask.shape}; it must be ({heads},), ({layers}, {heads}) "
-        f"or ({layers}, batch, {heads}, 1, 1)"
+        f"or ({layers}, {batch}, {heads}, 1, 1)"
     )

@@ -1,0 +1,227 @@
+"""The stage-1 model equals LAVIS's: losses, gradients, features, captions; its checkpoints come and go whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import cases
+import flax_qformer as fq
+from flax_qformer.convert import export
+from flax_qformer.pretraining.generation import nucleus
+from torch_files import torch_save
+
+END = 3
+FLOAT32_MIN = np.finfo(np.float32).min
+
+
+class Case:
+    """LAVIS's answers of one geometry, and our model read from its checkpoint."""
+
+    def __init__(self, golden: dict[str, np.ndarray], folder: Path) -> None:
+        self.state = self.part(golden, "state/")
+        self.inputs, self.outputs = self.part(golden, "inputs/"), self.part(golden, "outputs/")
+        self.gradients, self.features = self.part(golden, "gradients/"), self.part(golden, "features/")
+        self.captions = self.part(golden, "captions/")
+        self.pixels = self.inputs["pixel_values"].transpose(0, 2, 3, 1)
+        self.config = json.loads(str(golden["config"]))
+        self.file = folder / "stage1.pth"
+        torch_save({"model": self.state}, self.file)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        self.model, self.params = fq.from_pretrained(self.file)
+        self.variables = {"params": self.params}
+
+    @staticmethod
+    def part(golden: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(prefix): value for name, value in golden.items() if name.startswith(prefix)}
+
+    def losses(self, params: Any) -> fq.PreTrainingOutput:
+        indices = {name: self.inputs[name] for name in ("negative_image_index", "negative_text_index", "image_id")}
+        text = (self.inputs["input_ids"], self.inputs["attention_mask"])
+        return self.model.apply({"params": params}, self.pixels, *text, **indices)
+
+
+@pytest.fixture(scope="module", params=["frequency_1", "frequency_2", "frequency_3"])
+def case(request: pytest.FixtureRequest, golden: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(golden(f"pretraining_{request.param}"), tmp_path_factory.mktemp(request.param))
+
+
+def close(value: Any, expected: np.ndarray, name: str) -> None:
+    error = np.abs(np.asarray(value) - expected).max()
+    assert error < cases.ROUNDING, (name, error)
+    print(f"{name}: {error:.1e}")
+
+
+def test_losses_and_gradients(case: Case) -> None:
+    assert isinstance(case.model, fq.Blip2ForPreTraining)
+    (_, output), gradients = jax.jit(jax.value_and_grad(lambda p: (case.losses(p).loss, case.losses(p)), has_aux=True))(
+        case.params
+    )
+    for name in ("loss", "loss_itc", "loss_itm", "loss_itg", "image_features", "text_features", "itm_logits"):
+        close(getattr(output, name), case.outputs[name], name)
+    close(output.itg_logits, case.outputs["itg_logits"], "itg_logits")
+    # Over a temperature of 0.125, eight times as large.
+    close(output.logits_per_image / 8, case.outputs["sim_i2t"] / 8, "logits_per_image")
+    close(output.logits_per_text / 8, case.outputs["sim_t2i"] / 8, "logits_per_text")
+    ours = export(gradients, case.model.config, "lavis")
+    for name, expected in case.gradients.items():
+        # LAVIS's two names for one bias are one parameter.
+        value = ours["Qformer.cls.predictions.decoder.bias" if name == "Qformer.cls.predictions.bias" else name]
+        error = np.linalg.norm(value - expected)
+        assert error < 1e-4 * np.linalg.norm(expected) + 1e-6, (name, error)
+
+
+def test_negatives_are_drawn_as_lavis_weighs_them(case: Case) -> None:
+    """The shares of many draws are the probabilities that LAVIS would draw with."""
+    text = (case.inputs["input_ids"], case.inputs["attention_mask"])
+    image = case.model.apply(case.variables, case.pixels, method="encode_image").last_hidden_state
+
+    @jax.jit
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        output = case.model.apply(
+            case.variables,
+            None,
+            *text,
+            image_id=case.inputs["image_id"],
+            encoder_hidden_states=image,
+            rngs={"negatives": key},
+        )
+        return output.negative_image_index, output.negative_text_index
+
+    keys, size = jax.random.split(jax.random.key(0), 2000), len(case.pixels)
+    for drawn, name in zip(jax.lax.map(draw, keys), ("image", "text"), strict=True):
+        shares = jax.nn.one_hot(drawn, size).mean(axis=0)
+        expected = case.outputs[f"negative_{name}_probabilities"]
+        np.testing.assert_allclose(shares, expected, atol=4 * 0.5 / len(keys) ** 0.5)
+        assert not (shares[expected == 0]).any()
+
+
+def test_features_and_match(case: Case) -> None:
+    text = (case.features["input_ids"], case.features["attention_mask"])
+    close(
+        case.model.apply(case.variables, case.pixels, method="image_features"), case.features["image_features"], "image"
+    )
+    close(case.model.apply(case.variables, *text, method="text_features"), case.features["text_features"][:, 0], "text")
+    states = case.model.apply(case.variables, case.pixels, method="encode_image").last_hidden_state
+    for j, (ids, mask) in enumerate(zip(case.inputs["input_ids"], case.inputs["attention_mask"], strict=True)):
+        pairs = (np.tile(ids, (len(states), 1)), np.tile(mask, (len(states), 1)))
+        scores = case.model.apply(case.variables, None, *pairs, encoder_hidden_states=states, method="match")
+        close(scores, case.features["match"][:, j], f"match {j}")
+
+
+def test_captions(case: Case) -> None:
+    """The same words, greedily and by beam search, with limits and penalties."""
+    names = {name.split("/")[0] for name in case.captions} - {"nucleus"}
+    assert len(names) == 8
+    for name in sorted(names):
+        told = case.part(case.captions, f"{name}/")
+        settings = {key: value.item() for key, value in told.items() if key not in ("ids", "scores")}
+
+        @jax.jit
+        def write(pixels: jax.Array, settings: dict = settings) -> jax.Array:
+            return case.model.apply(case.variables, pixels, eos_token_id=END, method="caption", **settings)
+
+        ids = np.asarray(write(case.pixels))
+        expected = np.zeros_like(ids)
+        expected[:, : told["ids"].shape[1]] = told["ids"]
+        np.testing.assert_array_equal(ids, expected, err_msg=name)
+
+
+def test_nucleus_keeps_what_transformers_keeps(golden: Any, case: Case) -> None:
+    told = golden("pretraining_nucleus")
+    kept = jax.nn.softmax(nucleus(jnp.asarray(told["logits"]), 0.9))
+    np.testing.assert_allclose(kept, told["probabilities"], atol=1e-6)
+    told = case.part(case.captions, "nucleus/")
+    write = jax.jit(
+        lambda key: case.model.apply(
+            case.variables,
+            case.pixels,
+            eos_token_id=END,
+            use_nucleus_sampling=True,
+            top_p=0.9,
+            max_length=told["ids"].shape[1],
+            min_length=told["min_length"].item(),
+            method="caption",
+            rngs={"sampling": key},
+        )
+    )
+    drawn = np.asarray(jax.lax.map(write, jax.random.split(jax.random.key(1), 300)))
+    shares = jax.nn.one_hot(drawn[:, :, 1], told["probabilities"].shape[-1]).mean(axis=0)
+    np.testing.assert_allclose(shares, told["probabilities"][:, 0], atol=0.12)
+
+
+def test_checkpoints_come_back_whole(case: Case, tmp_path: Path) -> None:
+    fq.convert_checkpoint(case.file, tmp_path / "flax")
+    fq.export_checkpoint(tmp_path / "flax", tmp_path / "torch")
+    again = load_file(tmp_path / "torch" / "model.safetensors")
+    assert again.keys() == case.state.keys()
+    for name, value in case.state.items():
+        assert (again[name].dtype, again[name].shape) == (value.dtype, value.shape), name
+        assert again[name].tobytes() == value.tobytes(), name
+
+
+def test_what_a_class_lacks_is_drawn_and_named(
+    case: Case, upstream_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, params = fq.from_pretrained(case.file, model_class=fq.Blip2QFormerModel)
+    assert "no proj_layer: drawn afresh" in caplog.text
+    output = model.apply({"params": params}, case.pixels)
+    np.testing.assert_array_equal(output.query_embeddings, output.last_hidden_state)
+    model, params = fq.from_pretrained(upstream_folder("frequency_1"), model_class=fq.Blip2ForPreTraining)
+    assert "no itm_head, lm_head, temp, text_proj, vision_proj: drawn afresh" in caplog.text
+    assert float(params["temp"]) == pytest.approx(0.07)
+    caplog.clear()
+    fq.save_pretrained(tmp_path / "stage1", model, params)
+    again, same = fq.from_pretrained(tmp_path / "stage1")
+    assert isinstance(again, fq.Blip2ForPreTraining)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, same))
+    fq.export_checkpoint(tmp_path / "stage1", tmp_path / "both", layout="diffusers")
+    for model_class in (fq.Blip2ForPreTraining, None):
+        caplog.clear()
+        whole, params = fq.from_pretrained(tmp_path / "both", model_class=model_class)
+        assert not caplog.text
+        assert type(whole) is (model_class or fq.Blip2QFormerModel)
+
+
+def test_cached_keys_and_values_continue_a_text(case: Case) -> None:
+    """Text in two pieces, each seeing what is before it, is the text in one piece under a causal mask."""
+    model, params = fq.from_pretrained(case.file, model_class=fq.Blip2QFormerModel)
+    variables, ids = {"params": params}, case.inputs["input_ids"][:, :6]
+    queries = model.apply(variables, case.pixels, use_cache=True)
+    batch, num_queries = len(ids), model.config.num_query_tokens
+
+    def causal(before: int, length: int) -> np.ndarray:
+        seen = np.tri(length, num_queries + before + length, num_queries + before)
+        return np.broadcast_to(seen, (batch, *seen.shape))
+
+    whole = model.apply(
+        variables, input_ids=ids, attention_mask=causal(0, 6), past_key_values=queries.past_key_values
+    ).last_hidden_state
+    first = model.apply(
+        variables,
+        input_ids=ids[:, :4],
+        attention_mask=causal(0, 4),
+        past_key_values=queries.past_key_values,
+        use_cache=True,
+    )
+    second = model.apply(
+        variables, input_ids=ids[:, 4:], attention_mask=causal(4, 2), past_key_values=first.past_key_values
+    )
+    pieces = np.concatenate([first.last_hidden_state, second.last_hidden_state], axis=1)
+    np.testing.assert_allclose(pieces, whole, atol=1e-5)
+
+
+def test_inputs_that_make_no_pairs(case: Case) -> None:
+    ids = case.inputs["input_ids"]
+    for arguments, message in (
+        ((case.pixels, ids), "negatives are drawn"),
+        ((case.pixels,), "losses need pairs"),
+        ((case.pixels, ids[:2]), "images and 2 texts"),
+    ):
+        with pytest.raises(fq.InputError, match=message):
+            case.model.apply(case.variables, *arguments)
