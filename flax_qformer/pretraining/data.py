@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Self
@@ -316,7 +317,7 @@ def evaluation_batches(
       InputError: a worker died, or no example can be used.
     """
     grain = _grain()
-    prepare = partial(_prepare, None, image_processor=processor.image_processor)
+    prepare = partial(_prepare, image_processor=processor.image_processor)
     elements = _run(grain, grain.MapDataset.source(source).map(prepare), settings.num_workers, settings.batch_size)
     tokenize = partial(processor, max_length=settings.max_text_length)
     examples: list[dict[str, Any]] = []
@@ -356,8 +357,12 @@ def _datasets() -> ModuleType:
 def _grain() -> ModuleType:
     try:
         import grain
+        from absl import flags
     except ImportError:
         raise InputError("loading data needs grain; run pip install 'flax-qformer[train]'") from None
+    # Grain up to 0.2.18 reads this flag of its workers' profiler although nobody parsed any (google/grain issue 1355).
+    if "grain_enable_multiprocess_worker_profiling" in flags.FLAGS:
+        flags.FLAGS["grain_enable_multiprocess_worker_profiling"].present = True
     return grain
 
 
@@ -433,10 +438,8 @@ def _load_tars(paths: Sequence[Path], settings: DataSettings) -> Any:
     a png among jpgs or an error message in the json.
     """
     datasets = _datasets()
-    first = next(_examples_of_tars(paths[:1]), None)
-    if first is None:
-        raise InputError(f"{paths[0]} holds no example; remove it, or fetch it again")
-    caption = _caption_column(dict.fromkeys(first), settings)
+    columns = {name: None for example in islice(_examples_of_tars(paths), 10) for name in example}
+    caption = _caption_column(columns, settings)
     stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     features = datasets.Features(
         {
@@ -538,20 +541,18 @@ def _image_ids(rows: Any, image_column: str) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    table = rows.data
-    if "image_id" in rows.features:
-        keys = table["image_id"]
-    elif pa.types.is_struct(table.schema.field(image_column).type) and "path" in rows.features[image_column]:
-        image = table[image_column]
-        # Beside bytes the path is but a name, which images of several folders may share.
-        is_file = pc.is_null(pc.struct_field(image, "bytes"))
-        keys = pc.if_else(is_file, pc.struct_field(image, "path"), None)
-    else:
-        return np.arange(len(rows), dtype=np.int32)
-    if isinstance(keys, pa.ChunkedArray):
-        keys = keys.combine_chunks()
-    kinds = keys.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     numbers = np.arange(len(rows), dtype=np.int32)
+    images = rows.data.column(image_column)
+    if "image_id" in rows.features:
+        keys = rows.data.column("image_id")
+    elif pa.types.is_struct(images.type) and {"bytes", "path"} <= {field.name for field in images.type}:
+        # Beside bytes the path is but a name, which images of several folders may share.
+        is_file = pc.is_null(pc.struct_field(images, "bytes"))
+        keys = pc.if_else(is_file, pc.struct_field(images, "path"), None)
+    else:
+        return numbers
+    chunks = keys.dictionary_encode().unify_dictionaries().chunks
+    kinds = np.concatenate([chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in chunks])
     _, first, inverse = np.unique(kinds, return_index=True, return_inverse=True)
     return np.where(kinds < 0, numbers, numbers[first][inverse]).astype(np.int32)
 
@@ -605,8 +606,8 @@ def _next_element(elements: Any) -> dict[str, Any]:
 
 
 def _prepare(
-    rng: np.random.Generator | None,
     row: Mapping[str, Any],
+    rng: np.random.Generator | None = None,
     *,
     image_processor: ImageProcessor,
     crop_scale: tuple[float, float] = (1, 1),
