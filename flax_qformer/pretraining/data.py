@@ -83,7 +83,7 @@ class Batches:
         self._running: list[Any] = []
         # Also where nobody closes it: grain's own clean-up comes too late at the end of the program.
         weakref.finalize(self, _close, self._running)
-        self._position = self._skipped = self._fruitless = 0
+        self._position = self._skipped = 0
 
     @property
     def skipped(self) -> int:
@@ -105,7 +105,7 @@ class Batches:
           InputError: a worker died, or as many examples as the source has came in a row without a good one.
         """
         examples: list[dict[str, Any]] = []
-        read, skipped, fruitless = 0, self._skipped, self._fruitless
+        read, skipped, fruitless = 0, self._skipped, 0
         if not self._running:
             self._running.append(self._open())
         try:
@@ -125,17 +125,12 @@ class Batches:
         except BaseException:
             self.close()
             raise
-        self._position, self._skipped, self._fruitless = self._position + read, skipped, fruitless
+        self._position, self._skipped = self._position + read, skipped
         return batch
 
     def get_state(self) -> dict[str, int]:
         """The position, for `json`. Each process has its own, as each skips on its own."""
-        return {
-            "position": self._position,
-            "skipped": self._skipped,
-            "fruitless": self._fruitless,
-            **self._must_match(),
-        }
+        return {"position": self._position, "skipped": self._skipped, **self._must_match()}
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Go on as the iterator would have from which the state is, with any number of workers.
@@ -148,7 +143,6 @@ class Batches:
                 raise InputError(f"{name} was {state[name]} and is now {value}; set it back to go on, or start anew")
         self.close()
         self._position, self._skipped = state["position"], state["skipped"]
-        self._fruitless = state["fruitless"]
 
     def close(self) -> None:
         """End the workers; the next batch would start new ones."""
@@ -250,9 +244,10 @@ def _close(running: list[Any]) -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent ends its workers itself. Where it cannot, as it was killed,
-    # they must not wait for it forever.
+    # Ctrl-C and a scheduler's SIGTERM reach all processes, but the parent may have to load until it has saved; it ends
+    # its workers itself. Where it was killed before it could, they must not wait for it forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
