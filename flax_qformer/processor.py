@@ -1,5 +1,6 @@
 """PIL images and strings to arrays, with upstream's arithmetic."""
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -184,6 +185,7 @@ class Processor:
         *,
         truncate: bool = False,
         pad_to_multiple_of: int | None = None,
+        max_length: int | None = None,
     ) -> dict[str, np.ndarray]:
         """Make a batch.
 
@@ -193,6 +195,7 @@ class Processor:
           text: one string for all images, or one for each.
           truncate: cut a text that is longer than the model's positions at its right end, rather than refuse it.
           pad_to_multiple_of: pad further, so that fewer lengths are compiled; it changes no result.
+          max_length: pad each text to this many tokens, and cut it there.
 
         Returns:
           pixel_values (batch, height, width, 3) float32 if there are images; input_ids and attention_mask
@@ -209,16 +212,21 @@ class Processor:
             batch["pixel_values"] = np.stack([self.image_processor(image) for image in images])
         if text is not None:
             texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
-            batch |= self._tokenize(
-                pair_up(len(images), texts) if images is not None else texts, truncate, pad_to_multiple_of
-            )
+            texts = pair_up(len(images), texts) if images is not None else texts
+            batch |= self._tokenize(texts, truncate, pad_to_multiple_of, max_length)
         return batch
 
-    def _tokenize(self, texts: list[str], truncate: bool, multiple: int | None) -> dict[str, np.ndarray]:
+    def _tokenize(
+        self, texts: list[str], truncate: bool, multiple: int | None, max_length: int | None
+    ) -> dict[str, np.ndarray]:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError("text must be a string or a list of strings, at least one")
         qformer = self.config.qformer_config
         longest = qformer.max_position_embeddings
+        if max_length is not None:
+            if max_length > longest:
+                raise InputError(f"texts of {max_length} tokens are asked for, but the model reads at most {longest}")
+            truncate, longest = True, max_length
         tokens = self.tokenizer(texts, truncation=truncate, max_length=longest if truncate else None)["input_ids"]
         lengths = [len(ids) for ids in tokens]
         if max(lengths) > longest:
@@ -226,7 +234,7 @@ class Processor:
                 f"a text has {max(lengths)} tokens, but the model reads at most {longest}: shorten it, or cut it with "
                 f"--truncate (truncate=True); it begins {texts[int(np.argmax(lengths))][:40]!r}"
             )
-        padded = max(lengths)
+        padded = max_length or max(lengths)
         if multiple:
             padded = min(-(-padded // multiple) * multiple, longest)
         input_ids = np.full((len(tokens), padded), self.tokenizer.pad_token_id, np.int32)
@@ -242,21 +250,26 @@ class Processor:
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def open_image(path: Path) -> PIL.Image.Image:
+def open_image(file: Path | bytes, name: str | None = None) -> PIL.Image.Image:
     """Read an image file and turn it upright as its EXIF tells, as diffusers' `load_image` does.
+
+    Args:
+      file: its path or its content.
+      name: what messages call it.
 
     Raises:
       InputError: there is no such file, or it is no whole image.
     """
-    if not path.is_file():
-        raise InputError(f"there is no image {path}")
+    name = name or ("the image" if isinstance(file, bytes) else str(file))
+    if isinstance(file, Path) and not file.is_file():
+        raise InputError(f"there is no image {name}")
     try:
-        with PIL.Image.open(path) as image:
+        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             return PIL.ImageOps.exif_transpose(image)
     except PIL.UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that Pillow knows") from None
+        raise InputError(f"{name} is not an image that Pillow knows") from None
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is damaged or cut off ({error}); fetch the image again") from None
+        raise InputError(f"{name} is damaged or cut off ({error}); fetch the image again") from None
 
 
 def pair_up(num_images: int, texts: list[str]) -> list[str]:
