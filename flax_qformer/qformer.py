@@ -336,7 +336,7 @@ class QFormer(Block):
         num_past = 0 if past_key_values is None else past_key_values[0][0].shape[1]
         if num_past and encoder_hidden_states is not None:
             raise InputError("past_key_values hold the queries: give the text that follows them, and no image")
-        _check_inputs(self.config, encoder_hidden_states, input_ids)
+        check_inputs(self.config, encoder_hidden_states, input_ids)
         if first_position is None:
             first_position = max(num_past - self.config.num_query_tokens, 0)
             _check_length(self.config.qformer_config, first_position, input_ids)
@@ -439,7 +439,7 @@ class Blip2QFormerModel(QFormer):
         return output.replace(query_embeddings=self.proj_layer(queries, deterministic))
 
 
-def _check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
+def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
     """Raise InputError where image embeddings and text do not fit the config or each other."""
     if image is None and input_ids is None:
         raise InputError("nothing to read: give pixel_values or encoder_hidden_states, input_ids, or both")

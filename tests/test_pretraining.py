@@ -1,6 +1,7 @@
 """The stage-1 model equals LAVIS's: losses, gradients, features, captions; its checkpoints come and go whole."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 
 import cases
 import flax_qformer as fq
+from conftest import COMPILE_FAST
 from flax_qformer.convert import export
 from flax_qformer.pretraining.generation import nucleus
 from torch_files import torch_save
@@ -59,9 +61,12 @@ def close(value: Any, expected: np.ndarray, name: str) -> None:
 
 def test_losses_and_gradients(case: Case) -> None:
     assert isinstance(case.model, fq.Blip2ForPreTraining)
-    (_, output), gradients = jax.jit(jax.value_and_grad(lambda p: (case.losses(p).loss, case.losses(p)), has_aux=True))(
-        case.params
-    )
+
+    def loss(params: Any) -> tuple[jax.Array, fq.PreTrainingOutput]:
+        output = case.losses(params)
+        return output.loss, output
+
+    (_, output), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(case.params)
     for name in ("loss", "loss_itc", "loss_itm", "loss_itg", "image_features", "text_features", "itm_logits"):
         close(getattr(output, name), case.outputs[name], name)
     close(output.itg_logits, case.outputs["itg_logits"], "itg_logits")
@@ -81,7 +86,7 @@ def test_negatives_are_drawn_as_lavis_weighs_them(case: Case) -> None:
     text = (case.inputs["input_ids"], case.inputs["attention_mask"])
     image = case.model.apply(case.variables, case.pixels, method="encode_image").last_hidden_state
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=COMPILE_FAST)
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         output = case.model.apply(
             case.variables,
@@ -122,7 +127,7 @@ def test_captions(case: Case) -> None:
         told = case.part(case.captions, f"{name}/")
         settings = {key: value.item() for key, value in told.items() if key not in ("ids", "scores")}
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=COMPILE_FAST)
         def write(pixels: jax.Array, settings: dict = settings) -> jax.Array:
             return case.model.apply(case.variables, pixels, eos_token_id=END, method="caption", **settings)
 
@@ -148,7 +153,8 @@ def test_nucleus_keeps_what_transformers_keeps(golden: Any, case: Case) -> None:
             min_length=told["min_length"].item(),
             method="caption",
             rngs={"sampling": key},
-        )
+        ),
+        compiler_options=COMPILE_FAST,
     )
     drawn = np.asarray(jax.lax.map(write, jax.random.split(jax.random.key(1), 300)))
     shares = jax.nn.one_hot(drawn[:, :, 1], told["probabilities"].shape[-1]).mean(axis=0)

@@ -17,7 +17,7 @@ from flax_qformer.pretraining.losses import (
     negative_logits,
     similarities,
 )
-from flax_qformer.qformer import KeyValue, QFormer
+from flax_qformer.qformer import KeyValue, QFormer, check_inputs
 
 TEMPERATURE = 0.07
 
@@ -127,9 +127,10 @@ class Blip2ForPreTraining(QFormer):
         """
         if input_ids is None or (pixel_values is None and encoder_hidden_states is None):
             raise InputError("the losses need pairs: give pixel_values and input_ids")
-        if attention_mask is None:
-            attention_mask = jnp.ones_like(input_ids)
+        input_ids = jnp.asarray(input_ids)
+        attention_mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
+        check_inputs(self.config, image, input_ids)
         queries = self.read(encoder_hidden_states=image, use_cache=True, deterministic=deterministic)
         image_features = self._normalised(self.vision_proj(queries.last_hidden_state))
         text_features = self.text_features(input_ids, attention_mask, deterministic=deterministic)
@@ -147,7 +148,7 @@ class Blip2ForPreTraining(QFormer):
             deterministic,
         )
 
-        caption_ids = jnp.asarray(input_ids).at[:, 0].set(self.config.qformer_config.start_token_id)
+        caption_ids = input_ids.at[:, 0].set(self.config.qformer_config.start_token_id)
         itg_logits = self._continue(caption_ids, attention_mask, queries.past_key_values, deterministic)
 
         loss_itc = contrastive_loss(logits, image_id)
