@@ -97,9 +97,8 @@ def test_damaged_folders(tmp_path: Path, damage: str) -> None:
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     for name in (tmp_path / "absent", "no/such/folder", "absent.safetensors", ""):
-        if name:
-            with pytest.raises(fq.InputError, match="no file or folder"):
-                fq.from_pretrained(name)
+        with pytest.raises(fq.InputError, match="no file or folder"):
+            fq.from_pretrained(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(fq.InputError, match="holds no checkpoint"):
         fq.from_pretrained(tmp_path / "empty")
@@ -183,6 +182,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: Path
     asked: list[str]
+    hangs_up = False
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -212,7 +212,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{abs(hash(name))}-{len(body)}"')
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self.hangs_up and name else body)
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -283,3 +283,16 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
     assert done.returncode == 2
     assert "someone/model is no file or folder here" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_hub_that_hangs_up(tmp_path: Path, hub: Any) -> None:
+    """The hub's library tries again and says so; then comes our line."""
+    served, environment = hub
+    served.hangs_up = True
+    (served.files / "config.json").write_text("{}")
+    command = [*COMMAND, "convert", "someone/model", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "someone/model is no file or folder here" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
