@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import pytest
 import cases
 import flax_qformer as fq
 from conftest import write_upstream
+from flax_qformer.cli import main
 from flax_qformer.source import DEFAULT_MODEL
 from flax_qformer.writing import new_file, new_folder
 
@@ -126,20 +128,64 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("command", ["convert", "export", "embed"])
-def test_a_full_disk(tmp_path: Path, command: str) -> None:
+def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment between the two renames: the old model is out of the way, the new one is not in place."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "filled":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "model", overwrite=True):
+        pass
+    assert entries(tmp_path) == {"model"}
+    assert entries(tmp_path / "model") == {"old"}
+
+
+def test_what_a_killed_write_left_belongs_to_its_target(tmp_path: Path) -> None:
+    left = tmp_path / ".model[1].v2.abcdefgh.partial"
+    (left / "replaced").mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "replaced" / "old").touch()
+    for name in ("model", "model[1]", "model1"):
+        with new_folder(tmp_path / name, overwrite=False):
+            pass
+    assert left.exists()
+    with pytest.raises(fq.InputError, match="exists"), new_folder(tmp_path / "model[1].v2", overwrite=False):
+        pass
+    assert entries(tmp_path) == {"model", "model[1]", "model1", "model[1].v2"}
+    assert entries(tmp_path / "model[1].v2") == {"old"}
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_full_disk(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(DEFAULT_MODEL), str(tmp_path / "out")])
+    assert caught.value.code == 2
+    one_line_on_a_full_disk(capfd.readouterr().err, tmp_path)
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     """Files may not grow beyond 100 kB, which is how a full disk looks to a program."""
-    if command == "embed":
-        images = [str(DEFAULT_MODEL.parent / "example.png")] * 60
-        arguments = ["embed", *images, "--output", str(tmp_path / "out.npz"), "--batch-size", "60"]
-    else:
-        arguments = [command, str(DEFAULT_MODEL), str(tmp_path / "out")]
+    images = [str(DEFAULT_MODEL.parent / "example.png")] * 60
+    arguments = ["embed", *images, "--output", str(tmp_path / "out.npz"), "--batch-size", "60"]
     limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh", *COMMAND, *arguments]  # in blocks of 512 bytes
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "cannot write" in done.stderr
-    assert entries(tmp_path) == set()
+    one_line_on_a_full_disk(done.stderr, tmp_path)
+
+
+def one_line_on_a_full_disk(printed: str, folder: Path) -> None:
+    assert printed.count("\n") == 1
+    assert "cannot write" in printed
+    assert entries(folder) == set()
 
 
 def kill_while_writing(arguments: list[str], folder: Path, delay: float) -> bool:
