@@ -29,8 +29,7 @@ def check_absent(target: Path, overwrite: bool) -> None:
 def check_space(folder: Path, size: int) -> None:
     """Raise OSError if `size` bytes do not fit.
 
-    orbax would find out halfway, from many threads at once: where a disk fills up meanwhile, its tracebacks stand before
-    our one line.
+    orbax would find out halfway, from many threads at once; where a disk fills up meanwhile, it prints tracebacks.
     """
     needed = size + size // 20 + (1 << 20)
     if needed > shutil.disk_usage(folder).free:
