@@ -21,8 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from .config import BLIP_DIFFUSION, Blip2Config, read_json
-from .convert import check_shapes, convert, export, layout_of
+from .config import BLIP_DIFFUSION, Blip2Config
+from .convert import check_finite, check_shapes, convert, export, layout_of
 from .convert.layouts import parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError
@@ -50,7 +50,7 @@ def from_pretrained(
       dtype: what the model computes in: float32, bfloat16 or float16.
       param_dtype: what the parameters are kept in; by default each as it is stored.
       config: a `config.json`, or the config itself, where the checkpoint brings none or a wrong one.
-      allow_non_finite: accept infinities and NaN in a PyTorch checkpoint.
+      allow_non_finite: accept infinities and NaN in a PyTorch checkpoint, and those that a cast makes.
 
     Returns:
       The model, and its parameters as nested dictionaries of arrays: `model.apply({"params": params}, **batch)`.
@@ -126,16 +126,15 @@ def export_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    dtype: DTypeLike | None = None,
     overwrite: bool = False,
 ) -> str:
     """Write a folder that upstream's `Blip2QFormerModel.from_pretrained` loads; `flax-qformer export`.
 
-    Arguments, result and errors are those of `convert_checkpoint`.
+    Every parameter keeps its dtype and value. Arguments, result and errors are those of `convert_checkpoint`.
     """
     check_absent(Path(destination), overwrite)
     found = locate(source)
-    loaded = _load(found, None, None if dtype is None else as_dtype(dtype), allow_non_finite=True)
+    loaded = _load(found, None, None, allow_non_finite=True)
     with new_folder(Path(destination), overwrite) as folder:
         notes = _write_settings(folder, found, loaded.config, None)
         tensors = export(loaded.params, loaded.config)
@@ -183,7 +182,7 @@ def _load(
     allow_non_finite: bool,
 ) -> _Loaded:
     if source.params:
-        return _load_ours(source.params, _config(source, config), dtype)
+        return _load_ours(source.params, _config(source, config), dtype, allow_non_finite)
     if not source.weights:
         raise InputError(f"{source.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
     tensors = merged(_open(path) for path in source.weights)
@@ -191,13 +190,11 @@ def _load(
     assumed = config is None and source.config is None and layout == "lavis"
     used = BLIP_DIFFUSION if assumed else _config(source, config)
     try:
-        converted = convert(tensors, used, dtype=dtype, allow_non_finite=allow_non_finite)
+        params, left_out = convert(tensors, used, dtype=dtype, allow_non_finite=allow_non_finite)
     except InputError as error:
-        about = (
-            "the published geometry is assumed, --config FILE names another" if assumed else _left_to_default(source)
-        )
-        raise InputError(f"{source.name}: {error}{about and '; ' + about}") from None
-    return _Loaded(used, converted.params, layout, len(converted.left_out))
+        about = "; the published geometry is assumed, `flax-qformer convert --config FILE` (config=FILE) takes another"
+        raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
+    return _Loaded(used, params, layout, len(left_out))
 
 
 def _open(path: Path) -> dict[str, StoredTensor]:
@@ -211,32 +208,20 @@ def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None)
         return config
     path = source.config if config is None else Path(config)
     if path is None:
-        raise InputError(f"{source.name} has no config.json; name one with --config FILE (config=FILE)")
+        raise InputError(
+            f"{source.name} has no config.json; put one there, or convert it with `flax-qformer convert --config FILE` "
+            "(config=FILE)"
+        )
     if not path.is_file():
         raise InputError(f"there is no config {path}")
     return Blip2Config.from_json(path)
-
-
-def _left_to_default(source: Source) -> str:
-    """Sizes that the checkpoint's config leaves to upstream's defaults: the likely reason where shapes do not fit."""
-    if source.config is None:
-        return ""
-    values, sizes = read_json(source.config), ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    config = Blip2Config.from_json(source.config).to_dict()
-    missing = [
-        f"{part}.{name} {config[part][name]}"
-        for part in ("vision_config", "qformer_config")
-        for name in sizes
-        if name in config[part] and name not in values[part]
-    ]
-    return f"its config leaves to the defaults: {', '.join(missing)}" if missing else ""
 
 
 def _shapes(config: Blip2Config) -> dict[str, tuple[int, ...]]:
     return {parameter.path: parameter.shape for parameter in parameters(config, "diffusers")}
 
 
-def _load_ours(folder: Path, config: Blip2Config, dtype: jnp.dtype | None) -> _Loaded:
+def _load_ours(folder: Path, config: Blip2Config, dtype: jnp.dtype | None, allow_non_finite: bool) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
     try:
@@ -252,6 +237,9 @@ def _load_ours(folder: Path, config: Blip2Config, dtype: jnp.dtype | None) -> _L
         params = ocp.load(folder, unflatten_dict(wanted, sep="/"))
     except Exception as error:
         raise InputError(f"{folder} is damaged ({error}); convert it again") from None
+    if dtype is not None and not allow_non_finite:
+        leaves = flatten_dict(params, sep="/")
+        check_finite([path for path, leaf in leaves.items() if not jnp.isfinite(leaf).all()], dtype)
     return _Loaded(config, params, "flax")
 
 
@@ -290,7 +278,7 @@ def _write_settings(folder: Path, source: Source, config: Blip2Config, tokenizer
     except InputError as error:
         if tokenizer is not None:
             raise
-        return f" without a tokenizer ({error}): add one with --tokenizer DIR"
+        return f" without a tokenizer ({error}): `flax-qformer convert --tokenizer DIR` adds one"
     for name in TOKENIZER_FILES:
         if (files / name).is_file():
             shutil.copyfile(files / name, folder / name)
