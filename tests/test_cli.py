@@ -98,6 +98,16 @@ def test_attend_draws_a_picture(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "attention.svg").read_text()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "L", "La"])
+def test_photos_are_drawn_small_and_as_the_model_sees_them(mode: str) -> None:
+    image = cases.image("LA", 900, 1200).convert("La") if mode == "La" else cases.image(mode, 900, 1200)
+    figure = fq.draw_attention(image, {"row": np.ones((3, 2, 2), np.float32)})
+    drawn, *panels = (axes.images[0].get_array() for axes in figure.axes)
+    assert drawn.shape == (360, 480, 3)
+    assert [panel.shape for panel in panels] == [(360, 480)] * 3
+    assert image.size == (1200, 900)
+
+
 def test_attention_maps_are_where_the_patches_are() -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"])
     grid = config.vision_config.grid_size
