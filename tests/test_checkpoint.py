@@ -23,7 +23,7 @@ import pytest
 
 import cases
 import flax_qformer as fq
-from conftest import write_upstream
+from conftest import same, write_upstream
 from flax_qformer.cli import main
 from flax_qformer.source import DEFAULT_MODEL
 from flax_qformer.writing import new_file, new_folder
@@ -36,10 +36,6 @@ def entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def equal(one: Any, other: Any) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), one, other))
-
-
 def test_save_and_load(tmp_path: Path) -> None:
     model, params = fq.from_pretrained(DEFAULT_MODEL)
     processor = fq.Processor.from_pretrained(DEFAULT_MODEL)
@@ -47,7 +43,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     fq.save_pretrained(tmp_path / "saved", model, half, processor)
     again, loaded = fq.from_pretrained(tmp_path / "saved", dtype="bfloat16")
     assert again == dataclasses.replace(model, dtype=jnp.dtype(jnp.bfloat16))
-    assert equal(loaded, half)
+    assert same(loaded, half)
     assert {
         leaf.dtype for leaf in jax.tree.leaves(fq.from_pretrained(tmp_path / "saved", param_dtype="float16")[1])
     } == {jnp.dtype(jnp.float16)}
@@ -58,7 +54,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     with pytest.raises(fq.InputError, match="exists.*--overwrite"):
         fq.save_pretrained(tmp_path / "saved", model, params)
     fq.save_pretrained(tmp_path / "saved", model, params, overwrite=True)
-    assert equal(fq.from_pretrained(tmp_path / "saved")[1], params)
+    assert same(fq.from_pretrained(tmp_path / "saved")[1], params)
     assert entries(tmp_path) == {"saved"}
     with pytest.raises(fq.InputError, match="1 missing: query_tokens"):
         fq.save_pretrained(tmp_path / "other", model, {k: v for k, v in params.items() if k != "query_tokens"})
@@ -73,7 +69,7 @@ def test_pruned_and_grown_models_are_saved_with_their_config(tmp_path: Path) -> 
     fq.save_pretrained(tmp_path / "saved", type(model)(config), params)
     again, loaded = fq.from_pretrained(tmp_path / "saved")
     assert again.config == config
-    assert equal(loaded, params)
+    assert same(loaded, params)
 
 
 @pytest.mark.parametrize("damage", ["remove a part", "cut a part", "other config", "no metadata"])
@@ -215,7 +211,7 @@ def test_a_kill_at_any_moment(tmp_path: Path) -> None:
             rng.uniform(0, 0.6),
         )
         if (work / "model").exists():
-            assert equal(fq.from_pretrained(work / "model")[1], expected)
+            assert same(fq.from_pretrained(work / "model")[1], expected)
             shutil.rmtree(work / "model")
     assert killed
     # The next write removes what the killed ones left.
@@ -319,7 +315,7 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
     assert weights in fetched
     assert not any(name.startswith(("unet", "tokenizer")) or "flax" in name for name in fetched)
     assert len([name for name in fetched if "model" in name.rpartition("/")[2] and not name.endswith("json")]) == 1
-    assert equal(fq.from_pretrained(tmp_path / "first")[1], fq.from_pretrained(DEFAULT_MODEL)[1])
+    assert same(fq.from_pretrained(tmp_path / "first")[1], fq.from_pretrained(DEFAULT_MODEL)[1])
 
     served.asked.clear()
     done = convert("second", HF_HUB_OFFLINE="1")

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import cases
 import flax_qformer as fq
-from conftest import GOLDEN, weights, write_upstream
+from conftest import GOLDEN, same, weights, write_upstream
 from flax_qformer.config import BLIP_DIFFUSION
 from flax_qformer.convert import convert, export
 from flax_qformer.convert.layouts import Layout, parameters
@@ -160,10 +160,6 @@ def test_what_is_left_out_is_counted_and_nothing_is_filled_twice(tmp_path: Path)
     save_file({**lavis, "blip.query_tokens": lavis["query_tokens"]}, tmp_path / "lavis.safetensors")
     with pytest.raises(fq.InputError, match=r"filled twice, by blip\.query_tokens, query_tokens"):
         fq.from_pretrained(tmp_path / "lavis.safetensors")
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(jax.tree.leaves(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other)))
 
 
 def test_every_source_gives_the_same_model(tmp_path: Path) -> None:
