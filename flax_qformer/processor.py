@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -113,7 +112,8 @@ def _pipeline_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and bool(abs(value) <= float(np.finfo(np.float32).max))
+    largest = float(np.finfo(np.float32).max)
+    return isinstance(value, int | float | np.floating) and bool(-largest <= value <= largest)
 
 
 def to_rgb(image: Image) -> PIL.Image.Image:
