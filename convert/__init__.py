@@ -7,9 +7,8 @@ apply them. Whole folders on disk are `flax_qformer.checkpoint`'s.
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -34,24 +33,9 @@ from flax_qformer.convert.layouts import (
 from flax_qformer.convert.tensors import StoredTensor, listed
 from flax_qformer.errors import InputError
 
-__all__ = ["Converted", "check_shapes", "convert", "export", "layout_of", "parts_of"]
+__all__ = ["check_finite", "check_shapes", "convert", "export", "layout_of", "parts_of"]
 
 PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A parameter tree, and what was found on the way.
-
-    Attributes:
-      params: nested dictionaries of arrays.
-      layout: the naming that the checkpoint follows.
-      left_out: names of tensors that a rule leaves out, among them those of parts that were not asked for.
-    """
-
-    params: dict[str, Any]
-    layout: Layout
-    left_out: tuple[str, ...]
 
 
 def convert(
@@ -61,7 +45,7 @@ def convert(
     *,
     dtype: DTypeLike | None = None,
     allow_non_finite: bool = False,
-) -> Converted:
+) -> tuple[dict[str, Any], list[str]]:
     """Turn a PyTorch checkpoint into a parameter tree. Every tensor is accounted for.
 
     Args:
@@ -71,9 +55,12 @@ def convert(
       dtype: cast the parameters; by default each keeps its own.
       allow_non_finite: accept infinities and NaN.
 
+    Returns:
+      Nested dictionaries of arrays, and the names of the tensors that a rule leaves out.
+
     Raises:
       InputError: tensors are missing, unexpected, misshapen, there twice, of another kind than floating point, or hold
-        what is not finite; it lists all of them (the first 20 and the count).
+        what is not finite, as stored or after the cast; it lists all of them (the first 20 and the count).
     """
     layout = layout_of(tensors)
     rule, prefix = LEFT_OUT[layout], PREFIX[layout]
@@ -106,13 +93,9 @@ def convert(
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         arrays = list(pool.map(read, pairs))
     non_finite = [parameter.name for parameter, (_, finite) in zip(wanted, arrays, strict=True) if not finite]
-    if non_finite and not allow_non_finite:
-        raise InputError(
-            f"infinities or NaN in {len(non_finite)} tensors ({listed(non_finite)}); if they are meant, allow them "
-            "with --allow-non-finite (allow_non_finite=True)"
-        )
-    params = unflatten_dict({p.path: array for p, (array, _) in zip(wanted, arrays, strict=True)}, sep="/")
-    return Converted(params, layout, tuple(left_out))
+    if not allow_non_finite:
+        check_finite(non_finite, dtype)
+    return unflatten_dict({p.path: array for p, (array, _) in zip(wanted, arrays, strict=True)}, sep="/"), left_out
 
 
 def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
@@ -175,8 +158,21 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
     kinds = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}
     problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
-        hint = "check that it is a BLIP-Diffusion Q-Former and that the config is its own"
+        hint = (
+            "check that it is a BLIP-Diffusion Q-Former and that the config is its own; what a config leaves out has "
+            "upstream's default"
+        )
         raise InputError(f"the tensors are not those of the config: {'; '.join(problems)} ({hint})")
+
+
+def check_finite(non_finite: Sequence[str], dtype: DTypeLike | None) -> None:
+    """Raise InputError that lists the tensors that are not finite, if there are any."""
+    if non_finite:
+        cast = "" if dtype is None else f" as {np.dtype(dtype)}"
+        raise InputError(
+            f"infinities or NaN in {len(non_finite)} tensors{cast} ({listed(non_finite)}); if they are meant, convert "
+            "it with `flax-qformer convert --allow-non-finite` (allow_non_finite=True)"
+        )
 
 
 def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> None:
@@ -189,18 +185,18 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
     doubles = [name for name, found in dtypes.items() if found == double]
     if doubles and dtype is None:
         raise InputError(
-            f"{len(doubles)} tensors are float64, which JAX does not keep: {listed(doubles)}; name the dtype to cast "
-            "to (--dtype float32)"
+            f"{len(doubles)} tensors are float64, which JAX does not keep: {listed(doubles)}; convert it with "
+            "`flax-qformer convert --dtype float32` (param_dtype='float32')"
         )
 
 
 def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -> tuple[jax.Array, bool]:
-    """The parameter on the default device, its axes moved on the way by XLA; and whether it is finite."""
+    """The parameter on the default device, its axes moved on the way by XLA; and whether it is finite there."""
     view = tensor.view()
+    dtype = view.dtype if dtype is None else dtype
     with np.errstate(all="ignore"):
-        # A minimum or maximum is NaN if anything is; these make no temporary array.
-        finite = bool(np.isfinite(view.min(initial=0)) and np.isfinite(view.max(initial=0)))
-        if dtype is not None:
-            view = view.astype(dtype)
+        # A minimum or maximum is NaN if anything is, and the cast keeps their order; these make no temporary array.
+        extremes = np.array([view.min(initial=0), view.max(initial=0)]).astype(dtype)
+        view = view.astype(dtype, copy=False)
     array = jax.device_put(view.transpose(parameter.order).reshape(parameter.shape), may_alias=False)
-    return array.block_until_ready(), finite
+    return array.block_until_ready(), bool(np.isfinite(extremes).all())

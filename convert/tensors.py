@@ -79,7 +79,7 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index} has no weight_map from tensor names to files")
     names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if Path(name).name != name or name == ".."]
     if outside:
         raise InputError(f"{index} names files outside its folder: {listed(outside)}")
     absent = [name for name in names if not (index.parent / name).is_file()]

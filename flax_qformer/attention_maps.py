@@ -9,9 +9,13 @@ import numpy as np
 import PIL.Image
 
 from .config import Blip2Config
+from .processor import to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+SIZE = 480
+"""The longer side of an image in a picture, in pixels: each panel holds a copy."""
 
 
 def attention_maps(cross_attentions: Sequence[jax.Array], config: Blip2Config) -> jax.Array:
@@ -42,6 +46,9 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
     """
     from matplotlib.figure import Figure
 
+    image = to_rgb(image)
+    image.thumbnail((SIZE, SIZE))
+    grey = image.convert("L")
     queries = len(next(iter(rows.values())))
     aspect = image.height / image.width
     figure = Figure(
@@ -58,7 +65,7 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
         for query, one in enumerate(maps):
             axes = figure.add_subplot(grid[i, query + 2])
             strength = one / max(one.max(), 1e-12)
-            axes.imshow(image.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=extent)
+            axes.imshow(grey, cmap="gray", vmin=-255, vmax=255, extent=extent)
             axes.imshow(strength, cmap="hot", alpha=strength, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
             axes.set_xticks([])
             axes.set_yticks([])

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from .config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
-from .convert import check_shapes, convert, export, layout_of, parts_of
+from .convert import check_finite, check_shapes, convert, export, layout_of, parts_of
 from .convert.layouts import BERT_BIAS, Layout, Part, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError
@@ -88,7 +88,7 @@ def from_pretrained(
       model_class: `Blip2QFormerModel` or `Blip2ForPreTraining`; by default what the checkpoint is. What a class has
         and the checkpoint lacks is drawn afresh, as the log says: heads from a seed, `proj_layer` as the identity.
       config: a `config.json`, or the config itself, where the checkpoint brings none or a wrong one.
-      allow_non_finite: accept infinities and NaN in a PyTorch checkpoint.
+      allow_non_finite: accept infinities and NaN in a PyTorch checkpoint, and those that a cast makes.
 
     Returns:
       The model, and its parameters as nested dictionaries of arrays: `model.apply({"params": params}, **batch)`.
@@ -241,7 +241,7 @@ def _load(
 ) -> _Loaded:
     """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
     if source.params:
-        loaded = _load_ours(source.params, model_class, _config(source, config), dtype)
+        loaded = _load_ours(source.params, model_class, _config(source, config), dtype, allow_non_finite)
     elif source.weights:
         loaded = _load_pytorch(source, model_class, config, dtype, allow_non_finite)
     else:
@@ -275,13 +275,11 @@ def _load_pytorch(
     # What is missing as a whole is drawn; from a checkpoint with neither part, nothing is missing.
     wanted = [PARTS[model_class]] if not parts or PARTS[model_class] in parts else []
     try:
-        converted = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite)
+        params, left_out = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite)
     except InputError as error:
-        about = (
-            "the published geometry is assumed, --config FILE names another" if assumed else _left_to_default(source)
-        )
-        raise InputError(f"{source.name}: {error}{about and '; ' + about}") from None
-    return _Loaded(model_class, used, converted.params, layout, len(converted.left_out))
+        about = "; the published geometry is assumed, `flax-qformer convert --config FILE` (config=FILE) takes another"
+        raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
+    return _Loaded(model_class, used, params, layout, len(left_out))
 
 
 def _drawn(
@@ -309,25 +307,13 @@ def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None)
         return config
     path = source.config if config is None else Path(config)
     if path is None:
-        raise InputError(f"{source.name} has no config.json; name one with --config FILE (config=FILE)")
+        raise InputError(
+            f"{source.name} has no config.json; put one there, or convert it with `flax-qformer convert --config FILE` "
+            "(config=FILE)"
+        )
     if not path.is_file():
         raise InputError(f"there is no config {path}")
     return Blip2Config.from_json(path)
-
-
-def _left_to_default(source: Source) -> str:
-    """Sizes that the checkpoint's config leaves to upstream's defaults: the likely reason where shapes do not fit."""
-    if source.config is None:
-        return ""
-    values, sizes = read_json(source.config), ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    config = Blip2Config.from_json(source.config).to_dict()
-    missing = [
-        f"{part}.{name} {config[part][name]}"
-        for part in ("vision_config", "qformer_config")
-        for name in sizes
-        if name in config[part] and name not in values[part]
-    ]
-    return f"its config leaves to the defaults: {', '.join(missing)}" if missing else ""
 
 
 def _shapes(config: Blip2Config, model_class: type[AnyModel]) -> dict[str, tuple[int, ...]]:
@@ -340,7 +326,11 @@ def _check(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_cla
 
 
 def _load_ours(
-    folder: Path, model_class: type[AnyModel] | None, config: Blip2Config, dtype: jnp.dtype | None
+    folder: Path,
+    model_class: type[AnyModel] | None,
+    config: Blip2Config,
+    dtype: jnp.dtype | None,
+    allow_non_finite: bool,
 ) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
@@ -358,6 +348,9 @@ def _load_ours(
         params = ocp.load(folder, unflatten_dict(wanted, sep="/"))
     except Exception as error:
         raise InputError(f"{folder} is damaged ({error}); convert it again") from None
+    if dtype is not None and not allow_non_finite:
+        leaves = flatten_dict(params, sep="/")
+        check_finite([path for path, leaf in leaves.items() if not jnp.isfinite(leaf).all()], dtype)
     model_class = model_class or stored_class
     of_class = {path.split("/")[0] for path in _shapes(config, model_class)}
     return _Loaded(model_class, config, {name: tree for name, tree in params.items() if name in of_class}, "flax")
@@ -399,7 +392,7 @@ def _write_settings(folder: Path, source: Source, loaded: _Loaded, tokenizer: st
     except InputError as error:
         if tokenizer is not None:
             raise
-        return f" without a tokenizer ({error}): add one with --tokenizer DIR"
+        return f" without a tokenizer ({error}): `flax-qformer convert --tokenizer DIR` adds one"
     for name in TOKENIZER_FILES:
         if (files / name).is_file():
             shutil.copyfile(files / name, folder / name)

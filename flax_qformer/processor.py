@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -40,6 +40,22 @@ class ImageProcessor:
     resample: int = 3
     rescale_factor: float = 1 / 255
 
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise InputError(f"{name} is {getattr(self, name)!r:.40}; it must be a whole number above 0")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if not (isinstance(values, Sequence | np.ndarray) and len(values) == 3 and all(map(_is_finite, values))):
+                raise InputError(f"{name} is {values!r:.40}; it must be three finite numbers")
+            object.__setattr__(self, name, tuple(map(float, values)))
+        if not all(np.array(self.image_std, np.float32)):
+            raise InputError(f"image_std is {self.image_std}; it divides, and must not be 0")
+        if self.resample not in list(PIL.Image.Resampling) or not isinstance(self.resample, int):
+            raise InputError(f"resample is {self.resample!r:.40}; Pillow's filters have the numbers 0 to 5")
+        if not _is_finite(self.rescale_factor):
+            raise InputError(f"rescale_factor is {self.rescale_factor!r:.40}; it must be a finite number")
+
     @classmethod
     def from_source(cls, source: Source, image_size: int) -> Self:
         """The settings of a checkpoint; what it does not say is upstream's default, at the model's image size.
@@ -47,20 +63,20 @@ class ImageProcessor:
         Raises:
           InputError: a setting is damaged, or asks for images that the model cannot take.
         """
-        settings: dict[str, Any] = {"height": image_size, "width": image_size}
-        if source.image_processor:
-            settings |= _image_settings(source.image_processor)
-        if source.pipeline:
-            # The pipeline passes its own mean and std on where it has any.
-            pipeline = read_json(source.pipeline)
-            named = {"image_mean": pipeline.get("mean"), "image_std": pipeline.get("std")}
-            settings |= {name: tuple(value) for name, value in named.items() if value}
-        if (settings["height"], settings["width"]) != (image_size, image_size):
+        settings = cls(image_size, image_size)
+        for path, read in ((source.image_processor, _image_settings), (source.pipeline, _pipeline_settings)):
+            if path is None:
+                continue
+            try:
+                settings = replace(settings, **read(read_json(path)))
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+        if (settings.height, settings.width) != (image_size, image_size):
             raise InputError(
-                f"{source.image_processor} resizes to {settings['height']}x{settings['width']}, but the model takes "
+                f"{source.image_processor} resizes to {settings.height}x{settings.width}, but the model takes "
                 f"{image_size}x{image_size}: set its size to that"
             )
-        return cls(**settings)
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as upstream's `preprocessor_config.json` has them."""
@@ -71,35 +87,38 @@ class ImageProcessor:
 
     def __call__(self, image: Image) -> np.ndarray:
         """One image -> (height, width, 3) float32."""
-        resized = _rgb(image).resize((self.width, self.height), resample=self.resample)
+        resized = to_rgb(image).resize((self.width, self.height), resample=self.resample)
         # In float64 and back, as transformers does; the rest is float32.
         scaled = (np.asarray(resized).astype(np.float64) * self.rescale_factor).astype(np.float32)
         return (scaled - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
 
 
-def _image_settings(path: Path) -> dict[str, Any]:
-    values = read_json(path)
+def _image_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """What a `preprocessor_config.json` sets."""
     off = [name for name in ("do_resize", "do_rescale", "do_normalize") if values.get(name, True) is not True]
     if off:
-        raise InputError(f"{path} switches {' and '.join(off)} off; this processor always does that: remove the line")
-    settings: dict[str, Any] = {}
-    try:
-        size = values.get("size")
-        if size is not None:
-            height, width = (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
-            settings |= {"height": int(height), "width": int(width)}
-        for name in ("image_mean", "image_std"):
-            if values.get(name) is not None:
-                settings[name] = tuple(float(value) for value in values[name])
-        for name, kind in (("resample", int), ("rescale_factor", float)):
-            if values.get(name) is not None:
-                settings[name] = kind(values[name])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} has a setting of unknown form ({error!r}); compare it with upstream's") from None
-    return settings
+        raise InputError(f"it switches {' and '.join(off)} off; this processor always does that: remove the line")
+    size = values.get("size")
+    sides = size if isinstance(size, Mapping) else {"height": size, "width": size}
+    settings = {name: values.get(name) for name in ("image_mean", "image_std", "resample", "rescale_factor")}
+    if size is not None:
+        settings |= {name: sides.get(name, "missing") for name in ("height", "width")}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def _rgb(image: Image) -> PIL.Image.Image:
+def _pipeline_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """What a `model_index.json` sets: the pipeline passes its own mean and std on where it has any."""
+    settings = {"image_mean": values.get("mean"), "image_std": values.get("std")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _is_finite(value: object) -> bool:
+    largest = float(np.finfo(np.float32).max)
+    return isinstance(value, int | float | np.floating) and bool(-largest <= value <= largest)
+
+
+def to_rgb(image: Image) -> PIL.Image.Image:
+    """An image as the model sees it before it is resized; a copy."""
     if isinstance(image, str | os.PathLike):
         image = open_image(Path(image))
     if not isinstance(image, PIL.Image.Image):
@@ -109,7 +128,7 @@ def _rgb(image: Image) -> PIL.Image.Image:
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
-    """(H, W), (H, W, channels) or (channels, H, W): whole numbers from 0 to 255, or fractions from 0 to 1."""
+    """(H, W), (H, W, channels) or (channels, H, W), of numbers as `Processor` takes them."""
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -123,10 +142,10 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
         numbers = array.astype(np.float64)
         if not (np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.max() <= 255):
             raise InputError("an image array has values outside 0 to 255; scale it to that, or to 0 to 1 in floats")
-        if (numbers != np.round(numbers)).any():
-            if numbers.max() > 1:
-                raise InputError("an image array has fractions above 1; scale it to 0 to 1, or round it to 0 to 255")
+        if array.dtype.kind in "bf" and numbers.max() <= 1:
             numbers = numbers * 255
+        elif (numbers != np.round(numbers)).any():
+            raise InputError("an image array has fractions above 1; scale it to 0 to 1, or round it to 0 to 255")
         array = np.round(numbers).astype(np.uint8)
     return PIL.Image.fromarray(array)
 
@@ -191,7 +210,8 @@ class Processor:
 
         Args:
           images: one or several of PIL images of any mode, arrays, and paths; or one array (batch, H, W, channels).
-            Arrays hold 0 to 255, or fractions from 0 to 1 (which upstream would scale down twice).
+            Arrays hold 0 to 255; booleans, and floats of which none is above 1, hold 0 to 1 (which upstream would
+            scale down twice).
           text: one string for all images, or one for each.
           truncate: cut a text that is longer than the model's positions at its right end, rather than refuse it.
           pad_to_multiple_of: pad further, so that fewer lengths are compiled; it changes no result.

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import InputError
@@ -27,8 +27,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
-_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LAVIS = ("blip_model/blip_weight.pt", "proj_layer/proj_weight.pt")
 
 
@@ -67,14 +66,15 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
       InputError: there is nothing of the name, or nothing in it.
     """
     path, name = Path(name), str(name)
-    if path.is_dir():
+    if name and path.is_dir():
         return _in_folder(path, name)
     if path.is_file():
-        beside = _in_folder(path.parent, name)
-        return Source(name, beside.config, None, (path,), beside.tokenizer, beside.image_processor, beside.pipeline)
+        return replace(_in_folder(path.parent, name), params=None, weights=(path,))
     if _is_hub_id(name):
         return _in_folder(_download(name, weights), name)
-    raise InputError(f"there is no file or folder {name}; give one, or a hub id such as Salesforce/blipdiffusion")
+    raise InputError(
+        f"there is no file or folder {name or repr(name)}; give one, or a hub id such as Salesforce/blipdiffusion"
+    )
 
 
 def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
@@ -106,7 +106,7 @@ def _in_folder(folder: Path, name: str) -> Source:
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:
-    found = _first(folder, [*_SINGLE[:1], *_SHARDED[:1], *_SINGLE[1:], *_SHARDED[1:]])
+    found = _first(folder, _WEIGHTS)
     if found:
         return (found,)
     return tuple(folder / file for file in _LAVIS if (folder / file).is_file())
@@ -137,13 +137,13 @@ def _download(hub_id: str, weights: bool) -> Path:
 
 def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    # The hub's errors and those of whatever it downloads with.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{hub_id} is no file or folder here, and the hub cannot be asked for it ({reason}); check the name and "
-            "the connection, or give a folder"
+            f"{hub_id} is no file or folder here, and cannot be had from the hub ({reason}); check the name and the "
+            "connection, or give a folder"
         ) from None

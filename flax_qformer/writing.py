@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
-import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ def check_absent(target: Path, overwrite: bool) -> None:
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Raise OSError if `size` bytes do not fit: orbax would find out halfway, from many threads at once."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Raise OSError if `size` bytes do not fit.
+
+    orbax would find out halfway, from many threads at once; where a disk fills up meanwhile, it prints tracebacks.
+    """
     needed = size + size // 20 + (1 << 20)
     if needed > shutil.disk_usage(folder).free:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:.0f} MB are needed, more than is left")
-    if limit != resource.RLIM_INFINITY and size > limit:
-        raise OSError(errno.EFBIG, f"{size / 1e6:.0f} MB are needed, more than a file may have")
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
                     target.rename(work / "replaced")
                 filled.rename(target)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            _clear(work, target)
 
 
 @contextlib.contextmanager
@@ -99,15 +99,21 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    for work in target.parent.glob(f".{target.name}.*.partial"):
+    # As many characters as mkdtemp draws: those of a target with a longer name are no less than one more.
+    for work in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}.partial"):
         try:
             with (work / ".lock").open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if (work / "replaced").exists() and not target.exists():
-                    (work / "replaced").rename(target)
-                shutil.rmtree(work, ignore_errors=True)
+                _clear(work, target)
         except OSError:
             continue
+
+
+def _clear(work: Path, target: Path) -> None:
+    """Remove a working folder; what was to be replaced goes back to its place if nothing has taken it."""
+    if (work / "replaced").exists() and not target.exists():
+        (work / "replaced").rename(target)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

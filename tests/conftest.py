@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -58,3 +60,15 @@ def write_upstream(folder: Path, config: fq.Blip2Config) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     save_file(weights(config), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def checkpointing(config: fq.Blip2Config, on: bool, **changes: Any) -> fq.Blip2Config:
+    """The config with gradient checkpointing on or off in both of its parts."""
+    parts = ("vision_config", "qformer_config")
+    new = {part: dataclasses.replace(getattr(config, part), gradient_checkpointing=on, **changes) for part in parts}
+    return dataclasses.replace(config, **new)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two trees hold the same arrays."""
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ import pytest
 
 import cases
 import flax_qformer as fq
-from conftest import write_upstream
+from conftest import same, write_upstream
+from flax_qformer.cli import main
 from flax_qformer.source import DEFAULT_MODEL
 from flax_qformer.writing import new_file, new_folder
 
@@ -34,10 +36,6 @@ def entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def equal(one: Any, other: Any) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), one, other))
-
-
 def test_save_and_load(tmp_path: Path) -> None:
     model, params = fq.from_pretrained(DEFAULT_MODEL)
     processor = fq.Processor.from_pretrained(DEFAULT_MODEL)
@@ -45,7 +43,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     fq.save_pretrained(tmp_path / "saved", model, half, processor)
     again, loaded = fq.from_pretrained(tmp_path / "saved", dtype="bfloat16")
     assert again == dataclasses.replace(model, dtype=jnp.dtype(jnp.bfloat16))
-    assert equal(loaded, half)
+    assert same(loaded, half)
     assert {
         leaf.dtype for leaf in jax.tree.leaves(fq.from_pretrained(tmp_path / "saved", param_dtype="float16")[1])
     } == {jnp.dtype(jnp.float16)}
@@ -56,7 +54,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     with pytest.raises(fq.InputError, match="exists.*--overwrite"):
         fq.save_pretrained(tmp_path / "saved", model, params)
     fq.save_pretrained(tmp_path / "saved", model, params, overwrite=True)
-    assert equal(fq.from_pretrained(tmp_path / "saved")[1], params)
+    assert same(fq.from_pretrained(tmp_path / "saved")[1], params)
     assert entries(tmp_path) == {"saved"}
     with pytest.raises(fq.InputError, match="1 missing: query_tokens"):
         fq.save_pretrained(tmp_path / "other", model, {k: v for k, v in params.items() if k != "query_tokens"})
@@ -71,7 +69,7 @@ def test_pruned_and_grown_models_are_saved_with_their_config(tmp_path: Path) -> 
     fq.save_pretrained(tmp_path / "saved", type(model)(config), params)
     again, loaded = fq.from_pretrained(tmp_path / "saved")
     assert again.config == config
-    assert equal(loaded, params)
+    assert same(loaded, params)
 
 
 @pytest.mark.parametrize("damage", ["remove a part", "cut a part", "other config", "no metadata"])
@@ -97,9 +95,8 @@ def test_damaged_folders(tmp_path: Path, damage: str) -> None:
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     for name in (tmp_path / "absent", "no/such/folder", "absent.safetensors", ""):
-        if name:
-            with pytest.raises(fq.InputError, match="no file or folder"):
-                fq.from_pretrained(name)
+        with pytest.raises(fq.InputError, match="no file or folder"):
+            fq.from_pretrained(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(fq.InputError, match="holds no checkpoint"):
         fq.from_pretrained(tmp_path / "empty")
@@ -127,20 +124,64 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("command", ["convert", "export", "embed"])
-def test_a_full_disk(tmp_path: Path, command: str) -> None:
+def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment between the two renames: the old model is out of the way, the new one is not in place."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "filled":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "model", overwrite=True):
+        pass
+    assert entries(tmp_path) == {"model"}
+    assert entries(tmp_path / "model") == {"old"}
+
+
+def test_what_a_killed_write_left_belongs_to_its_target(tmp_path: Path) -> None:
+    left = tmp_path / ".model[1].v2.abcdefgh.partial"
+    (left / "replaced").mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "replaced" / "old").touch()
+    for name in ("model", "model[1]", "model1"):
+        with new_folder(tmp_path / name, overwrite=False):
+            pass
+    assert left.exists()
+    with pytest.raises(fq.InputError, match="exists"), new_folder(tmp_path / "model[1].v2", overwrite=False):
+        pass
+    assert entries(tmp_path) == {"model", "model[1]", "model1", "model[1].v2"}
+    assert entries(tmp_path / "model[1].v2") == {"old"}
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_full_disk(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(DEFAULT_MODEL), str(tmp_path / "out")])
+    assert caught.value.code == 2
+    one_line_on_a_full_disk(capfd.readouterr().err, tmp_path)
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     """Files may not grow beyond 100 kB, which is how a full disk looks to a program."""
-    if command == "embed":
-        images = [str(DEFAULT_MODEL.parent / "example.png")] * 60
-        arguments = ["embed", *images, "--output", str(tmp_path / "out.npz"), "--batch-size", "60"]
-    else:
-        arguments = [command, str(DEFAULT_MODEL), str(tmp_path / "out")]
+    images = [str(DEFAULT_MODEL.parent / "example.png")] * 60
+    arguments = ["embed", *images, "--output", str(tmp_path / "out.npz"), "--batch-size", "60"]
     limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh", *COMMAND, *arguments]  # in blocks of 512 bytes
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "cannot write" in done.stderr
-    assert entries(tmp_path) == set()
+    one_line_on_a_full_disk(done.stderr, tmp_path)
+
+
+def one_line_on_a_full_disk(printed: str, folder: Path) -> None:
+    assert printed.count("\n") == 1
+    assert "cannot write" in printed
+    assert entries(folder) == set()
 
 
 def kill_while_writing(arguments: list[str], folder: Path, delay: float) -> bool:
@@ -170,7 +211,7 @@ def test_a_kill_at_any_moment(tmp_path: Path) -> None:
             rng.uniform(0, 0.6),
         )
         if (work / "model").exists():
-            assert equal(fq.from_pretrained(work / "model")[1], expected)
+            assert same(fq.from_pretrained(work / "model")[1], expected)
             shutil.rmtree(work / "model")
     assert killed
     # The next write removes what the killed ones left.
@@ -183,6 +224,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: Path
     asked: list[str]
+    hangs_up = False
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -212,7 +254,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{abs(hash(name))}-{len(body)}"')
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self.hangs_up and name else body)
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -273,7 +315,7 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
     assert weights in fetched
     assert not any(name.startswith(("unet", "tokenizer")) or "flax" in name for name in fetched)
     assert len([name for name in fetched if "model" in name.rpartition("/")[2] and not name.endswith("json")]) == 1
-    assert equal(fq.from_pretrained(tmp_path / "first")[1], fq.from_pretrained(DEFAULT_MODEL)[1])
+    assert same(fq.from_pretrained(tmp_path / "first")[1], fq.from_pretrained(DEFAULT_MODEL)[1])
 
     served.asked.clear()
     done = convert("second", HF_HUB_OFFLINE="1")
@@ -283,3 +325,16 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
     assert done.returncode == 2
     assert "someone/model is no file or folder here" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_hub_that_hangs_up(tmp_path: Path, hub: Any) -> None:
+    """The hub's library tries again and says so; then comes our line."""
+    served, environment = hub
+    served.hangs_up = True
+    (served.files / "config.json").write_text("{}")
+    command = [*COMMAND, "convert", "someone/model", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "someone/model is no file or folder here" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

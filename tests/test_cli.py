@@ -98,6 +98,16 @@ def test_attend_draws_a_picture(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "attention.svg").read_text()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "L", "La"])
+def test_photos_are_drawn_small_and_as_the_model_sees_them(mode: str) -> None:
+    image = cases.image("LA", 900, 1200).convert("La") if mode == "La" else cases.image(mode, 900, 1200)
+    figure = fq.draw_attention(image, {"row": np.ones((3, 2, 2), np.float32)})
+    drawn, *panels = (axes.images[0].get_array() for axes in figure.axes)
+    assert drawn.shape == (360, 480, 3)
+    assert [panel.shape for panel in panels] == [(360, 480)] * 3
+    assert image.size == (1200, 900)
+
+
 def test_attention_maps_are_where_the_patches_are() -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"])
     grid = config.vision_config.grid_size
@@ -201,9 +211,9 @@ IMAGE = str(EXAMPLE_IMAGE)
         (["convert", "module.pt", "out"], "names torch.nn.modules.linear.Linear"),
         (["convert", "cut", "out"], "damaged"),
         (["convert", "existing", "out"], "holds no checkpoint"),
-        (["convert", "no_config", "out"], "name one with --config FILE"),
+        (["convert", "no_config", "out"], "convert it with `flax-qformer convert --config FILE`"),
         (["convert", "no_field", "out"], "the config has no qformer_config"),
-        (["convert", "no_width", "out"], "its config leaves to the defaults: qformer_config.hidden_size 768"),
+        (["convert", "no_width", "out"], "what a config leaves out has upstream's default"),
         (["convert", "odd_heads", "out"], "5 attention heads do not divide hidden_size 64"),
         (["convert", "other_layers", "out"], "32 missing: encoder.layer.4.attention.attention.query.weight"),
         (["convert", str(DEFAULT_MODEL), "existing"], "existing exists"),

@@ -208,8 +208,8 @@ def test_shards_that_do_not_fit_together(tmp_path: Path) -> None:
         save_file({"one": np.zeros(2, np.float32)}, tmp_path / f"{name}.safetensors")
     expect({"one": "a.safetensors", "two": "b.safetensors"}, "two files hold the same tensors: one")
     expect({"one": "a.safetensors", "two": "c.safetensors"}, "not there: c.safetensors")
-    for outside in ("../a.safetensors", "/etc/passwd", "x/a.safetensors", ".."):
-        expect({"one": outside}, "outside its folder|not there")
+    for outside in ("../a.safetensors", "/etc/passwd", "x/a.safetensors", "..", "."):
+        expect({"one": outside}, "outside its folder")
     expect([1], "no weight_map")
     expect({"one": 3}, "no weight_map")
     torch_save({"two": np.zeros(2, np.float32)}, tmp_path / "b.bin")

@@ -1,6 +1,5 @@
 """Each module equals upstream: the recorded answers of `golden/`, weights and inputs of `oracle/cases.py`."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 import cases
 import flax_qformer as fq
-from conftest import COMPILE_FAST
+from conftest import COMPILE_FAST, checkpointing
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.convert import export
 
@@ -112,21 +111,12 @@ def test_masks(case: Case) -> None:
     case.expect("head_mask_2d", case.run(encoder_hidden_states=image, **case.text(), head_mask=five))
 
 
-def checkpointing(config: fq.Blip2Config, on: bool) -> fq.Blip2Config:
-    parts = ("vision_config", "qformer_config")
-    changed = {part: dataclasses.replace(getattr(config, part), gradient_checkpointing=on) for part in parts}
-    return dataclasses.replace(config, **changed)
-
-
 def gradients(case: Case, model: fq.Blip2QFormerModel) -> tuple[jax.Array, dict[str, np.ndarray]]:
     """The loss of the oracle, and its gradients by upstream's names."""
 
     def loss(params: Any) -> jax.Array:
         output = model.apply({"params": params}, case.batch["pixel_values"], **case.text())
-        names = ("last_hidden_state", "query_embeddings")
-        return sum(
-            (getattr(output, name) * cases.loss_weight(name, getattr(output, name).shape)).sum() for name in names
-        )
+        return cases.loss(vars(output))
 
     value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)(case.params)
     return value, export(grads, model.config)
@@ -149,19 +139,9 @@ def test_gradients(geometry: str, gradient_checkpointing: bool, upstream_folder:
 
 
 def test_dropout_is_wherever_upstream_has_it(case: Case) -> None:
-    rates = {
-        "hidden": ("qformer_config", "hidden_dropout_prob"),
-        "attention": ("qformer_config", "attention_probs_dropout_prob"),
-        "vision": ("vision_config", "attention_dropout"),
-    }
-    for label, chosen in rates.items():
-        config = case.model.config
-        for part, name in rates.values():
-            changed = dataclasses.replace(getattr(config, part), **{name: 1.0 if (part, name) == chosen else 0.0})
-            config = dataclasses.replace(config, **{part: changed})
-        output = case.run(
-            fq.Blip2QFormerModel(config), pixel_values=case.batch["pixel_values"], **case.text(), deterministic=False
-        )
+    for label, config in cases.dropouts(case.name).items():
+        model = fq.Blip2QFormerModel(fq.Blip2Config.from_dict(config))
+        output = case.run(model, pixel_values=case.batch["pixel_values"], **case.text(), deterministic=False)
         case.expect(f"dropout_{label}", output)
 
 

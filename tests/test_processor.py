@@ -41,6 +41,10 @@ def test_arrays_and_paths(tmp_path: Path, processor: fq.Processor, golden: Any) 
     np.testing.assert_array_equal(
         SMALL(cases.image("LA").convert("La")), SMALL(cases.image("LA").convert("La").convert("LA"))
     )
+    mask = grey > 127
+    for same in (mask, mask.astype(np.float32), mask / 1.0):
+        np.testing.assert_array_equal(SMALL(same), SMALL(mask.astype(np.uint8) * 255))
+    assert np.ptp(SMALL(mask.astype(np.uint8))[..., 0]) < np.ptp(SMALL(mask)[..., 0]) / 100
     image.save(tmp_path / "image.png")
     for images in (tmp_path / "image.png", str(tmp_path / "image.png"), [image], array[None]):
         pixels = processor(images)["pixel_values"]
@@ -160,13 +164,28 @@ def test_settings_of_a_checkpoint(tmp_path: Path) -> None:
     assert (loaded.image_mean, loaded.image_std) == ((0.1, 0.2, 0.3), SMALL.image_std)
     for changed, message in (
         ({"size": {"height": 20, "width": 20}}, "resizes to 20x20, but the model takes 224x224"),
-        ({"size": {"shortest_edge": 224}}, "unknown form"),
+        ({"size": {"shortest_edge": 224}}, "height is 'missing'"),
+        ({"size": 224.5}, "height is 224.5"),
+        ({"size": 0}, "height is 0"),
         ({"do_normalize": False}, "switches do_normalize off"),
-        ({"image_std": "large"}, "unknown form"),
+        ({"image_std": "large"}, "image_std is 'large'"),
+        ({"image_std": [1, 1, 0]}, "must not be 0"),
+        ({"image_mean": [0.5, 0.5]}, "three finite numbers"),
+        ({"image_mean": [0.5, 0.5, 10**400]}, "three finite numbers"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "three finite numbers"),
+        ({"image_mean": {"r": 1, "g": 1, "b": 1}}, "three finite numbers"),
+        ({"resample": 99}, "resample is 99"),
+        ({"resample": [3]}, r"resample is \[3\]"),
+        ({"resample": 3.0}, "resample is 3.0"),
+        ({"rescale_factor": "1/255"}, "rescale_factor is '1/255'"),
     ):
         settings.write_text(json.dumps({**values, **changed}))
         with pytest.raises(fq.InputError, match=message):
             fq.Processor.from_pretrained(folder)
+    settings.write_text(json.dumps(values))
+    (folder / "model_index.json").write_text('{"mean": 5}')
+    with pytest.raises(fq.InputError, match=r"model_index\.json: image_mean is 5"):
+        fq.Processor.from_pretrained(folder)
 
 
 def test_tokenizers(tmp_path: Path) -> None:

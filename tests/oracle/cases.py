@@ -1,6 +1,8 @@
 """What upstream is asked, for both sides: numpy only, all of it drawn from seeds that no numpy release changes."""
 
+import copy
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -167,9 +169,30 @@ def batch(geometry: str) -> dict[str, np.ndarray]:
     }
 
 
-def loss_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """What outputs are multiplied with before they are summed to the loss that is differentiated."""
-    return draw(f"loss {name}", shape)
+def dropouts(geometry: str) -> dict[str, dict[str, Any]]:
+    """The geometry with one of its dropouts on, by the name of it.
+
+    Dropout that drops everything is no matter of chance: it shows each place that has one.
+    """
+    rates = {
+        "hidden": ("qformer_config", "hidden_dropout_prob"),
+        "attention": ("qformer_config", "attention_probs_dropout_prob"),
+        "vision": ("vision_config", "attention_dropout"),
+    }
+    configs = {label: copy.deepcopy(GEOMETRIES[geometry]) for label in rates}
+    for label, config in configs.items():
+        for other, (part, name) in rates.items():
+            config[part][name] = float(other == label)
+    return configs
+
+
+IN_LOSS = ("last_hidden_state", "query_embeddings")
+
+
+def loss(outputs: Mapping[str, Any], array: Callable[[np.ndarray], Any] = np.asarray) -> Any:
+    """The loss that is differentiated: weighted outputs; `array` makes the weights what the outputs are."""
+    weights = {name: array(draw(f"loss {name}", tuple(outputs[name].shape))) for name in IN_LOSS}
+    return sum((outputs[name] * weights[name]).sum() for name in IN_LOSS)
 
 
 def image(mode: str, height: int = 57, width: int = 83) -> PIL.Image.Image:

@@ -20,10 +20,8 @@ def main() -> None:
     batch = {name: torch.from_numpy(value) for name, value in cases.full_batch().items()}
     image = model.visual_encoder(batch["pixel_values"].permute(0, 3, 1, 2)).last_hidden_state
     output = run(model, batch["input_ids"].long(), image, batch["attention_mask"].long())
-    names = ("last_hidden_state", "query_embeddings")
-    loss = sum((output[n] * torch.from_numpy(cases.loss_weight(n, tuple(output[n].shape)))).sum() for n in names)
-    loss.backward()
-    tensors = {name: output[name].detach() for name in (*names, "pooler_output")}
+    cases.loss(output, torch.from_numpy).backward()
+    tensors = {name: output[name].detach() for name in (*cases.IN_LOSS, "pooler_output")}
     for name, parameter in model.named_parameters():
         tensors[f"gradient {name}"] = torch.from_numpy(cases.sample(name, parameter.grad.numpy()))
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "upstream.safetensors")

@@ -99,10 +99,7 @@ def record_geometry(geometry: str) -> dict[str, np.ndarray]:
         keep(answers, "head_mask_2d", run(model, ids, image, mask, head_mask=arrays["head_mask_2d"]), short)
 
     output = run(model, ids, model.visual_encoder(pixels).last_hidden_state, mask)
-    loss = sum(
-        (output[name] * torch.from_numpy(cases.loss_weight(name, tuple(output[name].shape)))).sum()
-        for name in ("last_hidden_state", "query_embeddings")
-    )
+    loss = cases.loss(output, torch.from_numpy)
     loss.backward()
     answers["loss"] = loss.detach().numpy()
     keep(answers, "gradients", {name: parameter.grad for name, parameter in model.named_parameters()})
@@ -116,18 +113,7 @@ def record_geometry(geometry: str) -> dict[str, np.ndarray]:
 
 
 def record_dropout(answers: dict[str, np.ndarray], geometry: str, arrays: dict[str, torch.Tensor]) -> None:
-    """Dropout that drops everything is no matter of chance: it shows each place that has one."""
-    rates = {
-        "hidden": ("qformer_config", "hidden_dropout_prob"),
-        "attention": ("qformer_config", "attention_probs_dropout_prob"),
-        "vision": ("vision_config", "attention_dropout"),
-    }
-    for label, chosen in rates.items():
-        config = {
-            name: dict(part) if isinstance(part, dict) else part for name, part in cases.GEOMETRIES[geometry].items()
-        }
-        for part, name in rates.values():
-            config[part][name] = 1.0 if (part, name) == chosen else 0.0
+    for label, config in cases.dropouts(geometry).items():
         model = build(config).train()
         with torch.no_grad():
             image = model.visual_encoder(arrays["pixel_values"].permute(0, 3, 1, 2)).last_hidden_state
