@@ -102,6 +102,17 @@ def from_pretrained(
     return model, loaded.params
 
 
+def initialise(
+    config: str | os.PathLike[str] | Blip2Config,
+    model_class: type[Model],
+    dtype: DTypeLike = jnp.float32,
+    seed: int = 0,
+) -> tuple[Model, dict[str, Any]]:
+    """A model with all its parameters drawn afresh, in float32; arguments and result as of `from_pretrained`."""
+    config = config if isinstance(config, Blip2Config) else Blip2Config.from_json(Path(config))
+    return model_class(config, dtype=as_dtype(dtype)), _drawn(model_class, config, seed=seed)
+
+
 def save_pretrained(
     path: str | os.PathLike[str],
     model: AnyModel,
@@ -283,17 +294,21 @@ def _load_pytorch(
 
 
 def _drawn(
-    model_class: type[AnyModel], config: Blip2Config, names: Iterable[str], dtype: jnp.dtype | None = None
+    model_class: type[AnyModel],
+    config: Blip2Config,
+    names: Iterable[str] | None = None,
+    dtype: jnp.dtype | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Fresh parameters under these names, from a fixed seed."""
+    """Fresh parameters, all or those under some names."""
     model, size = model_class(config, param_dtype=dtype or jnp.float32), config.vision_config.image_size
 
     @jax.jit
     def draw(key: jax.Array) -> dict[str, Any]:
         tree = model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), int))["params"]
-        return {name: tree[name] for name in names}
+        return {name: tree[name] for name in (tree if names is None else names)}
 
-    return draw(jax.random.key(0))
+    return draw(jax.random.key(seed))
 
 
 def _open(path: Path) -> dict[str, StoredTensor]:

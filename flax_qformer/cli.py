@@ -1,7 +1,12 @@
 """The command `flax-qformer`."""
 
 import argparse
+import contextlib
+import dataclasses
+import io
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +19,8 @@ from tqdm import tqdm
 from .attention_maps import attention_maps, draw_attention
 from .checkpoint import DTYPES, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
 from .errors import InputError
+from .pretraining.settings import EvaluateSettings, TrainSettings, read_yaml
+from .pretraining.sources import DataSettings
 from .processor import Processor, open_image, pair_up
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
@@ -27,9 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what the user can put right ends it with one line and exit status 2."""
     # transformers says on import that it misses PyTorch, which is of no use to anybody here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("flax_qformer").setLevel(logging.INFO)
+    options, rest = _parser().parse_known_args(arguments)
     try:
-        options.run(options)
+        if options.settings:
+            options.run(_settings(options.settings, rest, f"flax-qformer {options.command}"))
+        elif rest:
+            raise InputError(f"unrecognized arguments: {' '.join(rest)} (see flax-qformer {options.command} --help)")
+        else:
+            options.run(options)
     except InputError as error:
         print(f"flax-qformer {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -93,6 +107,23 @@ def export(options: argparse.Namespace) -> None:
     print(export_checkpoint(options.source, options.destination, layout=options.layout, overwrite=options.overwrite))
 
 
+def train(settings: TrainSettings) -> None:
+    from .pretraining.train import Stopped, train
+
+    try:
+        print(train(settings))
+    except Stopped as stop:
+        print(f"flax-qformer train: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+
+
+def evaluate(settings: EvaluateSettings) -> None:
+    from .pretraining.train import evaluate
+
+    for name, value in evaluate(settings).items():
+        print(f"{name}: {value:g}")
+
+
 def _load(options: argparse.Namespace) -> tuple[Blip2QFormerModel, dict[str, Any], Processor]:
     dtype = as_dtype(options.dtype)
     model, params = from_pretrained(options.model, dtype, model_class=Blip2QFormerModel, config=options.config)
@@ -123,6 +154,31 @@ def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) 
     return {f"layer {layer}": maps[attending.index(layer)] for layer in layers or attending}
 
 
+def _settings(kind: type[DataSettings], arguments: list[str], prog: str) -> DataSettings:
+    """Settings from the command line, and from the YAML file that `--settings` names."""
+    try:
+        import tyro
+    except ImportError:
+        raise InputError("training needs more packages; run pip install 'flax-qformer[train]'") from None
+    default, told = None, io.StringIO()
+    if "--settings" in arguments:
+        place = arguments.index("--settings")
+        if place + 1 == len(arguments):
+            raise InputError("--settings needs a file")
+        known = {field.name: tyro.MISSING for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+        default = kind(**known | read_yaml(Path(arguments[place + 1])))
+        arguments = arguments[:place] + arguments[place + 2 :]
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(kind, prog=prog, args=arguments, default=default or tyro.MISSING_NONPROP)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # Tyro tells in a box of several lines.
+        message = re.split("─{9,}", re.sub("[│╭╮╰╯]", "", told.getvalue()).strip("─ \n"))
+        raise InputError(f"{' '.join(message[0].split())} (see {prog} --help)") from None
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -130,6 +186,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flax-qformer", description="BLIP-Diffusion's Q-Former in JAX/Flax.")
+    parser.set_defaults(settings=None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -209,6 +266,11 @@ def _parser() -> argparse.ArgumentParser:
         "(default: lavis for a stage-1 model, else diffusers)",
     )
     _add_overwrite(command)
+
+    command = commands.add_parser("train", add_help=False, help="train on captioned images, or go on with a run")
+    command.set_defaults(run=train, settings=TrainSettings)
+    command = commands.add_parser("evaluate", add_help=False, help="how well images and captions find each other")
+    command.set_defaults(run=evaluate, settings=EvaluateSettings)
     return parser
 
 

@@ -333,7 +333,7 @@ class QFormer(Block):
             if encoder_hidden_states is not None:
                 raise InputError("give pixel_values or encoder_hidden_states, not both")
             encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
-        num_past = 0 if past_key_values is None else past_key_values[0][0].shape[1]
+        num_past = past_key_values[0][0].shape[1] if past_key_values else 0
         if num_past and encoder_hidden_states is not None:
             raise InputError("past_key_values hold the queries: give the text that follows them, and no image")
         check_inputs(self.config, encoder_hidden_states, input_ids)

@@ -1,0 +1,105 @@
+"""How well images and texts find each other: recall, plain and reranked by ITM."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_qformer.errors import InputError
+from flax_qformer.pretraining.losses import similarities
+from flax_qformer.pretraining.model import Blip2ForPreTraining
+
+RANKS = (1, 5, 10)
+
+
+class Retrieval:
+    """Compiled functions of a model that score images against texts."""
+
+    def __init__(self, model: Blip2ForPreTraining, batch_size: int = 64) -> None:
+        self._batch_size = batch_size
+
+        def image(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            states = model.apply({"params": params}, pixels, method="encode_image").last_hidden_state
+            return states, model.apply({"params": params}, encoder_hidden_states=states, method="image_features")
+
+        def text(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, ids, mask, method="text_features")
+
+        def match(params: Any, states: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, None, ids, mask, encoder_hidden_states=states, method="match")
+
+        self._image, self._text, self._match = jax.jit(image), jax.jit(text), jax.jit(match)
+        self._similarities = jax.jit(similarities)
+
+    def evaluate(
+        self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16
+    ) -> dict[str, float]:
+        """Recall at 1, 5 and 10 in both directions, of pairs of images and texts.
+
+        Args:
+          batches: a batch with pixel_values, input_ids, attention_mask and image_id, and how many of its rows count.
+          rerank: so many candidates of each query are ordered anew by similarity plus ITM score; 0 leaves that out.
+
+        Returns:
+          Shares, as `text_to_image/recall@1`, `image_to_text/reranked_recall@5`, and the numbers of images and texts.
+        """
+        states, images, texts, tokens, ids = [], [], [], [], []
+        seen: set[int] = set()
+        for batch, count in batches:
+            new = []
+            for row in range(count):
+                number = int(batch["image_id"][row])
+                new += [] if number in seen else [row]
+                seen.add(number)
+            state, image = self._image(params, batch["pixel_values"])
+            states.append(np.asarray(state)[new])
+            images.append(np.asarray(image)[new])
+            texts.append(np.asarray(self._text(params, batch["input_ids"], batch["attention_mask"]))[:count])
+            tokens.append(np.stack([batch["input_ids"][:count], batch["attention_mask"][:count]]))
+            ids.append((batch["image_id"][new], batch["image_id"][:count]))
+        if len(seen) < 2:
+            raise InputError(f"{len(seen)} images are too few to search among")
+        image_ids, text_ids = (np.concatenate(part) for part in zip(*ids, strict=True))
+        scores = self._all_similarities(np.concatenate(images), np.concatenate(texts))
+        belongs = image_ids[:, None] == text_ids[None, :]
+        figures: dict[str, float] = {"images": len(image_ids), "texts": len(text_ids)}
+        figures |= _recalls("image_to_text", scores, belongs) | _recalls("text_to_image", scores.T, belongs.T)
+        if rerank:
+            arrays = (np.concatenate(states), np.concatenate(tokens, axis=1))
+            to_text = self._reranked(params, *arrays, scores, rerank)
+            to_image = self._reranked(params, *arrays, scores.T, rerank, by_text=True)
+            figures |= _recalls("image_to_text", to_text, belongs, "reranked_")
+            figures |= _recalls("text_to_image", to_image, belongs.T, "reranked_")
+        return figures
+
+    def _all_similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        rows = [self._similarities(images[i : i + 256], texts) for i in range(0, len(images), 256)]
+        return np.concatenate([np.asarray(row) for row in rows])
+
+    def _reranked(
+        self,
+        params: Any,
+        states: np.ndarray,
+        tokens: np.ndarray,
+        scores: np.ndarray,
+        rerank: int,
+        by_text: bool = False,
+    ) -> np.ndarray:
+        """scores: (queries, candidates) -> the same, the best of each row raised above the rest by their ITM score."""
+        best = np.argsort(-scores, axis=1)[:, : min(rerank, scores.shape[1])]
+        rows, columns = np.repeat(np.arange(len(scores)), best.shape[1]), best.reshape(-1)
+        image, text = (columns, rows) if by_text else (rows, columns)
+        result = np.where(np.isfinite(scores), scores - 1e6, scores)
+        for start in range(0, len(rows), self._batch_size):
+            chunk = np.arange(start, start + self._batch_size).clip(max=len(rows) - 1)
+            match = self._match(params, states[image[chunk]], *tokens[:, text[chunk]])
+            result[rows[chunk], columns[chunk]] = scores[rows[chunk], columns[chunk]] + np.asarray(match)
+        return result
+
+
+def _recalls(direction: str, scores: np.ndarray, belongs: np.ndarray, kind: str = "") -> dict[str, float]:
+    """The share of rows that have what belongs to them among the best."""
+    order = np.argsort(-scores, axis=1)[:, : max(RANKS)]
+    hits = np.take_along_axis(belongs, order, axis=1)
+    return {f"{direction}/{kind}recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in RANKS}

@@ -1,0 +1,156 @@
+"""The settings of the training program: one dataclass, for the command line and for a YAML file."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax_qformer.errors import InputError
+from flax_qformer.pretraining.optimizer import Group
+from flax_qformer.pretraining.sources import DataSettings
+from flax_qformer.source import DEFAULT_MODEL
+
+FIXED = ("model", "train", "ema_decay", "accumulation", "layer_decay", "clip_norm")
+"""What decides of the state's form, and so may not change between a stop and its resumption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(DataSettings):
+    """Train a Q-Former on captioned images, or go on where a run in the same folder stopped.
+
+    Attributes:
+      output: folder of the run: its checkpoints, metrics.jsonl, TensorBoard's files, and in the end `model`.
+      model: what to start from: a folder, checkpoint file or hub id; from a folder with a config.json and a tokenizer
+        but no weights, all is drawn afresh.
+      tokenizer: folder or hub id, where the checkpoint brings none.
+      overwrite: start anew, and remove the run that is in the folder.
+      train: what is trained: vision, qformer, heads, or all.
+      steps: how many to take in all.
+      learning_rate: the highest, after the warm-up; it falls along a cosine to a tenth.
+      warmup: steps until the highest learning rate.
+      weight_decay: AdamW's; none on biases, LayerNorms and the temperature.
+      b1: AdamW's decay of the first moment.
+      b2: AdamW's decay of the second moment.
+      clip_norm: longest gradient; 0 switches clipping off.
+      layer_decay: each layer's learning rate is this times that of the layer above.
+      accumulation: batches whose gradients are averaged for one step; each is contrasted by itself.
+      ema_decay: of the moving average of the parameters, which is what is evaluated and kept; 0 for none.
+      dropout: of the Q-Former, in place of its config's.
+      dtype: what is computed in: float32, bfloat16 or float16; parameters stay float32.
+      gradient_checkpointing: recompute each layer in the backward pass, for less memory.
+      log_every: steps between lines of metrics.
+      save_every: steps between checkpoints.
+      keep: newest checkpoints that are kept.
+      evaluate_every: steps between evaluations on what is held out; 0 for one at the end.
+      evaluate_on: how many examples at most.
+      rerank: candidates that ITM orders anew in an evaluation; 0 for none.
+    """
+
+    output: str
+    model: str = str(DEFAULT_MODEL)
+    tokenizer: str | None = None
+    overwrite: bool = False
+    train: tuple[Group, ...] = ("qformer", "heads")
+    steps: int = 1000
+    learning_rate: float = 1e-4
+    warmup: int = 100
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.98
+    clip_norm: float = 1.0
+    layer_decay: float = 1.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    dropout: float | None = None
+    dtype: str = "bfloat16"
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+    evaluate_every: int = 0
+    evaluate_on: int = 1000
+    rerank: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "accumulation", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("warmup", "weight_decay", "clip_norm", "evaluate_every", "evaluate_on", "rerank"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be below 0")
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        for name in ("b1", "b2", "ema_decay", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"{name} is {value}; it must be from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(DataSettings):
+    """Measure how well the images and captions of a data set find each other.
+
+    Attributes:
+      model: folder, checkpoint file or hub id of a stage-1 model.
+      tokenizer: folder or hub id, where the checkpoint brings none.
+      everything: use all examples, not only those held out from training.
+      evaluate_on: how many examples at most.
+      rerank: candidates of each query that ITM orders anew; 0 for none.
+      dtype: what is computed in: float32, bfloat16 or float16.
+    """
+
+    model: str = str(DEFAULT_MODEL)
+    tokenizer: str | None = None
+    everything: bool = False
+    evaluate_on: int = 1000
+    rerank: int = 16
+    dtype: str = "float32"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a file names.
+
+    Raises:
+      InputError: it cannot be read, or names a setting that there is not.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a setting a line, as in: batch_size: 64")
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    unknown = [str(name) for name in values if name not in known]
+    if unknown:
+        raise InputError(f"{path} names settings that there are not: {', '.join(unknown)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def to_yaml(settings: DataSettings) -> str:
+    import yaml
+
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(settings).items()}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def check_resumable(before: Mapping[str, Any], now: DataSettings) -> None:
+    """Raise InputError where settings changed that the saved state depends on."""
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(now).items()}
+    changed = [
+        f"{name} was {before[name]} and is now {values[name]}"
+        for name in FIXED
+        if name in before and before[name] != values[name]
+    ]
+    if changed:
+        raise InputError(
+            f"the run cannot go on with other settings: {'; '.join(changed)}. Set them back, name another --output, "
+            "or start anew with --overwrite"
+        )

@@ -1,0 +1,104 @@
+"""One step of training, for a loop of one's own or the program's."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
+from flax_qformer.pretraining.optimizer import Group, merge, partition
+
+LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, and the frozen parameters beside it.
+
+    Attributes:
+      trained, frozen: the two parts of the parameter tree; `params` is the whole.
+      opt_state: optax's, of what is trained.
+      ema: the moving average of what is trained; None without one.
+      step: batches so far.
+      rng: a key's data, from which each step derives its own.
+    """
+
+    trained: dict[str, Any]
+    frozen: dict[str, Any]
+    opt_state: Any
+    ema: dict[str, Any] | None
+    step: jax.Array
+    rng: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        params: Mapping[str, Any],
+        optimizer: optax.GradientTransformation,
+        train: Iterable[Group] = ("qformer", "heads"),
+        *,
+        ema: bool = False,
+        seed: int = 0,
+    ) -> "TrainState":
+        trained, frozen = partition(params, train)
+        return cls(
+            trained=trained,
+            frozen=frozen,
+            opt_state=optimizer.init(trained),
+            ema=jax.tree.map(jnp.array, trained) if ema else None,
+            step=jnp.int32(0),
+            rng=jax.random.key_data(jax.random.key(seed)),
+        )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return merge(self.trained, self.frozen)
+
+    @property
+    def averaged_params(self) -> dict[str, Any]:
+        """`params` with the moving average in place of what is trained, if there is one."""
+        return self.params if self.ema is None else merge(self.ema, self.frozen)
+
+
+def pretraining_loss(
+    model: Blip2ForPreTraining,
+    trained: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+) -> tuple[jax.Array, PreTrainingOutput]:
+    """The sum of the three losses with dropout on and negatives drawn; to differentiate by `trained`.
+
+    batch: the arguments of `Blip2ForPreTraining.__call__`: pixel_values, input_ids, attention_mask, perhaps image_id.
+    """
+    dropout, negatives = jax.random.split(key)
+    rngs = {"dropout": dropout, "negatives": negatives}
+    output = model.apply({"params": merge(trained, frozen)}, **batch, deterministic=False, rngs=rngs)
+    return output.loss, output
+
+
+def make_train_step(
+    model: Blip2ForPreTraining, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """A compiled step: (state, batch) -> the next state, and the losses and the gradient's norm.
+
+    The state is given up. On a mesh, with the batch sharded, the losses are those of the whole batch.
+    """
+
+    def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def loss(trained: dict[str, Any]) -> tuple[jax.Array, PreTrainingOutput]:
+            return pretraining_loss(model, trained, state.frozen, batch, key)
+
+        (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(state.trained)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        ema = None if state.ema is None else optax.incremental_update(trained, state.ema, 1 - ema_decay)
+        metrics = {name: getattr(output, name) for name in LOSSES} | {"gradient_norm": optax.global_norm(gradients)}
+        return state.replace(trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
