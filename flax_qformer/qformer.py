@@ -1,5 +1,6 @@
 """Image embeddings and text to query embeddings: the Q-Former."""
 
+import dataclasses
 from typing import TypeAlias
 
 import flax.linen as nn
@@ -351,8 +352,8 @@ class QFormer(Block):
         if attention_mask is not None:
             mask = _over_all_tokens(attention_mask, (x.shape[0], x.shape[1]), num_queries, num_past)
             bias = mask_bias(mask, SELF_ATTENTION_MASK)
-        if encoder_attention_mask is not None and queries is not None:
-            _check_image_mask(encoder_attention_mask, encoder_hidden_states.shape[:2], num_queries)
+        if encoder_attention_mask is not None and encoder_hidden_states is not None:
+            _check_image_mask(encoder_attention_mask, encoder_hidden_states, num_queries)
             image_bias = mask_bias(encoder_attention_mask, CROSS_ATTENTION_MASK)
         if head_mask is not None:
             head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
@@ -436,7 +437,7 @@ class Blip2QFormerModel(QFormer):
         if pixel_values is None and encoder_hidden_states is None:
             return output
         queries = output.last_hidden_state[:, : self.config.num_query_tokens]
-        return output.replace(query_embeddings=self.proj_layer(queries, deterministic))
+        return dataclasses.replace(output, query_embeddings=self.proj_layer(queries, deterministic))
 
 
 def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
@@ -466,8 +467,8 @@ def _check_length(config: Blip2QFormerConfig, first_position: int, input_ids: ja
         )
 
 
-def _check_image_mask(mask: jax.Array, image: tuple[int, int], num_queries: int) -> None:
-    batch, tokens = image
+def _check_image_mask(mask: jax.Array, image: jax.Array, num_queries: int) -> None:
+    batch, tokens, _ = image.shape
     if mask.shape not in ((batch, tokens), (batch, num_queries, tokens)):
         raise InputError(
             f"encoder_attention_mask has shape {mask.shape}; it must be ({batch}, {tokens}) over the image, or "

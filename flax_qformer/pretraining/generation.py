@@ -5,7 +5,7 @@ log-probability over their length, and sampling looks at the 50 likeliest tokens
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import flax.struct
@@ -129,8 +129,8 @@ def search_caption(step: Step, past: Cache, rules: Rules, num_beams: int) -> jax
         )
         # What is done stays as it is.
         keep = ("finished_ids", "finished_scores", "finished_lengths")
-        return after.replace(
-            **{name: _where_rows(state.done, getattr(state, name), getattr(after, name)) for name in keep}
+        return replace(
+            after, **{name: _where_rows(state.done, getattr(state, name), getattr(after, name)) for name in keep}
         )
 
     begun = _begun(rows * num_beams, rules).reshape(rows, num_beams, width)
@@ -182,7 +182,7 @@ class _Memory:
         cache = jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, place, axis=1), self.cache, own
         )
-        return logits, self.replace(cache=cache)
+        return logits, replace(self, cache=cache)
 
 
 @flax.struct.dataclass

@@ -91,7 +91,7 @@ def _is_trained(path: tuple[str, ...], train: set[Group]) -> bool:
     return "all" in train or group in train
 
 
-def _decays(path: tuple[str, ...]) -> bool:
+def _decays(path: tuple[Any, ...]) -> bool:
     return path[-1] not in ("bias", "scale", "temp", "class_embedding")
 
 

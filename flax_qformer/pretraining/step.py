@@ -1,6 +1,7 @@
 """One step of training, for a loop of one's own or the program's."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -76,7 +77,8 @@ def pretraining_loss(
     """
     dropout, negatives = jax.random.split(key)
     rngs = {"dropout": dropout, "negatives": negatives}
-    output = model.apply({"params": merge(trained, frozen)}, **batch, deterministic=False, rngs=rngs)
+    params: Any = {"params": merge(trained, frozen)}
+    output: Any = model.apply(params, **dict[str, Any](batch), deterministic=False, rngs=rngs)
     return output.loss, output
 
 
@@ -99,6 +101,6 @@ def make_train_step(
         trained = optax.apply_updates(state.trained, updates)
         ema = None if state.ema is None else optax.incremental_update(trained, state.ema, 1 - ema_decay)
         metrics = {name: getattr(output, name) for name in LOSSES} | {"gradient_norm": optax.global_norm(gradients)}
-        return state.replace(trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
+        return replace(state, trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)

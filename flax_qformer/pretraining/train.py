@@ -61,7 +61,7 @@ def train(settings: TrainSettings) -> str:
     checkpoints = _begin(output, settings)
     model, params, processor = _load(settings)
     data = _open_data(settings)
-    held_out = open_source(settings, "held_out") if settings.held_out else None
+    held_out = _open_held_out(settings)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     if settings.batch_size % mesh.size:
         nearest = max(1, round(settings.batch_size / mesh.size)) * mesh.size
@@ -85,14 +85,13 @@ def train(settings: TrainSettings) -> str:
     step = make_train_step(model, optimizer, ema_decay=settings.ema_decay)
     retrieval = Retrieval(model, settings.batch_size)
 
-    with Batches(data, processor, settings) as batches, _signals() as came, Log(output) as log:
-        restored = checkpoints.restore(state)
-        if restored:
-            state, notes = restored
+    restored = checkpoints.restore(state)
+    state, notes = restored or (state, None)
+    done = int(state.step) // settings.accumulation
+    checkpoints.remove_after(done)
+    with Batches(data, processor, settings) as batches, _signals() as came, Log(output, done) as log:
+        if notes:
             batches.set_state(notes["data"])
-        done = int(state.step) // settings.accumulation
-        checkpoints.remove_after(done)
-        log.rewind(done)
 
         def save() -> None:
             checkpoints.save(done, state, {"data": batches.get_state(), "settings": dataclasses.asdict(settings)})
@@ -162,12 +161,18 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
 class Log:
     """Figures of a run: `metrics.jsonl`, a line for each time, and TensorBoard's files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
+        """Go on after a step: what comes after it will be written again."""
         from tensorboardX import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._last: dict[str, float] = {}
+        if self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            partial.rename(self._path)
 
     def __enter__(self) -> "Log":
         return self
@@ -182,16 +187,6 @@ class Log:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
-
-    def rewind(self, step: int) -> None:
-        """Forget what comes after a step, which will be written again."""
-        if not self._path.exists():
-            return
-        lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.rename(self._path)
 
     def last(self) -> str:
         return "".join(f"\n  {name}: {value:g}" for name, value in self._last.items())
@@ -240,6 +235,14 @@ def _open_data(settings: TrainSettings) -> Source:
     source = open_source(settings)
     if len(source) == 0:
         raise InputError(f"{settings.data} leaves nothing to train on; lower --held-out")
+    return source
+
+
+def _open_held_out(settings: TrainSettings) -> Source | None:
+    source = open_source(settings, "held_out")
+    if len(np.unique(source.image_ids)) < 2:
+        logger.warning("no evaluation: fewer than two images are held out")
+        return None
     return source
 
 
