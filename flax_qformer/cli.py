@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .attention_maps import attention_maps, draw_attention
-from .checkpoint import DTYPES, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
+from .checkpoint import DTYPES, Model, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
 from .errors import InputError
+from .pretraining.losses import similarities
+from .pretraining.model import Blip2ForPreTraining
 from .pretraining.settings import EvaluateSettings, TrainSettings, read_yaml
 from .pretraining.sources import DataSettings
 from .processor import Processor, open_image, pair_up
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def embed(options: argparse.Namespace) -> None:
     images, texts = options.images, options.text and pair_up(len(options.images), options.text)
     with new_file(options.output) as file:
-        model, params, processor = _load(options)
+        model, params, processor = _load(options, Blip2QFormerModel)
         run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
         results = []
         for rows in _batches(len(images), options.batch_size):
@@ -78,7 +81,7 @@ def attend(options: argparse.Namespace) -> None:
     if suffix not in known:
         raise InputError(f"{options.output} names no kind of picture; end it in .{', .'.join(known)}")
     with new_file(options.output) as file:
-        model, params, processor = _load(options)
+        model, params, processor = _load(options, Blip2QFormerModel)
         image = open_image(options.image)
         batch = processor(image, options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
         run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))
@@ -107,6 +110,52 @@ def export(options: argparse.Namespace) -> None:
     print(export_checkpoint(options.source, options.destination, layout=options.layout, overwrite=options.overwrite))
 
 
+def caption(options: argparse.Namespace) -> None:
+    model, params, processor = _load(options, Blip2ForPreTraining)
+    end = processor.tokenizer.sep_token_id
+    rules = {name: getattr(options, name) for name in ("num_beams", "max_length", "min_length", "top_p")}
+
+    @jax.jit
+    def write(params: Any, pixels: jax.Array, key: jax.Array) -> jax.Array:
+        return model.apply(
+            {"params": params},
+            pixels,
+            eos_token_id=end,
+            use_nucleus_sampling=options.nucleus,
+            method="caption",
+            rngs={"sampling": key},
+            **rules,
+        )
+
+    for rows in _batches(len(options.images), options.batch_size):
+        pixels = processor([options.images[row] for row in rows])["pixel_values"]
+        key = jax.random.fold_in(jax.random.key(options.seed), rows[0])
+        texts = processor.tokenizer.batch_decode(np.asarray(write(params, pixels, key)), skip_special_tokens=True)
+        for row, text in dict(zip(rows, texts, strict=True)).items():
+            tqdm.write(f"{options.images[row]}: {text}")
+
+
+def search(options: argparse.Namespace) -> None:
+    model, params, processor = _load(options, Blip2ForPreTraining)
+    tokens = processor(text=options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
+    variables = {"params": params}
+    texts = jax.jit(partial(model.apply, method="text_features"))(variables, **tokens)
+
+    @jax.jit
+    def score(variables: Any, pixels: jax.Array, texts: jax.Array) -> jax.Array:
+        return similarities(model.apply(variables, pixels, method="image_features"), texts)
+
+    found = []
+    for rows in _batches(len(options.images), options.batch_size):
+        pixels = processor([options.images[row] for row in rows])["pixel_values"]
+        found.append(np.asarray(score(variables, pixels, texts)))
+    scores = np.concatenate(found)[: len(options.images)]
+    for text, column in zip(options.text, scores.T, strict=True):
+        print(text)
+        for row in np.argsort(-column)[: options.top]:
+            print(f"  {column[row]:.3f}  {options.images[row]}")
+
+
 def train(settings: TrainSettings) -> None:
     from .pretraining.train import Stopped, train
 
@@ -124,9 +173,9 @@ def evaluate(settings: EvaluateSettings) -> None:
         print(f"{name}: {value:g}")
 
 
-def _load(options: argparse.Namespace) -> tuple[Blip2QFormerModel, dict[str, Any], Processor]:
+def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model, dict[str, Any], Processor]:
     dtype = as_dtype(options.dtype)
-    model, params = from_pretrained(options.model, dtype, model_class=Blip2QFormerModel, config=options.config)
+    model, params = from_pretrained(options.model, dtype, model_class=model_class, config=options.config)
     return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
 
 
@@ -196,13 +245,10 @@ def _parser() -> argparse.ArgumentParser:
         "(images, queries, width) in an .npz file, which also holds the names of the images and the texts.",
     )
     command.set_defaults(run=embed)
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    _add_images(command)
     _add_text(command, nargs="+", action="extend", help="the subject's name: one for all images, or one for each")
     command.add_argument(
         "--output", type=Path, default=Path("embeddings.npz"), metavar="FILE", help="default: %(default)s"
-    )
-    command.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="images that run together (default: %(default)s)"
     )
     _add_model(command)
 
@@ -267,11 +313,61 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_overwrite(command)
 
+    command = commands.add_parser(
+        "caption",
+        help="captions of images",
+        description="Write a caption for each image, with a stage-1 model: by beam search, or drawn with --nucleus.",
+    )
+    command.set_defaults(run=caption)
+    _add_images(command)
+    command.add_argument(
+        "--num-beams", type=_positive, default=3, metavar="N", help="captions kept in mind (default: %(default)s)"
+    )
+    command.add_argument("--nucleus", action="store_true", help="draw words instead of searching for the likeliest")
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="draw from words this likely together (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
+    command.add_argument(
+        "--max-length", type=_positive, default=30, metavar="N", help="most tokens of a caption (default: %(default)s)"
+    )
+    command.add_argument(
+        "--min-length", type=_positive, default=1, metavar="N", help="fewest tokens (default: %(default)s)"
+    )
+    _add_model(command)
+
+    command = commands.add_parser(
+        "search",
+        help="images that fit a text",
+        description="Order images by how well they fit each text: the similarity of a stage-1 model's features.",
+    )
+    command.set_defaults(run=search)
+    _add_images(command)
+    command.add_argument("--text", nargs="+", action="extend", required=True, metavar="TEXT", help="what to look for")
+    command.add_argument(
+        "--truncate", action="store_true", help="cut a text that is longer than the model reads, at its right end"
+    )
+    command.add_argument(
+        "--top", type=_positive, default=5, metavar="N", help="images to name for each text (default: %(default)s)"
+    )
+    _add_model(command)
+
     command = commands.add_parser("train", add_help=False, help="train on captioned images, or go on with a run")
     command.set_defaults(run=train, settings=TrainSettings)
     command = commands.add_parser("evaluate", add_help=False, help="how well images and captions find each other")
     command.set_defaults(run=evaluate, settings=EvaluateSettings)
     return parser
+
+
+def _add_images(command: argparse.ArgumentParser) -> None:
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="images that run together (default: %(default)s)"
+    )
 
 
 def _add_text(command: argparse.ArgumentParser, **details: Any) -> None:
