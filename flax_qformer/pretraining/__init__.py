@@ -1,5 +1,17 @@
-"""The first stage: the model, its three losses, and what trains it."""
+"""The first stage: the model, its three losses, and a step that trains it. The program around it is `train.py`."""
 
 from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
+from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule, merge, partition
+from flax_qformer.pretraining.step import TrainState, make_train_step, pretraining_loss
 
-__all__ = ["Blip2ForPreTraining", "PreTrainingOutput"]
+__all__ = [
+    "Blip2ForPreTraining",
+    "PreTrainingOutput",
+    "TrainState",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "merge",
+    "partition",
+    "pretraining_loss",
+]
