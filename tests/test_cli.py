@@ -47,10 +47,10 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_no_pytorch_is_needed(tmp_path: Path) -> None:
-    """Nor orbax, nor matplotlib, before they are used."""
+    """Nor what training and pictures need, before they are used."""
     program = f"""
 import sys
-for name in ("torch", "orbax", "matplotlib"):
+for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tyro", "tensorboardX"):
     sys.modules[name] = None
 from flax_qformer.cli import main
 main(["embed", {str(EXAMPLE_IMAGE)!r}, "--text", "dog"])
