@@ -38,7 +38,7 @@ IMAGE_SIDES = (96, 128)
 SUPERSAMPLING = 4
 GAP = 4
 """Pixels between two objects at least."""
-ONE_OBJECT = 0.3
+ONE_OBJECT = 0.15
 """The share of images with a single object."""
 
 
@@ -124,20 +124,15 @@ class Scene:
 
     def captions(self, rng: np.random.Generator) -> list[str]:
         """What training draws from: first all that can be said; then parts of it, each as often as the other."""
-        some = [thing.describe(size) for thing in self.things for size in (True, False)]
         names = [f"{thing.colour} {thing.shape}" for thing in self.things]
         if len(self.things) == 1:
-            return [self.caption(), *some, *names]
+            return [self.caption(), self.things[0].describe(size=False), *names]
         (a, b), (there, back) = self.things, self.relation()
         sizes = rng.random(2) < 0.5
-        return [
-            self.caption(),
-            f"{b.describe()} {back} {a.describe()}",
-            f"{a.describe(sizes[0])} {there} {b.describe(not sizes[0])}",
-            f"{b.describe(sizes[1])} {back} {a.describe(not sizes[1])}",
-            *some,
-            *names,
-        ]
+        whole = [self.caption(), f"{b.describe()} {back} {a.describe()}"]
+        less = f"{a.describe(sizes[0])} {there} {b.describe(not sizes[0])}"
+        name = (a if sizes[1] else b).describe(size=False).removeprefix("a " if rng.random() < 0.5 else "")
+        return [*whole, *whole, less, a.describe(), b.describe(), name]
 
 
 def draw_scene(
