@@ -349,6 +349,7 @@ def _load_ours(
 ) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
+    folder = folder.absolute()  # orbax takes no other
     try:
         stored = flatten_dict(ocp.metadata(folder).metadata, sep="/")
     except Exception as error:

@@ -61,6 +61,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert entries(tmp_path) == {"saved"}
 
 
+def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's commands name folders where the user is."""
+    monkeypatch.chdir(tmp_path)
+    main(["convert", str(DEFAULT_MODEL), "my_model"])
+    main(["export", "my_model", "for_pytorch"])
+    model, params = fq.from_pretrained("my_model")
+    fq.save_pretrained("saved", model, params)
+    assert same(fq.from_pretrained("saved")[1], fq.from_pretrained("for_pytorch")[1])
+
+
 def test_pruned_and_grown_models_are_saved_with_their_config(tmp_path: Path) -> None:
     write_upstream(tmp_path / "torch", CONFIG)
     model, params = fq.from_pretrained(tmp_path / "torch")
