@@ -82,6 +82,8 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     outside = [name for name in names if Path(name).name != name or name == ".."]
     if outside:
         raise InputError(f"{index} names files outside its folder: {listed(outside)}")
+    if any(name.endswith(".json") for name in names):
+        raise InputError(f"{index} names an index among its files; fetch it again")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise InputError(f"{index} names files that are not there: {listed(absent)}; fetch them too")

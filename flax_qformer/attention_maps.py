@@ -50,7 +50,7 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
     image.thumbnail((SIZE, SIZE))
     grey = image.convert("L")
     queries = len(next(iter(rows.values())))
-    aspect = image.height / image.width
+    aspect = min(image.height / image.width, 4)  # of a panel; a narrower image stands in its middle
     figure = Figure(
         figsize=(1.3 * (queries + 2.2), (1.3 * aspect + 0.25) * max(len(rows), 2) + 0.4), layout="constrained"
     )
@@ -59,7 +59,7 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
     original.imshow(image)
     original.set_axis_off()
     if title:
-        original.set_title(title)
+        original.set_title(title, parse_math=False)
     extent = (0, image.width, image.height, 0)
     for i, (label, maps) in enumerate(rows.items()):
         for query, one in enumerate(maps):

@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,12 +25,12 @@ from .config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
 from .convert import check_finite, check_shapes, convert, export, layout_of, parts_of
 from .convert.layouts import BERT_BIAS, Layout, Part, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
-from .errors import InputError
+from .errors import InputError, first_line
 from .pretraining.model import Blip2ForPreTraining
-from .processor import ImageProcessor, Processor, tokenizer_of, write_image_settings
+from .processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 from .qformer import Blip2QFormerModel, QFormer
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
-from .writing import check_absent, check_space, new_folder
+from .writing import check_absent, check_apart, check_space, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -129,7 +128,7 @@ def save_pretrained(
     shapes = {path: np.shape(value) for path, value in flatten_dict(dict(params), sep="/").items()}
     _check(shapes, model.config, type(model))
     with new_folder(Path(path), overwrite) as folder:
-        _write_config(folder, model.config, type(model))
+        _write_files(folder, {"config.json": _config_file(model.config, type(model))})
         if processor is not None:
             processor.save_pretrained(folder)
         _write_params(folder, params)
@@ -163,10 +162,12 @@ def convert_checkpoint(
       InputError: the source cannot be used, or the destination exists.
     """
     check_absent(Path(destination), overwrite)
+    check_apart(Path(source), Path(destination))
     found = locate(source)
     loaded = _load(found, None, config, None if dtype is None else as_dtype(dtype), allow_non_finite)
+    settings, notes = _settings(found, loaded, tokenizer)
     with new_folder(Path(destination), overwrite) as folder:
-        notes = _write_settings(folder, found, loaded, tokenizer)
+        _write_files(folder, settings)
         _write_params(folder, loaded.params)
     return f"{loaded.summary()}; wrote {destination}{notes}"
 
@@ -195,6 +196,7 @@ def export_checkpoint(
       InputError: the source cannot be used, or the destination exists.
     """
     check_absent(Path(destination), overwrite)
+    check_apart(Path(source), Path(destination))
     found = locate(source)
     loaded = _load(found, None, None, None, allow_non_finite=True)
     if layout is None:
@@ -202,9 +204,10 @@ def export_checkpoint(
     if layout == "diffusers" and loaded.model_class is Blip2ForPreTraining:
         params = loaded.params | _drawn(Blip2QFormerModel, loaded.config, ["proj_layer"])
         loaded = replace(loaded, model_class=Blip2QFormerModel, params=params)
+    settings, notes = _settings(found, loaded, None)
+    tensors = export(loaded.params, loaded.config, layout)
     with new_folder(Path(destination), overwrite) as folder:
-        notes = _write_settings(folder, found, loaded, None)
-        tensors = export(loaded.params, loaded.config, layout)
+        _write_files(folder, settings)
         with _saving(folder, tensors.values()):
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         # safetensors lets nobody else read what it writes.
@@ -320,13 +323,15 @@ def _open(path: Path) -> dict[str, StoredTensor]:
 def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None) -> Blip2Config:
     if isinstance(config, Blip2Config):
         return config
+    if isinstance(config, Mapping):
+        return Blip2Config.from_dict(config)
     path = source.config if config is None else Path(config)
     if path is None:
         raise InputError(
             f"{source.name} has no config.json; put one there, or convert it with `flax-qformer convert --config FILE` "
             "(config=FILE)"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"there is no config {path}")
     return Blip2Config.from_json(path)
 
@@ -349,20 +354,18 @@ def _load_ours(
 ) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    try:
-        stored = flatten_dict(ocp.metadata(folder).metadata, sep="/")
-    except Exception as error:
-        raise InputError(f"{folder} is damaged or no orbax checkpoint ({error}); convert it again") from None
+    path = folder.absolute()  # orbax takes no other
+    with _reading(folder):
+        stored = flatten_dict(ocp.metadata(path).metadata, sep="/")
+        shapes = {name: leaf.shape for name, leaf in stored.items()}
     stored_class = Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel
-    _check({path: leaf.shape for path, leaf in stored.items()}, config, stored_class)
+    _check(shapes, config, stored_class)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=device) for path, leaf in stored.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=device) for name, leaf in stored.items()
     }
-    try:
-        params = ocp.load(folder, unflatten_dict(wanted, sep="/"))
-    except Exception as error:
-        raise InputError(f"{folder} is damaged ({error}); convert it again") from None
+    with _reading(folder):
+        params = ocp.load(path, unflatten_dict(wanted, sep="/"))
     if dtype is not None and not allow_non_finite:
         leaves = flatten_dict(params, sep="/")
         check_finite([path for path, leaf in leaves.items() if not jnp.isfinite(leaf).all()], dtype)
@@ -371,9 +374,25 @@ def _load_ours(
     return _Loaded(model_class, config, {name: tree for name, tree in params.items() if name in of_class}, "flax")
 
 
-def _write_config(folder: Path, config: Blip2Config, model_class: type[AnyModel]) -> None:
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Tell damage in a line; orbax warns of what it then raises, and quotes TensorStore at length."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"{folder} is damaged or no orbax checkpoint ({first_line(error)}); convert or save it again"
+        ) from None
+    finally:
+        absl.setLevel(level)
+
+
+def _config_file(config: Blip2Config, model_class: type[AnyModel]) -> bytes:
     values = {"architectures": [model_class.__name__], **config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
@@ -398,17 +417,31 @@ def _saving(folder: Path, arrays: Iterable[np.ndarray]) -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _write_settings(folder: Path, source: Source, loaded: _Loaded, tokenizer: str | os.PathLike[str] | None) -> str:
-    """Write everything but the parameters; return what the caller should know of it."""
-    _write_config(folder, loaded.config, loaded.model_class)
-    write_image_settings(folder, ImageProcessor.from_source(source, loaded.config.vision_config.image_size))
+def _settings(
+    source: Source, loaded: _Loaded, tokenizer: str | os.PathLike[str] | None
+) -> tuple[dict[str, bytes], str]:
+    """The files of a folder but for the parameters, and what the caller should know of them."""
+    image_processor = ImageProcessor.from_source(source, loaded.config.vision_config.image_size)
+    files = {
+        "config.json": _config_file(loaded.config, loaded.model_class),
+        "preprocessor_config.json": image_settings_file(image_processor),
+    }
     try:
-        files = tokenizer_of(source, loaded.config, tokenizer)
+        folder = tokenizer_of(source, loaded.config, tokenizer)
     except InputError as error:
         if tokenizer is not None:
             raise
-        return f" without a tokenizer ({error}): `flax-qformer convert --tokenizer DIR` adds one"
+        return files, f" without a tokenizer ({error}): `flax-qformer convert --tokenizer DIR` adds one"
     for name in TOKENIZER_FILES:
-        if (files / name).is_file():
-            shutil.copyfile(files / name, folder / name)
-    return ""
+        try:
+            files[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be read ({error.strerror})") from None
+    return files, ""
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

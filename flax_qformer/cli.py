@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from .pretraining.sources import DataSettings
 from .processor import Processor, open_image, pair_up
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
-from .writing import new_file
+from .writing import check_writable, new_file
 
 TEXT_MULTIPLE = 16
 """Texts are padded to a multiple of this many tokens, so that most lengths share one compiled program."""
@@ -47,8 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"unrecognized arguments: {' '.join(rest)} (see flax-qformer {options.command} --help)")
         else:
             options.run(options)
+        sys.stdout.flush()
     except InputError as error:
         print(f"flax-qformer {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        # Often standard output: who read it has gone, or its disk is full. Python would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        about = error.filename or "cannot go on"
+        print(f"flax-qformer {options.command}: {about}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -56,39 +66,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def embed(options: argparse.Namespace) -> None:
     images, texts = options.images, options.text and pair_up(len(options.images), options.text)
+    check_writable(options.output, _inputs(options, images))
+    model, params, processor = _load(options, Blip2QFormerModel)
+    run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
+    results = []
+    for rows in _batches(len(images), options.batch_size):
+        batch = processor(
+            [images[row] for row in rows],
+            texts and [texts[row] for row in rows],
+            truncate=options.truncate,
+            pad_to_multiple_of=TEXT_MULTIPLE,
+        )
+        results.append(np.asarray(run(params, batch).query_embeddings, np.float32))
+    embeddings = np.concatenate(results)[: len(images)]
+    arrays: dict[str, Any] = {"query_embeddings": embeddings, "images": [str(image) for image in images]}
+    if texts:
+        arrays["texts"] = texts
     with new_file(options.output) as file:
-        model, params, processor = _load(options, Blip2QFormerModel)
-        run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
-        results = []
-        for rows in _batches(len(images), options.batch_size):
-            batch = processor(
-                [images[row] for row in rows],
-                texts and [texts[row] for row in rows],
-                truncate=options.truncate,
-                pad_to_multiple_of=TEXT_MULTIPLE,
-            )
-            results.append(np.asarray(run(params, batch).query_embeddings, np.float32))
-        embeddings = np.concatenate(results)[: len(images)]
-        arrays: dict[str, Any] = {"query_embeddings": embeddings, "images": [str(image) for image in images]}
-        if texts:
-            arrays["texts"] = texts
         np.savez(file, **arrays)
     print(f"wrote {options.output}: query_embeddings {embeddings.shape}, {', '.join(list(arrays)[1:])}")
 
 
 def attend(options: argparse.Namespace) -> None:
-    suffix, known = options.output.suffix.removeprefix("."), ("png", "pdf", "svg", "jpg", "webp")
+    suffix, known = options.output.suffix.removeprefix(".").lower(), ("png", "pdf", "svg", "jpg", "webp")
     if suffix not in known:
         raise InputError(f"{options.output} names no kind of picture; end it in .{', .'.join(known)}")
+    check_writable(options.output, _inputs(options, [options.image]))
+    model, params, processor = _load(options, Blip2QFormerModel)
+    image = open_image(options.image)
+    batch = processor(image, options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
+    run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))
+    output = run(params, batch)
+    maps = np.asarray(attention_maps(output.cross_attentions, model.config), np.float32)[0]
+    figure = draw_attention(image, _rows(maps, model, options.layers), title=options.text or "")
+    # No kind of picture takes more pixels than this along a side.
+    dpi = min(120, 16000 / max(figure.get_size_inches()))
     with new_file(options.output) as file:
-        model, params, processor = _load(options, Blip2QFormerModel)
-        image = open_image(options.image)
-        batch = processor(image, options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
-        run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))
-        output = run(params, batch)
-        maps = np.asarray(attention_maps(output.cross_attentions, model.config), np.float32)[0]
-        figure = draw_attention(image, _rows(maps, model, options.layers), title=options.text or "")
-        figure.savefig(file, format=suffix, dpi=120)
+        figure.savefig(file, format=suffix, dpi=dpi)
     print(f"wrote {options.output}")
 
 
@@ -177,6 +191,10 @@ def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model,
     dtype = as_dtype(options.dtype)
     model, params = from_pretrained(options.model, dtype, model_class=model_class, config=options.config)
     return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
+
+
+def _inputs(options: argparse.Namespace, images: list[Path]) -> list[Path]:
+    return [*images, *(Path(name) for name in (options.model, options.config) if name)]
 
 
 def _batches(total: int, size: int) -> Iterator[list[int]]:

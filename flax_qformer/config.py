@@ -8,10 +8,13 @@ model's config, initializer ranges) are skipped on reading.
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
 
 from .activations import ACTIVATIONS
 from .errors import InputError
@@ -24,6 +27,9 @@ class _Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value, name = getattr(self, f.name), f"{type(self).__name__}.{f.name}"
+            if isinstance(value, np.generic):
+                value = value.item()
+                object.__setattr__(self, f.name, value)
             low, high = f.metadata.get("range", (-math.inf, math.inf))
             if f.type is int and (type(value) is not int or not low <= value <= high):
                 raise InputError(f"{name} is {_short(value)}; it must be a whole number from {low} to {high}")
@@ -175,16 +181,23 @@ class Blip2Config(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parts: dict[str, type[_Config]] = {"vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
+        for name, part in parts.items():
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, part.from_dict(value))
+            elif not isinstance(value, part):
+                raise InputError(f"{name} is {_short(value)}; it must be an object with the part's fields")
         pairs = self.pruned_heads.items() if isinstance(self.pruned_heads, Mapping) else self.pruned_heads
         try:
-            pruned = {int(layer): tuple(sorted(set(heads))) for layer, heads in pairs}
+            pruned = {int(layer): tuple(sorted(set(map(operator.index, heads)))) for layer, heads in pairs}
         except (TypeError, ValueError):
             raise InputError("pruned_heads must map layer numbers to lists of head numbers") from None
         num_layers, num_heads = self.qformer_config.num_hidden_layers, self.qformer_config.num_attention_heads
         for layer, heads in pruned.items():
             if not 0 <= layer < num_layers:
                 raise InputError(f"cannot prune layer {layer}: the Q-Former has layers 0 to {num_layers - 1}")
-            wrong = [head for head in heads if type(head) is not int or not 0 <= head < num_heads]
+            wrong = [head for head in heads if not 0 <= head < num_heads]
             if wrong:
                 raise InputError(f"cannot prune head {wrong[0]} of layer {layer}: heads are 0 to {num_heads - 1}")
         object.__setattr__(self, "pruned_heads", tuple(sorted((la, he) for la, he in pruned.items() if he)))
@@ -204,11 +217,7 @@ class Blip2Config(_Config):
         missing = [name for name in ("vision_config", "qformer_config", "num_query_tokens") if name not in values]
         if missing:
             raise InputError(f"the config has no {' and no '.join(missing)}; it is not that of a Blip2QFormerModel")
-        parts: dict[str, type[_Config]] = {"vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
-        for name in parts:
-            if not isinstance(values[name], Mapping):
-                raise InputError(f"{name} is {_short(values[name])}; it must be an object with the part's fields")
-        return super().from_dict({**values, **{name: part.from_dict(values[name]) for name, part in parts.items()}})
+        return super().from_dict(values)
 
     @classmethod
     def from_json(cls, path: Path) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng, Scope
 from jax.typing import DTypeLike
 
 INITIALIZER = nn.initializers.normal(0.02)
@@ -82,12 +83,17 @@ def recomputed(parent: Block, layer: Block, activations: tuple, rest: tuple = ()
     """
     if parent.is_initializing():
         return layer(*activations, *rest, *static)
-    pure = layer.clone(parent=None, name=None)
-    key = parent.make_rng("dropout") if parent.has_rng("dropout") else None
+    scope, counters = layer.scope, {}
+    assert scope is not None
+    # Flax folds a dropout's key from the names above it and the count of its calls: both runs begin with the layer's.
+    before, names = _copied(scope.rng_counters), {stream: rng.suffix for stream, rng in scope.rngs.items()}
 
-    def run(activations: tuple, rest: tuple, params: Any, key: jax.Array | None) -> Any:
-        rngs = {} if key is None else {"dropout": key}
-        return pure.apply({"params": params}, *activations, *rest, *static, rngs=rngs)
+    def run(activations: tuple, rest: tuple, params: Any, keys: dict[str, jax.Array]) -> Any:
+        inner = Scope({"params": params}, {stream: LazyRng(key, names[stream]) for stream, key in keys.items()})
+        inner.rng_counters = _copied(before)
+        output = layer.clone(parent=inner, name=None)(*activations, *rest, *static)
+        counters.update(inner.rng_counters)
+        return output
 
     def forward(*arguments: Any) -> tuple[Any, Any]:
         return run(*arguments), arguments
@@ -100,7 +106,14 @@ def recomputed(parent: Block, layer: Block, activations: tuple, rest: tuple = ()
 
     function = jax.custom_vjp(run)
     function.defvjp(forward, backward)
-    return function(activations, rest, parent.variables["params"][str(layer.name)], key)
+    keys = {stream: rng.rng for stream, rng in scope.rngs.items()}
+    output = function(activations, rest, parent.variables["params"][str(layer.name)], keys)
+    scope.rng_counters.update(counters)
+    return output
+
+
+def _copied(counters: dict[Any, Any]) -> dict[Any, Any]:
+    return {name: _copied(value) if isinstance(value, dict) else value for name, value in counters.items()}
 
 
 def dot_product_attention(

@@ -3,20 +3,22 @@
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, BinaryIO, Self, TypeAlias
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
 from .config import Blip2Config, read_json
-from .errors import InputError
+from .errors import InputError, first_line
 from .source import BERT, Source, find_tokenizer, locate
 
-Image: TypeAlias = PIL.Image.Image | np.ndarray | str | os.PathLike[str]
+Image: TypeAlias = PIL.Image.Image | np.ndarray | str | os.PathLike[str] | bytes | BinaryIO
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,8 +55,8 @@ class ImageProcessor:
             raise InputError(f"image_std is {self.image_std}; it divides, and must not be 0")
         if self.resample not in list(PIL.Image.Resampling) or not isinstance(self.resample, int):
             raise InputError(f"resample is {self.resample!r:.40}; Pillow's filters have the numbers 0 to 5")
-        if not _is_finite(self.rescale_factor):
-            raise InputError(f"rescale_factor is {self.rescale_factor!r:.40}; it must be a finite number")
+        if not (_is_finite(self.rescale_factor) and self.rescale_factor):
+            raise InputError(f"rescale_factor is {self.rescale_factor!r:.40}; it must be a finite number other than 0")
 
     @classmethod
     def from_source(cls, source: Source, image_size: int) -> Self:
@@ -121,8 +123,12 @@ def to_rgb(image: Image) -> PIL.Image.Image:
     """An image as the model sees it before it is resized; a copy."""
     if isinstance(image, str | os.PathLike):
         image = open_image(Path(image))
+    elif isinstance(image, bytes) or hasattr(image, "read"):
+        image = open_image(image if isinstance(image, bytes) else image.read())
     if not isinstance(image, PIL.Image.Image):
         image = _from_array(np.asarray(image))
+    if not (image.width and image.height):
+        raise InputError(f"an image is {image.width}x{image.height}; it must have at least one pixel")
     # Pillow has no way from premultiplied grey straight to RGB.
     return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
@@ -158,12 +164,18 @@ class Processor:
     """
 
     def __init__(self, tokenizer: Any, image_processor: ImageProcessor, config: Blip2Config) -> None:
-        """A processor of a transformers `BertTokenizer` and image settings, for models of a config."""
-        self.tokenizer = tokenizer
-        # Upstream and LAVIS start captions with it; where the vocabulary lacks it, it becomes one more token.
-        self.tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        """A processor of a transformers `BertTokenizer`, or a partial that loads one, for models of a config."""
+        self._tokenizer = tokenizer
         self.image_processor = image_processor
         self.config = config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; loaded when it is needed, which it is not for images alone."""
+        tokenizer = self._tokenizer() if isinstance(self._tokenizer, partial) else self._tokenizer
+        # Upstream and LAVIS start captions with it; where the vocabulary lacks it, it becomes one more token.
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        return tokenizer
 
     @classmethod
     def from_pretrained(
@@ -189,13 +201,14 @@ class Processor:
             if source.config is None:
                 raise InputError(f"{source.name} has no config.json; give the model's config (config=model.config)")
             config = Blip2Config.from_json(source.config)
-        folder = tokenizer_of(source, config, tokenizer)
-        return cls(_load_tokenizer(folder), ImageProcessor.from_source(source, config.vision_config.image_size), config)
+        size = config.vision_config.image_size
+        load = partial(_load_tokenizer, source, config, tokenizer)
+        return cls(load if tokenizer is None else load(), ImageProcessor.from_source(source, size), config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files and `preprocessor_config.json` into a folder."""
         self.tokenizer.save_pretrained(folder)
-        write_image_settings(Path(folder), self.image_processor)
+        (Path(folder) / "preprocessor_config.json").write_bytes(image_settings_file(self.image_processor))
 
     def __call__(
         self,
@@ -209,7 +222,8 @@ class Processor:
         """Make a batch.
 
         Args:
-          images: one or several of PIL images of any mode, arrays, and paths; or one array (batch, H, W, channels).
+          images: one or several of PIL images of any mode, arrays, paths, and files' bytes; or one array (batch, H, W,
+            channels).
             Arrays hold 0 to 255; booleans, and floats of which none is above 1, hold 0 to 1 (which upstream would
             scale down twice).
           text: one string for all images, or one for each.
@@ -241,13 +255,20 @@ class Processor:
     ) -> dict[str, np.ndarray]:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError("text must be a string or a list of strings, at least one")
+        for item in texts:
+            if not item.isascii() and item != item.encode(errors="ignore").decode():
+                raise InputError(f"the text {item[:40]!r} is not valid Unicode; write it in UTF-8")
+        for name, value in (("pad_to_multiple_of", multiple), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be a whole number above 0")
         qformer = self.config.qformer_config
         longest = qformer.max_position_embeddings
         if max_length is not None:
             if max_length > longest:
                 raise InputError(f"texts of {max_length} tokens are asked for, but the model reads at most {longest}")
             truncate, longest = True, max_length
-        tokens = self.tokenizer(texts, truncation=truncate, max_length=longest if truncate else None)["input_ids"]
+        limit = longest if truncate else None
+        tokens = self.tokenizer(texts, truncation=truncate, max_length=limit, verbose=False)["input_ids"]
         lengths = [len(ids) for ids in tokens]
         if max(lengths) > longest:
             raise InputError(
@@ -281,15 +302,25 @@ def open_image(file: Path | bytes, name: str | None = None) -> PIL.Image.Image:
       InputError: there is no such file, or it is no whole image.
     """
     name = name or ("the image" if isinstance(file, bytes) else str(file))
-    if isinstance(file, Path) and not file.is_file():
-        raise InputError(f"there is no image {name}")
+    with io.BytesIO(file) if isinstance(file, bytes) else _open_file(file, name) as content:
+        try:
+            with PIL.Image.open(content) as image:
+                return PIL.ImageOps.exif_transpose(image)
+        except PIL.UnidentifiedImageError:
+            raise InputError(f"{name} is not an image that Pillow knows") from None
+        # Pillow's decoders raise whatever they meet in a broken file.
+        except Exception as error:
+            raise InputError(f"{name} is damaged or cut off ({first_line(error)}); fetch the image again") from None
+
+
+def _open_file(path: Path, name: str) -> BinaryIO:
     try:
-        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return PIL.ImageOps.exif_transpose(image)
-    except PIL.UnidentifiedImageError:
-        raise InputError(f"{name} is not an image that Pillow knows") from None
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise InputError(f"{name} is damaged or cut off ({error}); fetch the image again") from None
+        if path.is_file():
+            return path.open("rb")
+    except OSError as error:
+        raise InputError(f"the image {name} cannot be read ({error.strerror})") from None
+    hint = "; nothing is downloaded here: fetch it first" if re.match("https?:/", name) else ""
+    raise InputError(f"there is no image {name}{hint}")
 
 
 def pair_up(num_images: int, texts: list[str]) -> list[str]:
@@ -304,7 +335,8 @@ def pair_up(num_images: int, texts: list[str]) -> list[str]:
 
 
 def _list_of_images(images: Any) -> list[Image]:
-    is_one = isinstance(images, str | os.PathLike | PIL.Image.Image) or not isinstance(images, Iterable)
+    is_one = isinstance(images, str | bytes | os.PathLike | PIL.Image.Image | io.IOBase)
+    is_one = is_one or not isinstance(images, Iterable)
     if is_one or (hasattr(images, "ndim") and images.ndim < 4):
         return [images]
     images = list(images)
@@ -324,15 +356,23 @@ def tokenizer_of(source: Source, config: Blip2Config, name: str | os.PathLike[st
     return folder
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(source: Source, config: Blip2Config, name: str | os.PathLike[str] | None) -> Any:
     from transformers import BertTokenizer
 
+    folder = tokenizer_of(source, config, name)
     try:
-        return BertTokenizer.from_pretrained(folder, truncation_side="right", local_files_only=True)
+        tokenizer = BertTokenizer.from_pretrained(folder, truncation_side="right", local_files_only=True)
+        # Some damage shows only in use.
+        tokenizer(["a \u2603"], verbose=False)
+        for token in ("cls_token", "sep_token", "pad_token"):
+            if getattr(tokenizer, f"{token}_id") is None:
+                raise ValueError(f"it has no {token}")
     except Exception as error:
-        raise InputError(f"the tokenizer in {folder} cannot be read ({error}); fetch its files again") from None
+        raise InputError(
+            f"the tokenizer in {folder} cannot be used ({first_line(error)}); fetch its files again"
+        ) from None
+    return tokenizer
 
 
-def write_image_settings(folder: Path, image_processor: ImageProcessor) -> None:
-    text = json.dumps(image_processor.to_dict(), indent=2)
-    (folder / "preprocessor_config.json").write_text(text + "\n")
+def image_settings_file(image_processor: ImageProcessor) -> bytes:
+    return (json.dumps(image_processor.to_dict(), indent=2) + "\n").encode()

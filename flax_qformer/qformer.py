@@ -53,7 +53,7 @@ class QFormerOutput:
 
 
 class _Table(Block):
-    """An embedding table; rows in `dtype`. Ids beyond the table give NaN rather than a wrong row."""
+    """An embedding table; rows in `dtype`. Ids outside the table give NaN rather than a wrong row."""
 
     shape: tuple[int, int]
 
@@ -61,7 +61,8 @@ class _Table(Block):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids: (...) -> (..., width)."""
         table = self.param("embedding", INITIALIZER, self.shape, self.param_dtype)
-        return jnp.take(table, ids, axis=0).astype(self.dtype)
+        rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return rows.astype(self.dtype)
 
 
 class Blip2TextEmbeddings(Block):
@@ -303,7 +304,7 @@ class QFormer(Block):
     ) -> VisionOutput:
         """Embed images, see `Blip2VisionModel`. `last_hidden_state` can be kept for `encoder_hidden_states`."""
         return self.visual_encoder(
-            pixel_values,
+            jnp.asarray(pixel_values),
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             deterministic=deterministic,
@@ -330,6 +331,10 @@ class QFormer(Block):
         Args:
           first_position: position of the text's first token; by default what is past without its queries.
         """
+        input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
+            None if value is None else jnp.asarray(value)
+            for value in (input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask)
+        )
         if pixel_values is not None:
             if encoder_hidden_states is not None:
                 raise InputError("give pixel_values or encoder_hidden_states, not both")
@@ -455,6 +460,8 @@ def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Ar
         raise InputError(
             f"input_ids are {input_ids.dtype} of shape {input_ids.shape}; they must be whole numbers (batch, tokens)"
         )
+    if image is None and not input_ids.shape[1]:
+        raise InputError("input_ids have no tokens; give some, or an image")
     if image is not None and len(image) != len(input_ids):
         raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
 """The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
@@ -66,10 +66,13 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
       InputError: there is nothing of the name, or nothing in it.
     """
     path, name = Path(name), str(name)
-    if name and path.is_dir():
-        return _in_folder(path, name)
-    if path.is_file():
-        return replace(_in_folder(path.parent, name), params=None, weights=(path,))
+    try:
+        if name and path.is_dir():
+            return _in_folder(path, name)
+        if path.is_file():
+            return replace(_in_folder(path.parent, name), params=None, weights=(path,))
+    except OSError as error:
+        raise InputError(f"{error.filename or name} cannot be read ({error.strerror})") from None
     if _is_hub_id(name):
         return _in_folder(_download(name, weights), name)
     raise InputError(
@@ -80,11 +83,11 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
 def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
     """The folder that holds a tokenizer's files, of a folder or a hub id."""
     path = Path(name)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if not _is_hub_id(str(name)):
             raise InputError(f"there is no folder {name} with a tokenizer")
         path = _fetch(str(name), TOKENIZER_FILES)
-    return path if any((path / file).is_file() for file in TOKENIZER_FILES[:2]) else None
+    return path if any(os.path.isfile(path / file) for file in TOKENIZER_FILES[:2]) else None
 
 
 def _in_folder(folder: Path, name: str) -> Source:
@@ -142,8 +145,7 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     # The hub's errors and those of whatever it downloads with.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{hub_id} is no file or folder here, and cannot be had from the hub ({reason}); check the name and the "
-            "connection, or give a folder"
+            f"{hub_id} is no file or folder here, and cannot be had from the hub ({first_line(error)}); check the name "
+            "and the connection, or give a folder"
         ) from None

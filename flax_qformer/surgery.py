@@ -29,6 +29,13 @@ _HEADS_AXIS = {
 }
 
 
+def _flat(params: Params) -> dict[str, Any]:
+    flat = flatten_dict(dict(params), sep="/")
+    if _EMBEDDING not in flat:
+        raise InputError('these are not the parameters of a Q-Former; give the tree below "params"')
+    return flat
+
+
 def prune_heads(
     config: Blip2Config, params: Params, heads: Mapping[int, Iterable[int]]
 ) -> tuple[Blip2Config, dict[str, Any]]:
@@ -46,7 +53,7 @@ def prune_heads(
     before = dict(config.pruned_heads)
     merged = {layer: {*before.get(layer, ()), *heads.get(layer, ())} for layer in {*before, *heads}}
     pruned = dataclasses.replace(config, pruned_heads=tuple((layer, tuple(gone)) for layer, gone in merged.items()))
-    flat = flatten_dict(dict(params), sep="/")
+    flat = _flat(params)
     for layer in heads:
         kept = pruned.kept_heads(layer)
         places = jnp.array([place for place, head in enumerate(config.kept_heads(layer)) if head in kept], int)
@@ -58,7 +65,7 @@ def prune_heads(
 
 def get_input_embeddings(params: Params) -> jax.Array:
     """The word embeddings, (vocab_size, width)."""
-    return flatten_dict(dict(params), sep="/")[_EMBEDDING]
+    return _flat(params)[_EMBEDDING]
 
 
 def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) -> tuple[Blip2Config, dict[str, Any]]:
@@ -71,7 +78,7 @@ def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) 
     if value.ndim != 2 or value.shape[1] != width or not len(value):
         raise InputError(f"word embeddings have shape {value.shape}; this model takes (words, {width})")
     qformer = dataclasses.replace(config.qformer_config, vocab_size=len(value))
-    flat = flatten_dict(dict(params), sep="/")
+    flat = _flat(params)
     flat[_EMBEDDING] = value
     return dataclasses.replace(config, qformer_config=qformer), unflatten_dict(flat, sep="/")
 
@@ -82,7 +89,12 @@ def resize_token_embeddings(
     """Grow (or cut) the vocabulary. New words are drawn as in a new model, in the dtype of the table.
 
     Source: transformers `PreTrainedModel.resize_token_embeddings`.
+
+    Raises:
+      InputError: the vocabulary would have no words.
     """
+    if vocab_size < 1:
+        raise InputError(f"vocab_size is {vocab_size}; it must be a whole number above 0")
     table = get_input_embeddings(params)
     if vocab_size > len(table):
         new = INITIALIZER(rng, (vocab_size - len(table), table.shape[1]), table.dtype)

@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,12 +18,41 @@ def check_absent(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists unless it may be replaced.
 
     Raises:
-      InputError: it exists, or it is to be replaced and is not a folder.
+      InputError: it exists, or it is to be replaced and is not the folder of a model.
     """
-    if os.path.lexists(target) and not overwrite:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
         raise InputError(f"{target} exists; name another place, or replace it with --overwrite (overwrite=True)")
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
+    if target.is_symlink() or not target.is_dir():
         raise InputError(f"{target} is not a folder; name another place")
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise InputError(f"{target} is not the folder of a model (no config.json); name another place, or remove it")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Refuse to replace a target that holds what is read, or lies inside it."""
+    one, other = source.resolve(), target.resolve()
+    if os.path.exists(target) and (one.is_relative_to(other) or other.is_relative_to(one)):
+        raise InputError(f"{target} cannot replace what it is made from, {source}; name another place")
+
+
+def check_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a file that cannot be written, before there is anything to write; nothing is made yet.
+
+    Raises:
+      InputError: it is none, its place does not take one, or it is one of the inputs.
+    """
+    with _writing(target):
+        if target.exists() and not target.is_file():
+            raise InputError(f"{target} is not a file; name another place")
+        if target.exists() and any(os.path.exists(other) and target.samefile(other) for other in inputs):
+            raise InputError(f"{target} is one of the inputs; name another place")
+        place = next(place for place in Path(os.path.abspath(target)).parents if place.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is not a folder")
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, f"no permission in {place}")
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -43,12 +72,13 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     It lies beside the target, hidden, and is locked as long as its process lives, so that the next write to the same
     target can tell what a killed one left behind and remove it.
 
+    The block should only write: any OSError in it is told as one of writing.
+
     Raises:
       InputError: the target exists and may not be replaced, or cannot be written.
     """
     target = Path(os.path.abspath(target))
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(target), _made(target.parent):
         _remove_abandoned(target)
         check_absent(target, overwrite)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -71,15 +101,16 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 def new_file(target: Path) -> Iterator[BinaryIO]:
     """A file to fill, which replaces `target` when the block ends and disappears when it fails.
 
+    The block should only write: any OSError in it is told as one of writing. `check_writable` finds most of them
+    before.
+
     Raises:
-      InputError: it cannot be written; if the place is at fault, before the block begins.
+      InputError: it cannot be written.
     """
+    check_writable(target)
     target = Path(os.path.abspath(target))
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    if target.exists() and not target.is_file():
-        raise InputError(f"{target} is not a file; name another place")
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(target), _made(target.parent):
         try:
             with work.open("wb") as file:
                 yield file
@@ -96,6 +127,20 @@ def _writing(target: Path) -> Iterator[None]:
         raise InputError(
             f"cannot write {target} ({error.strerror or error}); free space, or name another place"
         ) from None
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; they go again when the block fails."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -61,6 +61,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert entries(tmp_path) == {"saved"}
 
 
+def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's commands name folders where the user is."""
+    monkeypatch.chdir(tmp_path)
+    main(["convert", str(DEFAULT_MODEL), "my_model"])
+    main(["export", "my_model", "for_pytorch"])
+    model, params = fq.from_pretrained("my_model")
+    fq.save_pretrained("saved", model, params)
+    assert same(fq.from_pretrained("saved")[1], fq.from_pretrained("for_pytorch")[1])
+
+
 def test_pruned_and_grown_models_are_saved_with_their_config(tmp_path: Path) -> None:
     write_upstream(tmp_path / "torch", CONFIG)
     model, params = fq.from_pretrained(tmp_path / "torch")
@@ -73,7 +83,7 @@ def test_pruned_and_grown_models_are_saved_with_their_config(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["remove a part", "cut a part", "other config", "no metadata"])
-def test_damaged_folders(tmp_path: Path, damage: str) -> None:
+def test_damaged_folders(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     write_upstream(tmp_path / "torch", CONFIG)
     folder = tmp_path / "flax"
     fq.convert_checkpoint(tmp_path / "torch", folder)
@@ -89,8 +99,40 @@ def test_damaged_folders(tmp_path: Path, damage: str) -> None:
                     part.unlink()
         case "other config":
             (folder / "config.json").write_text(json.dumps(cases.GEOMETRIES["frequency_1"]))
-    with pytest.raises(fq.InputError, match=r"damaged|not those of the config"):
+    with pytest.raises(fq.InputError, match=r"damaged|not those of the config") as caught:
         fq.from_pretrained(folder)
+    assert damage == "other config" or len(str(caught.value).replace(str(folder), "")) < 200
+    assert not caplog.records
+
+
+def test_an_orbax_checkpoint_of_something_else(tmp_path: Path) -> None:
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    (tmp_path / "config.json").write_text(json.dumps(cases.GEOMETRIES["frequency_3"]))
+    ocp.save(tmp_path / "params", {"step": 3, "query_tokens": np.zeros(2)})
+    with pytest.raises(fq.InputError, match="params is damaged or no orbax checkpoint"):
+        fq.from_pretrained(tmp_path)
+
+
+def test_overwrite_replaces_nothing_of_the_users(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "model"
+    shutil.copytree(DEFAULT_MODEL, model)
+    shutil.copytree(DEFAULT_MODEL, model / "inside")
+    (tmp_path / "models" / "config.json").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dog.jpg").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for source, target, message in (
+        (model, model, "made from"),
+        (model / "model.safetensors", model, "made from"),
+        (model, model.parent, "made from"),
+        (model, model / "inside", "made from"),
+        (model, tmp_path / "photos", "not the folder of a model"),
+    ):
+        for write in (fq.convert_checkpoint, fq.export_checkpoint):
+            with pytest.raises(fq.InputError, match=message):
+                write(source, target, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -114,6 +156,10 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_file(tmp_path / "b.npz") as file:
         file.write(b"x")
         raise RuntimeError
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "new" / "c", overwrite=False):
+        raise RuntimeError
+    with pytest.raises(fq.InputError, match="cannot write"), new_file(tmp_path / "new" / "d.npz"):
+        raise OSError
     assert entries(tmp_path) == set()
     (tmp_path / "file").write_text("kept")
     for target in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -127,7 +173,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The moment between the two renames: the old model is out of the way, the new one is not in place."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").touch()
+    (tmp_path / "model" / "config.json").touch()
     rename = Path.rename
 
     def fails(path: Path, target: Path) -> Path:
@@ -139,7 +185,7 @@ def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "model", overwrite=True):
         pass
     assert entries(tmp_path) == {"model"}
-    assert entries(tmp_path / "model") == {"old"}
+    assert entries(tmp_path / "model") == {"config.json"}
 
 
 def test_what_a_killed_write_left_belongs_to_its_target(tmp_path: Path) -> None:

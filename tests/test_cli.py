@@ -94,8 +94,16 @@ def test_attend_draws_a_picture(tmp_path: Path) -> None:
         with PIL.Image.open(picture) as image:
             assert image.width > 1000
             assert len(np.unique(np.asarray(image.convert("L")))) > 100
-    main(["attend", str(EXAMPLE_IMAGE), "--output", str(tmp_path / "attention.svg")])
-    assert "<svg" in (tmp_path / "attention.svg").read_text()
+    main(["attend", str(EXAMPLE_IMAGE), "--text", "$x^", "--output", str(tmp_path / "attention.SVG")])
+    assert "<svg" in (tmp_path / "attention.SVG").read_text()
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
+def test_narrow_images_make_no_endless_picture(size: tuple[int, int], tmp_path: Path) -> None:
+    PIL.Image.new("RGB", size).save(tmp_path / "image.png")
+    main(["attend", str(tmp_path / "image.png"), "--output", str(tmp_path / "attention.png")])
+    with PIL.Image.open(tmp_path / "attention.png") as image:
+        assert max(image.size) < 5000
 
 
 @pytest.mark.parametrize("mode", ["I;16", "L", "La"])
@@ -163,6 +171,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes(EXAMPLE_IMAGE.read_bytes()[:4000])
     (folder / "notes.safetensors").write_text("no checkpoint")
+    (folder / "copy.png").write_bytes(EXAMPLE_IMAGE.read_bytes())
     shutil.copyfile(GOLDEN / "torch" / "legacy.pt", folder / "legacy.pt")
     shutil.copyfile(GOLDEN / "torch" / "module.pt", folder / "module.pt")
     (folder / "existing").mkdir()
@@ -194,6 +203,13 @@ IMAGE = str(EXAMPLE_IMAGE)
     [
         (["embed"], "required: IMAGE"),
         (["embed", "absent.png"], "there is no image absent.png"),
+        (["embed", "https://dog.org/dog.png"], "nothing is downloaded here"),
+        (["embed", "a" * 300], "the image aaa"),
+        (["embed", "absent.png", "--output", "new/er/x.npz"], "there is no image absent.png"),
+        (["embed", IMAGE, "copy.png", "--output", "copy.png"], "copy.png is one of the inputs"),
+        (["attend", "copy.png", "--output", "./copy.png"], "copy.png is one of the inputs"),
+        (["embed", IMAGE, "--model", "a" * 300], "aaa cannot be read (File name too long)"),
+        (["embed", IMAGE, "--text", "\udcff"], "not valid Unicode"),
         (["embed", "text.png"], "text.png is not an image"),
         (["embed", "cut.png"], "cut.png is damaged or cut off"),
         (["embed", IMAGE, "cut.png", "--batch-size", "1"], "cut.png is damaged or cut off"),
@@ -247,3 +263,12 @@ def test_bad_input_in_a_process_of_its_own(bad: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("flax-qformer embed: cut.png is damaged")
     assert not (bad / "embeddings.npz").exists()
+
+
+@pytest.mark.parametrize(("into", "printed"), [("| true", ""), ("> /dev/full", "No space left on device")])
+def test_an_output_that_nobody_takes(into: str, printed: str, tmp_path: Path) -> None:
+    command = f"{BIN / 'flax-qformer'} embed {EXAMPLE_IMAGE} {into}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr.count("\n") == bool(printed)
+    assert printed in done.stderr
+    assert (tmp_path / "embeddings.npz").exists()

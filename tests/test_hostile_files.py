@@ -210,6 +210,7 @@ def test_shards_that_do_not_fit_together(tmp_path: Path) -> None:
     expect({"one": "a.safetensors", "two": "c.safetensors"}, "not there: c.safetensors")
     for outside in ("../a.safetensors", "/etc/passwd", "x/a.safetensors", "..", "."):
         expect({"one": outside}, "outside its folder")
+    expect({"one": index.name}, "names an index among its files")
     expect([1], "no weight_map")
     expect({"one": 3}, "no weight_map")
     torch_save({"two": np.zeros(2, np.float32)}, tmp_path / "b.bin")

@@ -1,7 +1,9 @@
 """Images and text become arrays with upstream's arithmetic; what cannot is refused."""
 
+import io
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 import cases
 import flax_qformer as fq
-from flax_qformer.source import DEFAULT_MODEL
+from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
 
 SMALL = fq.ImageProcessor(height=20, width=28)
 
@@ -46,7 +48,16 @@ def test_arrays_and_paths(tmp_path: Path, processor: fq.Processor, golden: Any) 
         np.testing.assert_array_equal(SMALL(same), SMALL(mask.astype(np.uint8) * 255))
     assert np.ptp(SMALL(mask.astype(np.uint8))[..., 0]) < np.ptp(SMALL(mask)[..., 0]) / 100
     image.save(tmp_path / "image.png")
-    for images in (tmp_path / "image.png", str(tmp_path / "image.png"), [image], array[None]):
+    content = (tmp_path / "image.png").read_bytes()
+    for images in (
+        content,
+        [content],
+        io.BytesIO(content),
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
+        [image],
+        array[None],
+    ):
         pixels = processor(images)["pixel_values"]
         assert (pixels.shape, pixels.dtype) == ((1, 224, 224, 3), np.float32)
         np.testing.assert_array_equal(pixels, processor(image)["pixel_values"])
@@ -119,6 +130,8 @@ def test_pairing(processor: fq.Processor) -> None:
         (np.full((4, 4, 3), 1.5), "fractions above 1"),
         (7, "has shape"),
         ("absent.png", "no image absent.png"),
+        (b"no image", "the image is not an image"),
+        (PIL.Image.new("RGB", (0, 4)), "at least one pixel"),
     ],
 )
 def test_images_that_are_none(processor: fq.Processor, images: Any, message: str) -> None:
@@ -140,10 +153,41 @@ def test_image_files_that_are_none(tmp_path: Path, processor: fq.Processor) -> N
             processor(cut)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, MemoryError, struct.error])
+@pytest.mark.parametrize("step", ["PIL.Image.open", "PIL.ImageOps.exif_transpose"])
+def test_whatever_pillow_raises_is_damage(
+    error: Any, step: str, processor: fq.Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(image: Any) -> None:
+        raise error("what\nnot")
+
+    monkeypatch.setattr(step, fails)
+    with pytest.raises(fq.InputError, match=r"example\.png is damaged or cut off \(what\)"):
+        processor(EXAMPLE_IMAGE)
+
+
+def test_an_image_that_may_not_be_read_is_not_damaged(processor: fq.Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(fq.InputError, match=r"example\.png cannot be read \(Permission denied\)"):
+        processor(EXAMPLE_IMAGE)
+
+
 @pytest.mark.parametrize("text", [[], [3], [None], 3.5])
 def test_text_that_is_none(processor: fq.Processor, text: Any) -> None:
     with pytest.raises(fq.InputError, match="text must be"):
         processor(text=text)
+
+
+def test_lengths_that_are_none(processor: fq.Processor) -> None:
+    for name in ("pad_to_multiple_of", "max_length"):
+        for length in (-8, 0):
+            with pytest.raises(fq.InputError, match=f"{name} is {length}"):
+                processor(text="dog", **{name: length})
+    with pytest.raises(fq.InputError, match="not valid Unicode"):
+        processor(text=["dog", "\udcff"])
 
 
 def copy_of_default(folder: Path) -> Path:
@@ -177,6 +221,9 @@ def test_settings_of_a_checkpoint(tmp_path: Path) -> None:
         ({"resample": 99}, "resample is 99"),
         ({"resample": [3]}, r"resample is \[3\]"),
         ({"resample": 3.0}, "resample is 3.0"),
+        ({"size": float("inf")}, "height is inf"),
+        ({"rescale_factor": 0}, "other than 0"),
+        ({"rescale_factor": float("nan")}, "rescale_factor is nan"),
         ({"rescale_factor": "1/255"}, "rescale_factor is '1/255'"),
     ):
         settings.write_text(json.dumps({**values, **changed}))
@@ -199,16 +246,18 @@ def test_tokenizers(tmp_path: Path) -> None:
     expected = processor(text=list(cases.TEXTS))["input_ids"]
     again = fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "saved")
     np.testing.assert_array_equal(again(text=list(cases.TEXTS))["input_ids"], expected)
-    # Neither here nor, offline, on the hub.
+    # Neither here nor, offline, on the hub; images do without.
+    alone = fq.Processor.from_pretrained(folder)
+    assert alone(cases.image("RGB")).keys() == {"pixel_values"}
     with pytest.raises(fq.InputError, match="bert-base-uncased"):
-        fq.Processor.from_pretrained(folder)
+        alone(text="dog")
     with pytest.raises(fq.InputError, match="no folder"):
         fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "nowhere" / "at" / "all")
     (tmp_path / "empty").mkdir()
     with pytest.raises(fq.InputError, match="neither tokenizer.json nor vocab.txt"):
         fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "empty")
     (tmp_path / "empty" / "tokenizer.json").write_text("{")
-    with pytest.raises(fq.InputError, match="cannot be read"):
+    with pytest.raises(fq.InputError, match="cannot be used"):
         fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "empty")
     # A vocabulary that is larger than the model's.
     config = json.loads((folder / "config.json").read_text())
@@ -216,3 +265,18 @@ def test_tokenizers(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(fq.InputError, match=r"token 'dog' has the number \d+, but the model's vocabulary has 100"):
         fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "saved")(text="dog")
+
+
+@pytest.mark.parametrize(
+    ("settings", "drop"),
+    [({}, "[UNK]"), ({}, ""), ({"pad_token": None}, None), ({"model_max_length": "x"}, None)],
+)
+def test_damaged_tokenizers(tmp_path: Path, settings: dict[str, Any], drop: str | None) -> None:
+    folder = copy_of_default(tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if drop is not None:
+        words = (folder / "vocab.txt").read_text().split("\n")
+        (folder / "vocab.txt").write_text("\n".join(word for word in words if drop and word != drop))
+    with pytest.raises(fq.InputError, match="tokenizer in .* cannot be used") as caught:
+        fq.Processor.from_pretrained(folder)(text="dog")
+    assert "\n" not in str(caught.value)

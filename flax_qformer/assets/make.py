@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from flax_qformer.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.convert.layouts import parameters
-from flax_qformer.processor import ImageProcessor, write_image_settings
+from flax_qformer.processor import ImageProcessor, image_settings_file
 from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -45,7 +45,7 @@ def main() -> None:
     (DEFAULT_MODEL / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
     (DEFAULT_MODEL / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
-    write_image_settings(DEFAULT_MODEL, ImageProcessor())
+    (DEFAULT_MODEL / "preprocessor_config.json").write_bytes(image_settings_file(ImageProcessor()))
     save_file(_weights(config), DEFAULT_MODEL / "model.safetensors", metadata={"format": "pt"})
     _example().save(EXAMPLE_IMAGE)
 
