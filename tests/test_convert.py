@@ -65,7 +65,9 @@ LAYOUTS = st.sampled_from(["diffusers", "lavis"])
 def test_tables_name_every_parameter_of_the_modules(config: fq.Blip2Config) -> None:
     size = config.vision_config.image_size
     images, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), int)
-    for model_class, part in ((fq.Blip2QFormerModel, "proj_layer"), (fq.Blip2ForPreTraining, "heads")):
+    models = [(fq.Blip2QFormerModel, "proj_layer"), (fq.Blip2ForPreTraining, "heads")]
+    # Without a layer, text cannot see the image it is to describe.
+    for model_class, part in models if config.qformer_config.num_hidden_layers else models[:1]:
         tree = jax.eval_shape(model_class(config).init, jax.random.key(0), images, ids)["params"]
         expected = {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
         for layout in ("diffusers", "lavis"):
