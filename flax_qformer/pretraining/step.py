@@ -113,7 +113,7 @@ def make_train_step(
             is_updated = (state.step + 1) % accumulation == 0
             ema = optax.incremental_update(trained, ema, jnp.where(is_updated, 1 - ema_decay, 0.0))
         metrics = {name: getattr(output, name) for name in LOSSES}
-        metrics |= {"gradient_norm": optax.global_norm(gradients), "parameter_norm": optax.global_norm(trained)}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.global_norm(trained)}
         return replace(state, trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
