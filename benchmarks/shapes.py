@@ -90,9 +90,8 @@ def retrieval(path: str) -> Callable[[dict[str, np.ndarray]], dict[str, float]]:
         states, similarities = features(**batch)
         own = np.arange(len(similarities))
         best = np.argsort(-np.asarray(similarities), axis=1)[:, :RERANKED]
-        scores = np.stack(
-            [match(states[best[:, k]], batch["input_ids"], batch["attention_mask"]) for k in range(RERANKED)]
-        )
+        text = (batch["input_ids"], batch["attention_mask"])
+        scores = np.stack([match(states[best[:, k]], *text) for k in range(RERANKED)])
         reranked = best[own, scores.argmax(axis=0)]
         return {
             "text-to-image recall@1": float((best[:, 0] == own).mean()),

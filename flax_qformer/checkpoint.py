@@ -28,18 +28,17 @@ from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError, first_line
 from .pretraining.model import Blip2ForPreTraining
 from .processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
-from .qformer import Blip2QFormerModel, QFormer
+from .qformer import Blip2QFormerModel
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
 from .writing import check_absent, check_apart, check_space, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-
-PARTS: dict[type[QFormer], Part] = {Blip2QFormerModel: "proj_layer", Blip2ForPreTraining: "heads"}
-"""The part that only a model of this class has."""
-
 AnyModel = Blip2QFormerModel | Blip2ForPreTraining
 Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
+
+PARTS: dict[type[AnyModel], Part] = {Blip2QFormerModel: "proj_layer", Blip2ForPreTraining: "heads"}
+"""The part that only a model of this class has."""
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def from_pretrained(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     *,
-    model_class: type[AnyModel] | None = None,
+    model_class: Any = None,
     config: str | os.PathLike[str] | Blip2Config | None = None,
     allow_non_finite: bool = False,
 ) -> tuple[AnyModel, dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 import argparse
 import contextlib
-import dataclasses
+import importlib.util
+import inspect
 import io
+import itertools
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from .checkpoint import DTYPES, Model, as_dtype, convert_checkpoint, export_chec
 from .errors import InputError
 from .pretraining.losses import similarities
 from .pretraining.model import Blip2ForPreTraining
-from .pretraining.settings import EvaluateSettings, TrainSettings, read_yaml
+from .pretraining.settings import EvaluateSettings, TrainSettings, yaml_arguments
 from .pretraining.sources import DataSettings
 from .processor import Processor, open_image, pair_up
 from .qformer import Blip2QFormerModel
@@ -32,6 +33,10 @@ from .writing import check_writable, new_file
 
 TEXT_MULTIPLE = 16
 """Texts are padded to a multiple of this many tokens, so that most lengths share one compiled program."""
+
+
+TRAIN_PACKAGES = ("datasets", "grain", "tensorboardX", "tyro", "yaml")
+"""What pip installs with `flax-qformer[train]`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,9 +134,11 @@ def caption(options: argparse.Namespace) -> None:
     end = processor.tokenizer.sep_token_id
     rules = {name: getattr(options, name) for name in ("num_beams", "max_length", "min_length", "top_p")}
 
+    apply: Any = model.apply
+
     @jax.jit
     def write(params: Any, pixels: jax.Array, key: jax.Array) -> jax.Array:
-        return model.apply(
+        return apply(
             {"params": params},
             pixels,
             eos_token_id=end,
@@ -152,12 +159,13 @@ def caption(options: argparse.Namespace) -> None:
 def search(options: argparse.Namespace) -> None:
     model, params, processor = _load(options, Blip2ForPreTraining)
     tokens = processor(text=options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
+    apply: Any = model.apply
     variables = {"params": params}
-    texts = jax.jit(partial(model.apply, method="text_features"))(variables, **tokens)
+    texts = jax.jit(partial(apply, method="text_features"))(variables, **tokens)
 
     @jax.jit
     def score(variables: Any, pixels: jax.Array, texts: jax.Array) -> jax.Array:
-        return similarities(model.apply(variables, pixels, method="image_features"), texts)
+        return similarities(apply(variables, pixels, method="image_features"), texts)
 
     found = []
     for rows in _batches(len(options.images), options.batch_size):
@@ -222,28 +230,30 @@ def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) 
 
 
 def _settings(kind: type[DataSettings], arguments: list[str], prog: str) -> DataSettings:
-    """Settings from the command line, and from the YAML file that `--settings` names."""
-    try:
-        import tyro
-    except ImportError:
-        raise InputError("training needs more packages; run pip install 'flax-qformer[train]'") from None
-    default, told = None, io.StringIO()
-    if "--settings" in arguments:
-        place = arguments.index("--settings")
-        if place + 1 == len(arguments):
-            raise InputError("--settings needs a file")
-        known = {field.name: tyro.MISSING for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
-        default = kind(**known | read_yaml(Path(arguments[place + 1])))
-        arguments = arguments[:place] + arguments[place + 2 :]
+    """Settings from the command line, which come before those in the YAML file that `--settings` names."""
+    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"this needs {', '.join(missing)} as well; run pip install 'flax-qformer[train]'")
+    import tyro
+
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--settings", type=Path)
+    options, rest = parser.parse_known_args(arguments)
+    if options.settings:
+        rest = yaml_arguments(options.settings, kind) + rest
+    description = (inspect.getdoc(kind) or "").partition("\n")[0]
+    description += " --settings FILE reads settings from YAML, as in `batch_size: 64`; the command line comes first."
+    told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(kind, prog=prog, args=arguments, default=default or tyro.MISSING_NONPROP)
+            return tyro.cli(kind, prog=prog, description=description, args=rest)
     except SystemExit as stop:
         if not stop.code:
             raise
-        # Tyro tells in a box of several lines.
-        message = re.split("─{9,}", re.sub("[│╭╮╰╯]", "", told.getvalue()).strip("─ \n"))
-        raise InputError(f"{' '.join(message[0].split())} (see {prog} --help)") from None
+        # Tyro tells in a box: what is wrong, a line, and where help is to be found.
+        lines = (line.strip("│ ") for line in told.getvalue().splitlines() if line.startswith("│"))
+        message = " ".join(itertools.takewhile(lambda line: line.strip("─"), lines))
+        raise InputError(f"{message} (see {prog} --help)") from None
 
 
 class _Parser(argparse.ArgumentParser):

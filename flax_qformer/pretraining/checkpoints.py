@@ -19,7 +19,7 @@ class Checkpoints:
     """A folder with a folder of orbax's for each step, and beside it a JSON file that says what is in it.
 
     The JSON file comes last: without it a checkpoint does not count. It lists the files with their sizes and sums, and
-    holds what is not an array, such as the position in the data.
+    holds what is not an array, such as the position in the data; it has a sum of its own.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -31,31 +31,35 @@ class Checkpoints:
         return sorted((int(stem) for stem in found if stem.isdecimal()), reverse=True)
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Write a state, and remove what is older than the newest `keep`.
+        """Write a state unless it is there, and remove what is older than the newest `keep`.
 
         Raises:
           InputError: there is no space; what was saved before stays.
         """
         import orbax.checkpoint.experimental.v1 as ocp
 
+        if step in self.steps():
+            return
         folder, arrays = self._path(step), _named(state)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
             check_space(self._folder, sum(array.nbytes for array in arrays.values()))
             context = ocp.Context()
             context.array.saving.use_compression = False
             with context:
                 ocp.save(folder, arrays)
-            manifest = {"step": step, "notes": notes, "files": _sums(folder)}
+            content = {"arrays": _forms(state), "files": _sums(folder), "notes": notes}
             partial = self._folder / f"{step}.json.partial"
-            partial.write_text(json.dumps(manifest))
+            partial.write_text(json.dumps({"sum": _sum_of(content), "content": content}))
             partial.rename(self._folder / f"{step}.json")
-        except OSError as error:
+        except Exception as error:
+            # orbax reports a disk that fills up meanwhile in types of its own.
             shutil.rmtree(folder, ignore_errors=True)
+            saved = self.steps()
             raise InputError(
-                f"the checkpoint of step {step} cannot be written to {self._folder} ({error.strerror or error}); free "
-                f"space and run the same command again{self._saved()}"
+                f"the checkpoint of step {step} cannot be written to {self._folder} "
+                f"({getattr(error, 'strerror', None) or error}); free space and run the same command again"
+                + (f", which goes on from step {saved[0]}" if saved else "")
             ) from None
         for old in self.steps()[self._keep :]:
             self._remove(old)
@@ -64,36 +68,41 @@ class Checkpoints:
         """The newest state that is whole, placed like `state`, and its notes; None if none was saved.
 
         Raises:
-          InputError: all are damaged.
+          InputError: all are damaged, or hold the state of another model.
         """
         steps = self.steps()
         for step in steps:
             try:
                 return self._read(step, state)
+            except InputError:
+                raise
             except Exception as error:
-                logger.warning("the checkpoint of step %d is damaged (%s): trying the one before", step, error)
+                reason = " ".join(str(error).split())
+                logger.warning("the checkpoint of step %d is damaged (%s): trying the one before", step, reason)
         if steps:
             raise InputError(f"all checkpoints in {self._folder} are damaged; start anew with --overwrite")
         return None
 
-    def notes(self) -> dict[str, Any] | None:
-        """Those of the newest checkpoint whose JSON file can be read."""
+    def notes(self) -> dict[str, Any]:
+        """Those of the newest checkpoint whose JSON file can be read, or none."""
         for step in self.steps():
             try:
-                return json.loads((self._folder / f"{step}.json").read_text())["notes"]
-            except (ValueError, KeyError):
+                return self._manifest(step)["notes"]
+            except ValueError:
                 continue
-        return None
+        return {}
 
-    def remove_after(self, step: int) -> None:
-        """Remove what is newer than a step: it was damaged, and the run goes on from before it."""
-        for newer in self.steps():
-            if newer > step:
-                self._remove(newer)
-
-    def _saved(self) -> str:
-        steps = self.steps()
-        return f"; the last good one is of step {steps[0]}" if steps else ""
+    def tidy(self, step: int) -> None:
+        """Remove what is newer than the step to go on from, which was damaged, and what was never finished."""
+        whole = {name for kept in self.steps() if kept <= step for name in (str(kept), f"{kept}.json")}
+        for path in self._folder.glob("*"):
+            if path.name in whole:
+                continue
+            if path.is_dir():
+                logger.warning("removing %s, which is damaged or was not written whole", path)
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
         return self._folder / str(step)
@@ -102,14 +111,33 @@ class Checkpoints:
         (self._folder / f"{step}.json").unlink(missing_ok=True)
         shutil.rmtree(self._path(step), ignore_errors=True)
 
+    def _manifest(self, step: int) -> dict[str, Any]:
+        """What the JSON file says; ValueError if it is damaged."""
+        try:
+            manifest = json.loads((self._folder / f"{step}.json").read_bytes())
+            content, expected = manifest["content"], manifest["sum"]
+        except (ValueError, TypeError, KeyError):
+            content, expected = {}, None
+        if _sum_of(content) != expected:
+            raise ValueError(f"{step}.json is not as it was written")
+        return content
+
     def _read(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         import orbax.checkpoint.experimental.v1 as ocp
 
-        manifest = json.loads((self._folder / f"{step}.json").read_text())
-        found = _sums(self._path(step))
-        wrong = sorted(name for name in manifest["files"] | found if manifest["files"].get(name) != found.get(name))
+        manifest = self._manifest(step)
+        files, found = manifest["files"], _sums(self._path(step))
+        wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
         if wrong:
-            raise ValueError(f"{wrong[0]} is not as it was written")
+            raise ValueError(f"{wrong[0]} is {'not as it was written' if wrong[0] in found else 'missing'}")
+        was, now = manifest["arrays"], _forms(state)
+        other = sorted(name for name in was | now if was.get(name) != now.get(name))
+        if other:
+            name = other[0]
+            raise InputError(
+                f"the run is of another model: {name} was {was.get(name, 'absent')} and is now "
+                f"{now.get(name, 'absent')}; name the model it began with, or another --output"
+            )
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _named(state).items()
@@ -121,6 +149,15 @@ class Checkpoints:
 def _named(state: Any) -> dict[str, jax.Array]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _forms(state: Any) -> dict[str, str]:
+    """Type and shape of each array, as in float32[8, 16]."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(state).items()}
+
+
+def _sum_of(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _sums(folder: Path) -> dict[str, list[int]]:

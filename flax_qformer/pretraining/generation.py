@@ -128,9 +128,11 @@ def search_caption(step: Step, past: Cache, rules: Rules, num_beams: int) -> jax
             done=state.done | (finished[:, -1] >= best[:, 0] / (state.length + 1)),
         )
         # What is done stays as it is.
-        keep = ("finished_ids", "finished_scores", "finished_lengths")
         return replace(
-            after, **{name: _where_rows(state.done, getattr(state, name), getattr(after, name)) for name in keep}
+            after,
+            finished_ids=_where_rows(state.done, state.finished_ids, after.finished_ids),
+            finished_scores=_where_rows(state.done, state.finished_scores, after.finished_scores),
+            finished_lengths=_where_rows(state.done, state.finished_lengths, after.finished_lengths),
         )
 
     begun = _begun(rows * num_beams, rules).reshape(rows, num_beams, width)

@@ -149,7 +149,7 @@ class Blip2ForPreTraining(QFormer):
         )
 
         caption_ids = input_ids.at[:, 0].set(self.config.qformer_config.start_token_id)
-        itg_logits = self._continue(caption_ids, attention_mask, queries.past_key_values, deterministic)
+        itg_logits = self._continue(caption_ids, attention_mask, queries.past_key_values or (), deterministic)
 
         loss_itc = contrastive_loss(logits, image_id)
         loss_itm = matching_loss(itm_logits)
@@ -237,7 +237,7 @@ class Blip2ForPreTraining(QFormer):
         if num_beams < 1 or repetition_penalty <= 0:
             raise InputError("num_beams must be 1 or more, and repetition_penalty above 0")
         image = self._image(pixel_values, encoder_hidden_states, True)
-        queries = self.read(encoder_hidden_states=image, use_cache=True)
+        past = self.read(encoder_hidden_states=image, use_cache=True).past_key_values or ()
         # Inside a loop of XLA's, a module has to be a function of its variables.
         pure, variables = self.clone(parent=None, name=None), self.variables
 
@@ -246,10 +246,10 @@ class Blip2ForPreTraining(QFormer):
 
         rules = Rules(c.start_token_id, eos_token_id, c.pad_token_id, max_length, min_length, repetition_penalty)
         if use_nucleus_sampling:
-            return write_caption(step, queries.past_key_values, rules, top_p, self.make_rng("sampling"))
+            return write_caption(step, past, rules, top_p, self.make_rng("sampling"))
         if num_beams == 1:
-            return write_caption(step, queries.past_key_values, rules)
-        return search_caption(step, queries.past_key_values, rules, num_beams)
+            return write_caption(step, past, rules)
+        return search_caption(step, past, rules, num_beams)
 
     def next_token(
         self, token: jax.Array, mask: jax.Array, past_key_values: tuple[KeyValue, ...], position: jax.Array
@@ -286,11 +286,11 @@ class Blip2ForPreTraining(QFormer):
         return self.itm_head(queries).astype(jnp.float32).mean(axis=1)
 
     def _image(self, pixel_values: jax.Array | None, states: jax.Array | None, deterministic: bool) -> jax.Array:
-        if (pixel_values is None) == (states is None):
+        if states is not None and pixel_values is None:
+            return states
+        if states is not None or pixel_values is None:
             raise InputError("give pixel_values or encoder_hidden_states, and not both")
-        return (
-            self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state if states is None else states
-        )
+        return self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
 
     def _words(self) -> jax.Array:
         return self.embeddings.variables["params"]["word_embeddings"]["embedding"]

@@ -18,16 +18,17 @@ class Retrieval:
 
     def __init__(self, model: Blip2ForPreTraining, batch_size: int = 64) -> None:
         self._batch_size = batch_size
+        apply: Any = model.apply
 
         def image(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            states = model.apply({"params": params}, pixels, method="encode_image").last_hidden_state
-            return states, model.apply({"params": params}, encoder_hidden_states=states, method="image_features")
+            states = apply({"params": params}, pixels, method="encode_image").last_hidden_state
+            return states, apply({"params": params}, encoder_hidden_states=states, method="image_features")
 
         def text(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, ids, mask, method="text_features")
+            return apply({"params": params}, ids, mask, method="text_features")
 
         def match(params: Any, states: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, None, ids, mask, encoder_hidden_states=states, method="match")
+            return apply({"params": params}, None, ids, mask, encoder_hidden_states=states, method="match")
 
         self._image, self._text, self._match = jax.jit(image), jax.jit(text), jax.jit(match)
         self._similarities = jax.jit(similarities)
@@ -87,10 +88,11 @@ class Retrieval:
         by_text: bool = False,
     ) -> np.ndarray:
         """scores: (queries, candidates) -> the same, the best of each row raised above the rest by their ITM score."""
-        best = np.argsort(-scores, axis=1)[:, : min(rerank, scores.shape[1])]
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : min(rerank, scores.shape[1])]
         rows, columns = np.repeat(np.arange(len(scores)), best.shape[1]), best.reshape(-1)
         image, text = (columns, rows) if by_text else (rows, columns)
-        result = np.where(np.isfinite(scores), scores - 1e6, scores)
+        # In float32 the rest would lose its order.
+        result = scores.astype(np.float64) - 1e6
         for start in range(0, len(rows), self._batch_size):
             chunk = np.arange(start, start + self._batch_size).clip(max=len(rows) - 1)
             match = self._match(params, states[image[chunk]], *tokens[:, text[chunk]])
@@ -100,6 +102,6 @@ class Retrieval:
 
 def _recalls(direction: str, scores: np.ndarray, belongs: np.ndarray, kind: str = "") -> dict[str, float]:
     """The share of rows that have what belongs to them among the best."""
-    order = np.argsort(-scores, axis=1)[:, : max(RANKS)]
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : max(RANKS)]
     hits = np.take_along_axis(belongs, order, axis=1)
     return {f"{direction}/{kind}recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in RANKS}

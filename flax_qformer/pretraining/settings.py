@@ -11,8 +11,8 @@ from flax_qformer.pretraining.optimizer import Group
 from flax_qformer.pretraining.sources import DataSettings
 from flax_qformer.source import DEFAULT_MODEL
 
-FIXED = ("model", "train", "ema_decay", "accumulation", "layer_decay", "clip_norm")
-"""What decides of the state's form, and so may not change between a stop and its resumption."""
+FIXED = ("model", "train", "ema_decay", "accumulation", "seed")
+"""What decides of the state's form or the data's order, and so may not change between a stop and its resumption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class TrainSettings(DataSettings):
       model: what to start from: a folder, checkpoint file or hub id; from a folder with a config.json and a tokenizer
         but no weights, all is drawn afresh.
       tokenizer: folder or hub id, where the checkpoint brings none.
-      overwrite: start anew, and remove the run that is in the folder.
+      overwrite: start anew, in place of the run that is in the folder.
       train: what is trained: vision, qformer, heads, or all.
       steps: how many to take in all.
       learning_rate: the highest, after the warm-up; it falls along a cosine to a tenth.
@@ -74,14 +74,13 @@ class TrainSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "accumulation", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("warmup", "weight_decay", "clip_norm", "evaluate_every", "evaluate_on", "rerank"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be below 0")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        _check_least(self, 1, ("steps", "accumulation", "log_every", "save_every", "keep"))
+        _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank"))
+        _check_least(self, 2, ("evaluate_on",))
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
+        if not self.train:
+            raise InputError("train names nothing; name vision, qformer, heads or all")
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
         for name in ("b1", "b2", "ema_decay", "dropout"):
@@ -110,9 +109,14 @@ class EvaluateSettings(DataSettings):
     rerank: int = 16
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_least(self, 2, ("evaluate_on",))
+        _check_least(self, 0, ("rerank",))
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings that a file names.
+    """The settings that a file names, for either program.
 
     Raises:
       InputError: it cannot be read, or names a setting that there is not.
@@ -127,11 +131,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a setting a line, as in: batch_size: 64")
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    known = {field.name for kind in (TrainSettings, EvaluateSettings) for field in dataclasses.fields(kind)}
     unknown = [str(name) for name in values if name not in known]
     if unknown:
         raise InputError(f"{path} names settings that there are not: {', '.join(unknown)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return values
+
+
+def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
+    """A file's settings as the command line would give them; what only the other program has is passed over."""
+    own, arguments = {field.name for field in dataclasses.fields(kind)}, []
+    for name, value in read_yaml(path).items():
+        flag = name.replace("_", "-")
+        if name not in own:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            arguments += [f"--{flag}", *map(str, value)]
+        else:
+            arguments.append(f"--{flag}={value}")
+    return arguments
 
 
 def to_yaml(settings: DataSettings) -> str:
@@ -139,6 +159,12 @@ def to_yaml(settings: DataSettings) -> str:
 
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(settings).items()}
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not getattr(settings, name) >= least:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be {least} or more")
 
 
 def check_resumable(before: Mapping[str, Any], now: DataSettings) -> None:

@@ -83,11 +83,20 @@ def pretraining_loss(
 
 
 def make_train_step(
-    model: Blip2ForPreTraining, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0
+    model: Blip2ForPreTraining,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float = 0.0,
+    accumulation: int = 1,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """A compiled step: (state, batch) -> the next state, and the losses and the gradient's norm.
+    """A compiled step: (state, batch) -> the next state, the losses, and the norms of gradient and parameters.
 
-    The state is given up. On a mesh, with the batch sharded, the losses are those of the whole batch.
+    The state is given up, and with it the parameters that it was made of. On a mesh, with the batch sharded, the losses
+    are those of the whole batch.
+
+    Args:
+      ema_decay: of the state's moving average, which takes every `accumulation`-th batch into account.
+      accumulation: the optimizer's.
     """
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -99,8 +108,12 @@ def make_train_step(
         (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(state.trained)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        ema = None if state.ema is None else optax.incremental_update(trained, state.ema, 1 - ema_decay)
-        metrics = {name: getattr(output, name) for name in LOSSES} | {"gradient_norm": optax.global_norm(gradients)}
+        ema = state.ema
+        if ema is not None:
+            is_updated = (state.step + 1) % accumulation == 0
+            ema = optax.incremental_update(trained, ema, jnp.where(is_updated, 1 - ema_decay, 0.0))
+        metrics = {name: getattr(output, name) for name in LOSSES}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.global_norm(trained)}
         return replace(state, trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)

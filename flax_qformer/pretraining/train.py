@@ -26,13 +26,15 @@ from flax_qformer.pretraining.data import Batches, evaluation_batches, open_sour
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule
 from flax_qformer.pretraining.retrieval import Retrieval
-from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, check_resumable, read_yaml, to_yaml
+from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
-from flax_qformer.pretraining.step import LOSSES, TrainState, make_train_step
+from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.processor import Processor
 from flax_qformer.source import locate
 
 logger = logging.getLogger(__name__)
+
+SETTINGS, METRICS = "settings.yaml", "metrics.jsonl"
 
 
 class Stopped(Exception):
@@ -58,16 +60,17 @@ def train(settings: TrainSettings) -> str:
       Stopped: SIGTERM or SIGINT came; the run was saved.
     """
     output = Path(settings.output)
-    checkpoints = _begin(output, settings)
-    model, params, processor = _load(settings)
-    data = _open_data(settings)
-    held_out = _open_held_out(settings)
+    checkpoints = Checkpoints(output / "checkpoints", settings.keep)
+    _check_output(output, checkpoints, settings)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     if settings.batch_size % mesh.size:
         nearest = max(1, round(settings.batch_size / mesh.size)) * mesh.size
         raise InputError(
             f"a batch of {settings.batch_size} does not divide among {mesh.size} devices; --batch-size {nearest} does"
         )
+    model, params, processor = _load(settings)
+    data = open_source(settings)
+    held_out = _open_held_out(settings)
     schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(
         model.config,
@@ -82,13 +85,13 @@ def train(settings: TrainSettings) -> str:
     state = TrainState.create(params, optimizer, settings.train, ema=settings.ema_decay > 0, seed=settings.seed)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("data"))
-    step = make_train_step(model, optimizer, ema_decay=settings.ema_decay)
+    step = make_train_step(model, optimizer, ema_decay=settings.ema_decay, accumulation=settings.accumulation)
     retrieval = Retrieval(model, settings.batch_size)
 
-    restored = checkpoints.restore(state)
-    state, notes = restored or (state, None)
+    _begin(output, settings)
+    state, notes = checkpoints.restore(state) or (state, {})
     done = int(state.step) // settings.accumulation
-    checkpoints.remove_after(done)
+    checkpoints.tidy(done)
     with Batches(data, processor, settings) as batches, _signals() as came, Log(output, done) as log:
         if notes:
             batches.set_state(notes["data"])
@@ -97,50 +100,58 @@ def train(settings: TrainSettings) -> str:
             checkpoints.save(done, state, {"data": batches.get_state(), "settings": dataclasses.asdict(settings)})
 
         def evaluate() -> None:
-            if held_out is not None:
-                examples = _examples(held_out, processor, settings, settings.evaluate_on)
+            """Unless it was done before the run stopped here."""
+            if held_out is None or log.is_evaluated(done):
+                return
+            examples = _examples(held_out, processor, settings, settings.evaluate_on)
+            try:
                 log.write(done, retrieval.evaluate(state.averaged_params, examples, settings.rerank))
+            except InputError as error:
+                logger.warning("no evaluation: %s", error)
 
-        progress = tqdm(total=settings.steps, initial=done, unit="step", dynamic_ncols=True)
-        started, examples_since = time.perf_counter(), 0
-        with progress:
-            while done < settings.steps:
+        started, steps_since = time.perf_counter(), 0
+        with tqdm(total=settings.steps, initial=done, unit="step", dynamic_ncols=True) as progress:
+            while True:
+                if came:
+                    save()
+                    again = "the same command without --overwrite" if settings.overwrite else "the same command"
+                    raise Stopped(came[0], f"stopped after step {done}, which is saved; {again} goes on from there")
+                if done >= settings.steps:
+                    evaluate()
+                    break
+                if done and settings.evaluate_every and done % settings.evaluate_every == 0:
+                    evaluate()
+                    started, steps_since = time.perf_counter(), 0
+                parts = []
                 for _ in range(settings.accumulation):
                     state, metrics = step(state, jax.make_array_from_process_local_data(split, next(batches)))
-                losses = {name: float(metrics[name]) for name in metrics}
-                if not all(math.isfinite(losses[name]) for name in LOSSES):
+                    parts.append(metrics)
+                parts = jax.device_get(parts)
+                figures = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+                unfit = [name for name, value in figures.items() if not math.isfinite(value)]
+                if unfit:
                     saved = checkpoints.steps()
                     kept = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
                     raise InputError(
-                        f"the loss is not finite at step {done + 1}; {kept}; lower --learning-rate or clip with "
-                        "--clip-norm"
+                        f"{unfit[0]} is not finite at step {done + 1}; {kept}; lower --learning-rate or --clip-norm"
                     )
-                done += 1
-                examples_since += settings.batch_size * settings.accumulation
+                done, steps_since = done + 1, steps_since + 1
                 progress.update()
                 if done % settings.log_every == 0 or done == settings.steps:
                     now = time.perf_counter()
-                    figures = {
-                        **losses,
+                    step_time = (now - started) / steps_since
+                    figures |= {
                         "learning_rate": float(schedule(done - 1)),
-                        "images_per_second": examples_since / (now - started),
-                        "step_time": (now - started) / (examples_since / settings.batch_size / settings.accumulation),
+                        "images_per_second": settings.batch_size * settings.accumulation / step_time,
+                        "step_time": step_time,
                         "epoch": batches.epoch,
                         "skipped": batches.skipped,
                     }
                     log.write(done, figures)
                     progress.set_postfix_str(_short(figures))
-                    started, examples_since = now, 0
-                if came or done % settings.save_every == 0 or done == settings.steps:
+                    started, steps_since = now, 0
+                if done % settings.save_every == 0 or done == settings.steps:
                     save()
-                if came:
-                    raise Stopped(
-                        came[0], f"stopped after step {done}, which is saved; the same command goes on from there"
-                    )
-                if settings.evaluate_every and done % settings.evaluate_every == 0 and done < settings.steps:
-                    evaluate()
-                    started, examples_since = time.perf_counter(), 0
-        evaluate()
     save_pretrained(output / "model", model, state.averaged_params, processor, overwrite=True)
     return f"trained {settings.steps} steps, {batches.skipped} examples skipped; wrote {output / 'model'}{log.last()}"
 
@@ -165,14 +176,21 @@ class Log:
         """Go on after a step: what comes after it will be written again."""
         from tensorboardX import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._last: dict[str, float] = {}
-        if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-            partial.rename(self._path)
+        self._evaluated: set[int] = set()
+        kept = []
+        for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
+            # The last one may have been cut off.
+            with contextlib.suppress(ValueError):
+                figures = json.loads(line)
+                if figures["step"] <= step:
+                    kept.append(line + "\n")
+                    self._note(**figures)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.rename(self._path)
 
     def __enter__(self) -> "Log":
         return self
@@ -181,34 +199,59 @@ class Log:
         self._writer.close()
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        self._last = figures
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._note(step, **figures)
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self._path} ({error.strerror}); free space and run the same command again"
+            ) from None
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def is_evaluated(self, step: int) -> bool:
+        return step in self._evaluated
+
     def last(self) -> str:
+        """The last figures, a line each."""
         return "".join(f"\n  {name}: {value:g}" for name, value in self._last.items())
 
+    def _note(self, step: int, **figures: float) -> None:
+        self._last = figures
+        if "images" in figures:
+            self._evaluated.add(step)
 
-def _begin(output: Path, settings: TrainSettings) -> Checkpoints:
-    """Make the run's folder, or look whether the run in it can go on."""
-    checkpoints, file = Checkpoints(output / "checkpoints", settings.keep), output / "settings.yaml"
-    try:
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output} is not a folder; name another --output")
-        if output.is_dir() and any(output.iterdir()) and not file.is_file():
+
+def _check_output(output: Path, checkpoints: Checkpoints, settings: TrainSettings) -> None:
+    """Whether the run's folder can be made, or the run in it can go on."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is not a folder; name another --output")
+    with _writing(output):
+        if output.is_dir() and any(output.iterdir()) and not (output / SETTINGS).is_file():
             raise InputError(f"{output} holds something else than a run; name another --output")
-        if settings.overwrite:
-            shutil.rmtree(output, ignore_errors=True)
-        elif file.is_file() and checkpoints.steps():
-            check_resumable((checkpoints.notes() or {}).get("settings") or read_yaml(file), settings)
+        if not settings.overwrite:
+            check_resumable(checkpoints.notes().get("settings", {}), settings)
+
+
+def _begin(output: Path, settings: TrainSettings) -> None:
+    """Make the run's folder, or empty it of another run."""
+    with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_yaml(settings))
+        (output / SETTINGS).write_text(to_yaml(settings))
+        if settings.overwrite:
+            for name in ("checkpoints", "tensorboard", "model"):
+                shutil.rmtree(output / name, ignore_errors=True)
+            (output / METRICS).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"cannot write {output} ({error.strerror}); free space, or name another --output") from None
-    return checkpoints
 
 
 def _load(settings: TrainSettings) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
@@ -221,8 +264,8 @@ def _load(settings: TrainSettings) -> tuple[Blip2ForPreTraining, dict[str, Any],
     config = model.config
     qformer, vision = config.qformer_config, config.vision_config
     if settings.dropout is not None:
-        rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), settings.dropout)
-        qformer = dataclasses.replace(qformer, **rates)
+        rate = settings.dropout
+        qformer = dataclasses.replace(qformer, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
     if settings.gradient_checkpointing:
         qformer = dataclasses.replace(qformer, gradient_checkpointing=True)
         vision = dataclasses.replace(vision, gradient_checkpointing=True)
@@ -231,15 +274,12 @@ def _load(settings: TrainSettings) -> tuple[Blip2ForPreTraining, dict[str, Any],
     return model.clone(config=config), params, processor
 
 
-def _open_data(settings: TrainSettings) -> Source:
-    source = open_source(settings)
-    if len(source) == 0:
-        raise InputError(f"{settings.data} leaves nothing to train on; lower --held-out")
-    return source
-
-
 def _open_held_out(settings: TrainSettings) -> Source | None:
-    source = open_source(settings, "held_out")
+    try:
+        source = open_source(settings, "held_out")
+    except InputError as error:
+        logger.warning("no evaluation: %s", error)
+        return None
     if len(np.unique(source.image_ids)) < 2:
         logger.warning("no evaluation: fewer than two images are held out")
         return None
@@ -264,7 +304,7 @@ def _signals() -> Iterator[list[int]]:
         signal.signal(number, before[number])
 
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, note) for number in numbers}
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in numbers}
     try:
         yield came
     finally:

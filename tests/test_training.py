@@ -1,0 +1,697 @@
+"""The training program: what it trains, that it goes on bit for bit wherever it was stopped, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+import yaml
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import flax_qformer as fq
+from conftest import COMPILE_FAST, same
+from flax_qformer import pretraining
+from flax_qformer.checkpoint import initialise
+from flax_qformer.cli import main
+from flax_qformer.convert.layouts import parameters
+from flax_qformer.pretraining.checkpoints import Checkpoints
+from flax_qformer.pretraining.retrieval import Retrieval
+from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings
+
+BIN = Path(sys.executable).parent
+COLOURS = ("red", "green", "blue", "black", "white")
+CONFIG = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "qformer_config": {
+        "vocab_size": 12,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 16,
+        "cross_attention_frequency": 1,
+    },
+    "num_query_tokens": 3,
+    "image_text_hidden_size": 8,
+}
+TIMES = ("images_per_second", "step_time")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, of settings and words alone, and `data`, 12 images of which some have two captions."""
+    folder = tmp_path_factory.mktemp("training")
+    model, data = folder / "model", folder / "data"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["Blip2ForPreTraining"]}))
+    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", *COLOURS]))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    data.mkdir()
+    rows = []
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 20, 3), np.uint8)
+        PIL.Image.fromarray(pixels).save(data / f"{i}.png")
+        texts = (f"a {COLOURS[i % 5]}", COLOURS[i // 3])[: 1 + (i % 3 == 0)]
+        rows += [{"file_name": f"{i}.png", "text": text} for text in texts]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[fq.Blip2ForPreTraining, dict[str, Any]]:
+    """The model and parameters in numpy; to draw them as the program does would take long to compile."""
+    config, rng = fq.Blip2Config.from_dict(CONFIG), np.random.default_rng(0)
+    values = {p.path: np.float32(rng.normal(size=p.shape) * 0.1) for p in parameters(config, "diffusers", ["heads"])}
+    values |= {path: np.ones_like(value) for path, value in values.items() if path.endswith("scale")}
+    values["temp"] = np.float32(0.07)
+    return fq.Blip2ForPreTraining(config), unflatten_dict(values, sep="/")
+
+
+def batches(size: int, number: int = 1) -> list[dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "pixel_values": rng.normal(size=(size, 16, 16, 3)).astype(np.float32),
+            "input_ids": np.tile(np.int32([2, 5, 6, 3]), (size, 1))
+            + np.arange(size, dtype=np.int32)[:, None] % 3 * [0, 0, 1, 0],
+            "attention_mask": np.ones((size, 4), np.int32),
+            "image_id": np.arange(size, dtype=np.int32),
+        }
+        for _ in range(number)
+    ]
+
+
+# What is trained
+
+
+def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
+    """All parameters of a model of three layers in each tower, ones."""
+    parts = {part: {**CONFIG[part], "num_hidden_layers": 3} for part in ("vision_config", "qformer_config")}
+    config = fq.Blip2Config.from_dict({**CONFIG, **parts})
+    return config, unflatten_dict(
+        {p.path: jnp.ones(p.shape) for p in parameters(config, "diffusers", ["heads"])}, sep="/"
+    )
+
+
+def test_groups_of_parameters() -> None:
+    _, params = tree()
+    heads = {"vision_proj", "text_proj", "itm_head", "lm_head", "temp"}
+    rest = params.keys() - heads - {"visual_encoder"}
+    for train, names in (
+        (["vision"], {"visual_encoder"}),
+        (["heads"], heads),
+        (["qformer"], rest),
+        (["qformer", "heads"], heads | rest),
+        (["all"], params.keys()),
+    ):
+        trained, frozen = pretraining.partition(params, train)
+        assert (trained.keys(), frozen.keys()) == (names, params.keys() - names)
+        assert same(pretraining.merge(trained, frozen), params)
+        state = pretraining.TrainState.create(params, pretraining.make_optimizer(tree()[0], 0.1), train)
+        sizes = sorted(leaf.shape for leaf in jax.tree.leaves(trained))
+        kept = sorted(leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.float32)
+        assert kept == sorted(sizes * 2), train
+    for wrong in (["tower"], []):
+        with pytest.raises(fq.InputError, match="name vision, qformer, heads or all"):
+            pretraining.partition(params, wrong)
+
+
+def test_a_frozen_tower_has_no_backward_pass(tiny: Any) -> None:
+    model, params = tiny
+    optimizer = pretraining.make_optimizer(model.config, 1e-3)
+    step, (batch,) = pretraining.make_train_step(model, optimizer), batches(4)
+
+    def flops(function: Any, *arguments: Any) -> float:
+        return function.lower(*arguments).cost_analysis()["flops"]
+
+    def of_step(*train: Any) -> float:
+        state = jax.eval_shape(lambda: pretraining.TrainState.create(params, optimizer, train))
+        return flops(step, state, batch)
+
+    tower = flops(
+        jax.jit(lambda v, x: model.apply(v, x, method="encode_image")), {"params": params}, batch["pixel_values"]
+    )
+    # Backwards costs twice as much; the tower's own input needs no gradient.
+    assert of_step("all") - of_step("qformer", "heads") > 1.5 * tower
+
+
+# The optimizer
+
+
+def test_what_does_not_decay_and_how_rates_fall_with_depth() -> None:
+    config, params = tree()
+    zero = jax.tree.map(jnp.zeros_like, params)
+
+    def first_updates(gradients: Any, *arguments: Any, **settings: Any) -> Any:
+        optimizer = pretraining.make_optimizer(config, *arguments, **settings)
+        update = jax.jit(
+            lambda g: optimizer.update(g, optimizer.init(params), params)[0], compiler_options=COMPILE_FAST
+        )
+        return update(gradients)
+
+    updates = first_updates(zero, 0.5, weight_decay=0.1)
+    for path, update in flatten_dict(updates).items():
+        spared = path[-1] in ("bias", "scale", "class_embedding", "temp")
+        np.testing.assert_allclose(update, 0 if spared else -0.05, err_msg=str(path))
+    names = {"/".join(path) for path in flatten_dict(params)}
+    assert {"visual_encoder/embeddings/class_embedding", "temp"} <= names
+
+    updates = first_updates(params, 1.0, weight_decay=0, layer_decay=0.5, clip_norm=0)
+    heights = {path: -np.log2(-np.mean(update)) for path, update in flatten_dict(updates, sep="/").items()}
+    expected = {
+        "query_tokens": 4,
+        "embeddings/": 4,
+        "visual_encoder/embeddings/": 4,
+        "visual_encoder/pre_layernorm/": 4,
+    }
+    expected |= dict.fromkeys(
+        ("visual_encoder/post_layernorm/", "vision_proj/", "text_proj/", "itm_head/", "lm_head/"), 0
+    )
+    for i in range(3):
+        expected |= {f"encoder/layer_{i}/": 3 - i, f"visual_encoder/encoder/layers_{i}/": 3 - i}
+    for prefix, height in expected.items():
+        found = {path: h for path, h in heights.items() if path.startswith(prefix)}
+        assert found, prefix
+        assert all(round(h, 3) == height for h in found.values()), found
+
+
+def test_warm_up_and_cosine() -> None:
+    schedule = pretraining.make_schedule(2.0, steps=110, warmup=10)
+    for step, rate in ((0, 0), (5, 1), (10, 2), (60, 1.1), (110, 0.2), (200, 0.2)):
+        assert float(schedule(step)) == pytest.approx(rate), step
+    assert float(pretraining.make_schedule(2.0, steps=10, warmup=0)(0)) == 2
+    # Fewer steps than the warm-up takes.
+    short = pretraining.make_schedule(2.0, steps=4, warmup=100)
+    assert [float(short(i)) for i in range(5)] == [0, 0.5, 1, 1.5, 2]
+
+
+def trees(number: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    return [
+        {"a": {"kernel": np.float32(rng.normal(size=3) * 4**i)}, "b": {"bias": np.float32(rng.normal(size=2))}}
+        for i in range(number)
+    ]
+
+
+def run_optimizer(gradients: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    optimizer = pretraining.make_optimizer(tree()[0], 0.1, **settings)
+    params = jax.tree.map(jnp.ones_like, gradients[0])
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update, compiler_options=COMPILE_FAST)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance * np.abs(b).max()), one, other)
+
+
+def test_clipping_and_accumulation() -> None:
+    gradients = trees(6)
+    norms = [float(optax.tree.norm(gradient)) for gradient in gradients]
+    assert min(norms) < 20 < max(norms)
+    clipped = [jax.tree.map(lambda x, n=n: x * min(1, 20 / n), g) for g, n in zip(gradients, norms, strict=True)]
+    close(run_optimizer(gradients, clip_norm=20), run_optimizer(clipped, clip_norm=0))
+    means = [jax.tree.map(lambda *x: sum(x) / 3, *gradients[i : i + 3]) for i in (0, 3)]
+    close(run_optimizer(gradients, accumulation=3, layer_decay=0.9), run_optimizer(means, layer_decay=0.9))
+
+
+@flax.struct.dataclass
+class Losses:
+    loss: Any
+    loss_itc: Any = 0.0
+    loss_itm: Any = 0.0
+    loss_itg: Any = 0.0
+
+
+class Linear:
+    """A model whose loss is x * weight; its gradient is x."""
+
+    def apply(self, variables: Any, x: jax.Array, **_: Any) -> Any:
+        return Losses(x * variables["params"]["query_tokens"])
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")
+def test_moving_average() -> None:
+    optimizer = optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation()
+    state = pretraining.TrainState.create({"query_tokens": jnp.float32(1)}, optimizer, ema=True)
+    step = pretraining.make_train_step(Linear(), optimizer, ema_decay=0.9, accumulation=2)  # type: ignore[arg-type]
+    weight = average = 1.0
+    for pair in ((1.0, 3.0), (2.0, 4.0), (0.0, 6.0)):
+        for x in pair:
+            state, metrics = step(state, {"x": jnp.float32(x)})
+        weight -= sum(pair) / 2
+        average = 0.9 * average + 0.1 * weight
+        assert float(state.params["query_tokens"]) == pytest.approx(weight)
+        assert float(state.averaged_params["query_tokens"]) == pytest.approx(average)
+    assert float(metrics["gradient_norm"]) == 6
+
+
+# A loop of one's own
+
+
+def test_a_loop_of_ones_own(tiny: Any) -> None:
+    model, params = tiny
+    params = jax.tree.map(jnp.array, params)
+    tower = jax.tree.map(np.array, params["visual_encoder"])
+    optimizer = pretraining.make_optimizer(model.config, 3e-3)
+    state = pretraining.TrainState.create(params, optimizer)
+    step = pretraining.make_train_step(model, optimizer)
+    losses = []
+    for batch in batches(4) * 30:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+    assert same(jax.tree.map(np.array, state.params["visual_encoder"]), tower)
+    assert not same(jax.tree.map(np.array, state.params["vision_proj"]), tiny[1]["vision_proj"])
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_the_library_needs_none_of_the_programs_packages() -> None:
+    program = """
+import sys
+for name in ("datasets", "grain", "tyro", "tensorboardX", "yaml"):
+    sys.modules[name] = None
+from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step, partition
+from flax_qformer.cli import main
+main(["train", "--data", "x", "--output", "y"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "flax-qformer train: this needs datasets, grain, tensorboardX, tyro, yaml as well; run pip install "
+        "'flax-qformer[train]'\n",
+    )
+
+
+def test_two_devices_compute_what_one_does(tiny: Any) -> None:
+    model, params = tiny
+    (batch,) = batches(8)
+    trained, frozen = pretraining.partition(params)
+
+    @jax.jit
+    def compute(trained: Any, frozen: Any, batch: Any) -> Any:
+        def loss(trained: Any) -> Any:
+            return pretraining.pretraining_loss(model, trained, frozen, batch, jax.random.key(3))
+
+        (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+        return {name: getattr(output, name) for name in ("loss", "loss_itc", "loss_itm", "loss_itg")}, gradients
+
+    results = []
+    for number in (1, 2):
+        mesh = jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number])
+        whole = jax.device_put((trained, frozen), NamedSharding(mesh, PartitionSpec()))
+        split = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        assert len(split["pixel_values"].sharding.device_set) == number
+        results.append(jax.tree.map(np.asarray, compute(*whole, split)))
+    close(results[1][0], results[0][0], 1e-5)
+    for path, gradient in flatten_dict(results[0][1]).items():
+        error = np.linalg.norm(flatten_dict(results[1][1])[path] - gradient)
+        assert error <= 1e-5 * np.linalg.norm(gradient) + 1e-7, path
+
+
+# Retrieval
+
+
+class Features:
+    """A model whose features are its inputs; ITM is a matrix of scores, by image and text number."""
+
+    def __init__(self, images: np.ndarray, texts: np.ndarray, scores: np.ndarray) -> None:
+        self.images, self.texts, self.scores = jnp.asarray(images), jnp.asarray(texts), jnp.asarray(scores)
+
+    def apply(self, _: Any, *arguments: Any, method: str, encoder_hidden_states: Any = None) -> Any:
+        if method == "encode_image":
+            return SimpleNamespace(last_hidden_state=arguments[0])
+        if method == "image_features":
+            return self.images[encoder_hidden_states]
+        if method == "text_features":
+            return self.texts[arguments[0]]
+        return self.scores[encoder_hidden_states, arguments[1]]
+
+
+def brute_force(scores: np.ndarray, belongs: np.ndarray, k: int) -> float:
+    """The share of rows where fewer than k others score above the best that belongs."""
+    hits = 0
+    for row, own in zip(scores, belongs, strict=True):
+        best = max(row[own])
+        hits += sum(value > best for value in row[~own]) < k
+    return hits / len(scores)
+
+
+def test_recall_is_what_brute_force_finds() -> None:
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(20), 2)[3:]
+    images, texts = rng.normal(size=(20, 3, 4)), rng.normal(size=(len(owner), 4))
+    images += 0.5 * np.stack([texts[owner == i].mean(axis=0) for i in range(20)])[:, None]
+    itm = rng.normal(size=(20, len(owner)))
+    numbers = np.arange(len(owner))
+
+    def examples() -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        for start in range(0, len(owner), 8):
+            rows = numbers[start : start + 8]
+            full = np.append(rows, [rows[-1]] * (8 - len(rows)))
+            image = owner[full]
+            ids = {"image_id": image + 100, "input_ids": full, "attention_mask": full}
+            yield {"pixel_values": image, **ids}, len(rows)
+
+    model: Any = Features(images.astype(np.float32), texts.astype(np.float32), itm.astype(np.float32))
+    retrieval = Retrieval(model, 8)
+    figures = retrieval.evaluate({}, examples(), rerank=6)
+    scores = np.einsum("iqd,td->iqt", images, texts).max(axis=1)
+    belongs = np.arange(20)[:, None] == owner
+    reranked = {}
+    for direction, table, match in (("image_to_text", scores, itm), ("text_to_image", scores.T, itm.T)):
+        best = np.argsort(-table, axis=1)[:, :6]
+        new = table - 1000
+        for row, columns in enumerate(best):
+            new[row, columns] = table[row, columns] + match[row, columns]
+        reranked[direction] = new
+    assert (figures.pop("images"), figures.pop("texts")) == (20, len(owner))
+    expected = {}
+    for k in (1, 5, 10):
+        expected[f"image_to_text/recall@{k}"] = brute_force(scores, belongs, k)
+        expected[f"text_to_image/recall@{k}"] = brute_force(scores.T, belongs.T, k)
+        expected[f"image_to_text/reranked_recall@{k}"] = brute_force(reranked["image_to_text"], belongs, k)
+        expected[f"text_to_image/reranked_recall@{k}"] = brute_force(reranked["text_to_image"], belongs.T, k)
+    assert figures == pytest.approx(expected)
+    assert figures["text_to_image/recall@1"] != figures["text_to_image/reranked_recall@1"]
+    assert not any("reranked" in name for name in retrieval.evaluate({}, examples(), rerank=0))
+    with pytest.raises(fq.InputError, match="1 images are too few"):
+        retrieval.evaluate({}, [(batch, 1) for batch, _ in list(examples())[:1]])
+
+
+# Settings
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The settings that a command would run with."""
+    seen: list[Any] = []
+    monkeypatch.setattr("flax_qformer.pretraining.train.train", lambda settings: seen.append(settings))
+    monkeypatch.setattr("flax_qformer.pretraining.train.evaluate", lambda settings: seen.append(settings) or {})
+
+    def parse(*arguments: Any) -> Any:
+        main(list(map(str, arguments)))
+        return seen[-1]
+
+    return parse
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line that a command says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    # A warning of what is drawn afresh, and of what is not evaluated, may stand before.
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert [line.startswith(f"flax-qformer {arguments[0]}: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "data: my data\noutput: -out\nsteps: 7\nlearning_rate: 1e-4\ntrain: [vision]\nflip: true\ndropout: null\n"
+        "crop_scale: [0.2, 1]\nseed: 3\n"
+    )
+    expected = TrainSettings(
+        "my data", output="-out", steps=7, train=("vision",), flip=True, crop_scale=(0.2, 1.0), seed=3
+    )
+    assert told("train", "--settings", file) == expected
+    changed = told("train", f"--settings={file}", "--steps", 9, "--no-flip", "--train", "qformer", "heads")
+    assert changed == dataclasses.replace(expected, steps=9, flip=False, train=("qformer", "heads"))
+    # What a run writes down is read again, for an evaluation as well.
+    file.write_text(yaml.safe_dump({n: list(v) if type(v) is tuple else v for n, v in vars(expected).items()}))
+    assert told("train", "--settings", file) == expected
+    wanted = EvaluateSettings("my data", model="m", crop_scale=(0.2, 1.0), flip=True, seed=3, dtype="bfloat16")
+    assert told("evaluate", "--settings", file, "--model", "m") == wanted
+
+    for text, message in (
+        ("bach_size: 3", "names settings that there are not: bach_size"),
+        ("a: [", "is not YAML"),
+        ("- a", "must hold a setting a line"),
+        ("steps: many", "--steps.*'many'"),
+        ("steps: 1.5", "--steps.*'1.5'"),
+        ("train: tower", "'tower'.*vision"),
+        ("steps: 0", "steps is 0; it must be 1 or more"),
+    ):
+        file.write_text(text)
+        line = refused(capsys, "train", "--settings", file, "--data", "d", "--output", "o")
+        assert __import__("re").search(message, line), line
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "is not YAML" in refused(capsys, "train", "--settings", file)
+    assert "none.yaml cannot be read" in refused(capsys, "train", "--settings", tmp_path / "none.yaml")
+    assert "expected one argument" in refused(capsys, "train", "--settings")
+
+
+def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
+    for command, kind in (("train", TrainSettings), ("evaluate", EvaluateSettings)):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "--settings FILE" in text
+        for field in dataclasses.fields(kind):
+            start = (
+                text.index(f"--{field.name.replace('_', '-')} ")
+                if field.type is not bool
+                else text.index(f"--{field.name.replace('_', '-')},")
+            )
+            about = text[start:].partition(")" if field.default is not dataclasses.MISSING else "(required)")
+            default = field.default
+            if default is dataclasses.MISSING:
+                assert about[1]
+            else:
+                shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+                assert f"(default: {shown})" in text[start:].replace("- ", "-"), field.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--data STR"),
+        (["--data", "d"], "--output STR"),
+        (["--steps", "many"], "--steps: invalid literal"),
+        (["--stesp", "3"], "--stesp"),
+        (["--steps"], "--steps"),
+        (["--train", "tower"], "'tower'"),
+        (["--learning-rate", "nan"], "learning_rate is nan"),
+        (["--learning-rate", "inf"], "learning_rate is inf"),
+        (["--b2", "1"], "b2 is 1.0"),
+        (["--train"], "train names nothing"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--evaluate-on", "1"], "evaluate_on is 1"),
+        (["--layer-decay", "2"], "layer_decay is 2"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_command_line_that_is_wrong(arguments: list[str], message: str, capsys: Any) -> None:
+    given = arguments if not arguments or "--data" in arguments else [*arguments, "--data", "d", "--output", "o"]
+    line = refused(capsys, "train", *given)
+    assert message in line
+    assert line.endswith("(see flax-qformer train --help)") or " is " in line or "train names" in line
+
+
+# The program
+
+
+def program(folder: Path, run: str | Path, *more: Any) -> list[str]:
+    """All that makes a stop hard to hide: workers, dropout, augmentation, a moving average, accumulation."""
+    arguments = {
+        "data": folder / "data",
+        "model": folder / "model",
+        "output": folder / run,
+        "held-out": 3,
+        "steps": 12,
+        "warmup": 3,
+        "learning-rate": 0.003,
+        "batch-size": 4,
+        "accumulation": 2,
+        "ema-decay": 0.9,
+        "layer-decay": 0.9,
+        "dropout": 0.2,
+        "max-text-length": 8,
+        "dtype": "float32",
+        "num-workers": 1,
+        "save-every": 2,
+        "log-every": 1,
+        "evaluate-every": 5,
+        "rerank": 2,
+    }
+    return [
+        "train",
+        "--flip",
+        *(str(word) for name, v in arguments.items() for word in (f"--{name}", v)),
+        *map(str, more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Programs that compile once: what one compiled the next finds."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    return os.environ | {
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the installed command; in the end nothing of it may be left, its workers neither."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(arguments: list[str]) -> subprocess.Popen[str]:
+        with (tmp_path / f"{len(started)}.txt").open("w") as err:
+            process = subprocess.Popen(
+                [BIN / "flax-qformer", *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
+        process.told = tmp_path / f"{len(started)}.txt"  # type: ignore[attr-defined]
+        started.append(process)
+        return process
+
+    yield begin
+    left = []
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and _group_lives(process.pid):
+            time.sleep(0.1)
+        if _group_lives(process.pid):
+            left.append(process.pid)
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.stdout:
+            process.stdout.close()
+    assert not left
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What a command said on stderr."""
+    process.wait(timeout=300)
+    told = process.told.read_text()  # type: ignore[attr-defined]
+    assert process.returncode == code, told
+    assert "Traceback" not in told
+    return told
+
+
+def last_step(run: Path) -> int:
+    return max([0, *(int(path.stem) for path in (run / "checkpoints").glob("*.json"))])
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    while not condition() and process.poll() is None:
+        time.sleep(0.002)
+
+
+def result(run: Path) -> tuple[list[dict[str, float]], Any]:
+    """The figures of every step but the times, and the parameters that were kept."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figures = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    _, params = fq.from_pretrained(run / "model")
+    return figures, jax.tree.map(np.asarray, params)
+
+
+def check_same(run: Path, expected: tuple[Any, Any]) -> None:
+    figures, params = result(run)
+    assert figures == expected[0]
+    assert same(params, expected[1])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, environment: dict[str, str]) -> tuple[Any, Any]:
+    subprocess.run([BIN / "flax-qformer", *program(folder, "whole")], env=environment, check=True, capture_output=True)
+    return result(folder / "whole")
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest_file(checkpoint: Path) -> Path:
+    return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupted: Any) -> None:
+    run, command = folder / "stopped", program(folder, "stopped")
+    process = start(command)
+    wait_for(process, lambda: last_step(run) >= 2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 2 <= last_step(run) < 12
+
+    killed_at = last_step(run)
+    process = start(command)
+    wait_for(process, lambda: last_step(run) > killed_at)
+    process.terminate()
+    message = finish(process, 128 + signal.SIGTERM).splitlines()[-1]
+    saved = last_step(run)
+    assert f"flax-qformer train: stopped after step {saved}, which is saved; the same command goes on" in message
+    assert killed_at < saved < 12
+
+    # The newest checkpoint is damaged as well.
+    flip_a_byte(largest_file(run / "checkpoints" / str(saved)))
+    process = start(command)
+    told = finish(process)
+    assert f"the checkpoint of step {saved} is damaged" in told
+    assert "has no weights: all are drawn afresh" in told
+    check_same(run, uninterrupted)
+    figures, params = result(run)
+    assert [line["step"] for line in figures] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 12]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"10", "10.json", "12", "12.json"}
+    _, fresh = initialise(folder / "model" / "config.json", fq.Blip2ForPreTraining)
+    tower = jax.tree.map(np.asarray, fresh["visual_encoder"])
+    assert same(params["visual_encoder"], tower)
+    assert not same(params["itm_head"], jax.tree.map(np.asarray, fresh["itm_head"]))
+    assert list((run / "tensorboard").iterdir())
