@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -250,10 +251,16 @@ def _settings(kind: type[DataSettings], arguments: list[str], prog: str) -> Data
     except SystemExit as stop:
         if not stop.code:
             raise
-        # Tyro tells in a box: what is wrong, a line, and where help is to be found.
-        lines = (line.strip("│ ") for line in told.getvalue().splitlines() if line.startswith("│"))
-        message = " ".join(itertools.takewhile(lambda line: line.strip("─"), lines))
-        raise InputError(f"{message} (see {prog} --help)") from None
+        # Tyro tells in a box, perhaps coloured: a title, what is wrong, a rule, and where help is to be found. Without
+        # UTF-8 dashes are the rules, and there is one below the title too.
+        lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[\d;]*m", "", told.getvalue()).splitlines()[1:]]
+        parts = [
+            list(part)
+            for is_rule, part in itertools.groupby(lines, lambda line: set(line) <= {"-", "─"})
+            if not is_rule
+        ]
+        message = " ".join(parts[0]) if parts else "wrong settings"
+        raise InputError(f"{message.removeprefix(f'Error parsing {kind.__name__}: ')} (see {prog} --help)") from None
 
 
 class _Parser(argparse.ArgumentParser):

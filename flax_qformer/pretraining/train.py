@@ -68,9 +68,10 @@ def train(settings: TrainSettings) -> str:
         raise InputError(
             f"a batch of {settings.batch_size} does not divide among {mesh.size} devices; --batch-size {nearest} does"
         )
-    model, params, processor = _load(settings)
     data = open_source(settings)
     held_out = _open_held_out(settings)
+    model, params, processor = _load(settings)
+    batches = Batches(data, processor, settings)
     schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(
         model.config,
@@ -92,7 +93,7 @@ def train(settings: TrainSettings) -> str:
     state, notes = checkpoints.restore(state) or (state, {})
     done = int(state.step) // settings.accumulation
     checkpoints.tidy(done)
-    with Batches(data, processor, settings) as batches, _signals() as came, Log(output, done) as log:
+    with batches, _signals() as came, Log(output, done) as log:
         if notes:
             batches.set_state(notes["data"])
 
