@@ -700,6 +700,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     assert not same(params["itm_head"], tiny[1]["itm_head"])
     assert list((run / "tensorboard").iterdir())
 
+    # By itself an evaluation finds what the run wrote down in the end.
+    process = start(["evaluate", "--settings", run / "settings.yaml", "--model", run / "model"])
+    finish(process)
+    told = dict(line.split(": ") for line in process.stdout.read().splitlines())
+    assert {name: float(value) for name, value in told.items()} == pytest.approx(
+        {name: value for name, value in figures[-1].items() if name != "step"}, rel=1e-4
+    )
+    assert (told["images"], int(told["texts"]) >= 3) == ("3", True)
+
 
 def test_checkpoints_are_whole_or_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -796,10 +805,11 @@ def captionless(folder: Path) -> Path:
 
 
 def test_a_run_is_not_lost(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], uninterrupted: Any
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(folder / "whole", run)
+    fail_in(monkeypatch, 5)
+    refused(capsys, *program(folder, run, "--num-workers", 0))
 
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -815,33 +825,24 @@ def test_a_run_is_not_lost(
         assert files() == before
 
 
-def test_evaluate_alone(folder: Path, capsys: pytest.CaptureFixture[str], uninterrupted: Any, start: Any) -> None:
-    """The figures that the run wrote down in the end, of the same images."""
-    process = start(
-        ["evaluate", "--settings", folder / "whole" / "settings.yaml", "--model", folder / "whole" / "model"]
-    )
-    finish(process)
-    told = dict(line.split(": ") for line in process.stdout.read().splitlines())
-    expected = uninterrupted[0][-1]
-    assert {name: float(value) for name, value in told.items()} == pytest.approx(
-        {name: value for name, value in expected.items() if name != "step"}, rel=1e-4
-    )
-    assert (told["images"], int(told["texts"]) >= 3) == ("3", True)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step that fails the fifth time, in the first batch of the third step."""
+def fail_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Put a step into the program that computes nothing; its loss is not a number in one batch."""
 
     def make_step(*_: Any, **__: Any) -> Any:
-        def step(state: Any, batch: Any) -> Any:
-            return dataclasses.replace(state, step=state.step + 1), {"loss": np.nan if state.step == 4 else 1.0}
+        def step(state: Any, _: Any) -> Any:
+            state = dataclasses.replace(state, step=state.step + 1)
+            return state, {"loss": np.nan if state.step == batch else 1.0}
 
         return step
 
     monkeypatch.setattr("flax_qformer.pretraining.train.make_train_step", make_step)
     monkeypatch.setattr("flax_qformer.pretraining.train._short", str)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_in(monkeypatch, 5)
     message = refused(capsys, *program(folder, "broken", "--num-workers", 0, "--evaluate-every", 0))
     assert "train: loss is not finite at step 3; the last good checkpoint is of step 2; lower --learning" in message
     assert last_step(folder / "broken") == 2
