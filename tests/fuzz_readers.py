@@ -91,7 +91,7 @@ def main() -> None:
         (folder / name).write_bytes(damage(originals[name], rng))
         read = "model.safetensors" if name == "config.json" else name
         try:
-            _load(locate(folder / read), None, None, True)
+            _load(locate(folder / read), None, None, None, True)
             outcomes[name, "loaded"] += 1
         except fq.InputError as error:
             outcomes[name, "refused" if str(error).strip() else f"without a word: {number}"] += 1
