@@ -654,9 +654,9 @@ def check_same(run: Path, expected: tuple[Any, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path, environment: dict[str, str]) -> tuple[Any, Any]:
-    """What a run comes to that nothing stops, nor is it spread over workers."""
-    command = [BIN / "flax-qformer", *program(folder, "whole", "--num-workers", 0)]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    """What a run comes to that nothing stops, nor is it spread over workers; its paths are relative."""
+    command = [BIN / "flax-qformer", *program(Path(), "whole", "--num-workers", 0)]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     return result(folder / "whole")
 
 

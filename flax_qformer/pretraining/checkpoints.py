@@ -23,7 +23,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        self._folder, self._keep = folder, keep
+        self._folder, self._keep = folder.absolute(), keep  # orbax wants it so
 
     def steps(self) -> list[int]:
         """Those that were written whole, the newest first."""
