@@ -1,6 +1,6 @@
-"""Draw the data that the default model learns from: `python -m flax_qformer.assets.shapes DIR --images N --seed S`.
+"""Draw the data that the default model learns from: `python -m flax_qformer.assets.shapes DIR`.
 
-Coloured shapes of several sizes at random places, one or two in an image, with captions. The combinations of a colour
+Coloured shapes of several sizes at random places, with captions. The combinations of a colour
 and a shape in `HELD_OUT` are never drawn unless asked for, so that they can be asked of a model that never saw them.
 """
 
@@ -22,15 +22,16 @@ COLOURS = {
     "orange": ((235, 120, 0), (255, 165, 50)),
     "purple": ((100, 0, 130), (160, 60, 190)),
     "pink": ((240, 105, 170), (255, 190, 210)),
-    "brown": ((105, 60, 15), (165, 85, 50)),
     "black": ((0, 0, 0), (45, 45, 45)),
-    "cyan": ((0, 190, 210), (70, 255, 255)),
 }
 """Name -> least and largest RGB."""
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-SIZES = {"small": (0.22, 0.28), "large": (0.38, 0.46)}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": (0.25, 0.30), "large": (0.40, 0.47)}
 """Name -> least and largest side of the box, in units of the image's mean side."""
-HELD_OUT = frozenset((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+HELD_OUT = frozenset(
+    (colour, SHAPES[(i + k) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for k in range(1, 2 + i % 2)
+)
+"""One or two of the shapes of each colour."""
 SEEN = frozenset((colour, shape) for colour in COLOURS for shape in SHAPES) - HELD_OUT
 
 BACKGROUND = ((215, 215, 215), (255, 255, 255))
@@ -38,8 +39,6 @@ IMAGE_SIDES = (96, 128)
 SUPERSAMPLING = 4
 GAP = 4
 """Pixels between two objects at least."""
-ONE_OBJECT = 0.15
-"""The share of images with a single object."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Thing:
     side: float
 
     def describe(self, size: bool = True) -> str:
-        return f"a {self.size} {self.colour} {self.shape}" if size else f"a {self.colour} {self.shape}"
+        words = f"{self.size} {self.colour} {self.shape}" if size else f"{self.colour} {self.shape}"
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -74,11 +74,6 @@ class Thing:
                 return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
             case "triangle":
                 return [(x, y - r), (x + r, y + r), (x - r, y + r)]
-            case "diamond":
-                return [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]
-            case "star":
-                turns = [(i * math.pi / 5, r if i % 2 == 0 else 0.45 * r) for i in range(10)]
-                return [(x + d * math.sin(a), y - d * math.cos(a)) for a, d in turns]
         near, far = third / 2, r
         corners = [(-near, -far), (near, -far), (near, -near), (far, -near), (far, near), (near, near)]
         return [(x + dx, y + dy) for dx, dy in corners + [(-dx, -dy) for dx, dy in corners]]
@@ -86,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image of one or two things."""
+    """An image of things."""
 
     width: int
     height: int
@@ -109,54 +104,62 @@ class Scene:
         return bool(mask.getpixel((int(x * mask.width), int(y * mask.height))))
 
     def relation(self) -> tuple[str, str]:
-        """Where the first of two things is, seen from the second, and the reverse."""
-        a, b = self.things
+        """Where the first thing is, seen from the second, and the reverse."""
+        a, b, *_ = self.things
         right, down = (a.left + a.side / 2 - b.left - b.side / 2), (a.top + a.side / 2 - b.top - b.side / 2)
         words = ("left of", "right of") if abs(right) > abs(down) else ("above", "below")
         return words if (right if abs(right) > abs(down) else down) < 0 else words[::-1]
 
+    def place(self, thing: Thing) -> str:
+        """Where in the image a thing is: few other things are there too, so that images without it can be told."""
+        x, y = (thing.left + thing.side / 2) / self.width, (thing.top + thing.side / 2) / self.height
+        words = [("top", "", "bottom")[int(3 * y)], ("left", "", "right")[int(3 * x)]]
+        return " ".join(["at the", *filter(None, words)]) if any(words) else "in the middle"
+
     def caption(self) -> str:
-        """All that can be said."""
+        """All that can be said of one or two things; of more, that of the first two."""
         if len(self.things) == 1:
             return self.things[0].describe()
-        a, b = self.things
+        a, b, *_ = self.things
         return f"{a.describe()} {self.relation()[0]} {b.describe()}"
 
     def captions(self, rng: np.random.Generator) -> list[str]:
-        """What training draws from: first all that can be said; then parts of it, each as often as the other."""
-        names = [f"{thing.colour} {thing.shape}" for thing in self.things]
+        """What training draws from, each as often as the other: all that can be said, and parts of it."""
+        sizes = [bool(number) for number in rng.integers(2, size=len(self.things))]
+        places = [f"{thing.describe(size)} {self.place(thing)}" for thing, size in zip(self.things, sizes, strict=True)]
         if len(self.things) == 1:
-            return [self.caption(), self.things[0].describe(size=False), *names]
-        (a, b), (there, back) = self.things, self.relation()
-        sizes = rng.random(2) < 0.5
-        whole = [self.caption(), f"{b.describe()} {back} {a.describe()}"]
-        less = f"{a.describe(sizes[0])} {there} {b.describe(not sizes[0])}"
-        name = (a if sizes[1] else b).describe(size=False).removeprefix("a " if rng.random() < 0.5 else "")
-        return [*whole, *whole, less, a.describe(), b.describe(), name]
+            return [self.caption(), self.things[0].describe(size=False), *places]
+        (a, b, *more), (there, back) = self.things, self.relation()
+        pairs = [
+            self.caption(),
+            f"{b.describe()} {back} {a.describe()}",
+            f"{a.describe(sizes[0])} {there} {b.describe(not sizes[0])}",
+        ]
+        return [*pairs, *places] if more else [*pairs, *places, a.describe(sizes[1])]
 
 
 def draw_scene(
     rng: np.random.Generator,
     combinations: frozenset[tuple[str, str]] = SEEN,
-    others: frozenset[tuple[str, str]] | None = None,
-    num_things: int | None = None,
+    num_things: int = 2,
 ) -> Scene:
     """A random scene.
 
     Args:
-      combinations: the colours and shapes of the first thing.
-      others: those of the second; the same by default. The two things never share both colour and shape.
-      num_things: one or two; by default one in `ONE_OBJECT` of the cases.
+      combinations: the colours and shapes to choose from. Two things never share both.
+      num_things: how many. They do not touch, and the first lies clearly beside, above or below the second.
     """
     width, height = (int(side) for side in rng.integers(*IMAGE_SIDES, 2, endpoint=True))
     background = _between(rng, BACKGROUND)
-    if num_things is None:
-        num_things = 1 if rng.random() < ONE_OBJECT else 2
-    pools = [sorted(combinations), sorted(others or combinations)]
-    while True:
-        things = tuple(_thing(rng, pools[i][rng.integers(len(pools[i]))], width, height) for i in range(num_things))
-        if num_things == 1 or _apart(*things):
-            return Scene(width, height, background, things)
+    pool = sorted(combinations)
+    while True:  # what is drawn first may leave no room
+        things: list[Thing] = []
+        for _ in range(30):
+            thing = _thing(rng, pool[rng.integers(len(pool))], width, height)
+            if all(_apart(thing, other) for other in things) and (len(things) != 1 or _clear(thing, things[0])):
+                things.append(thing)
+            if len(things) == num_things:
+                return Scene(width, height, background, tuple(things))
 
 
 def _thing(rng: np.random.Generator, combination: tuple[str, str], width: int, height: int) -> Thing:
@@ -167,14 +170,20 @@ def _thing(rng: np.random.Generator, combination: tuple[str, str], width: int, h
     return Thing(size, colour, shape, _between(rng, COLOURS[colour]), left, top, side)
 
 
+def _ways(a: Thing, b: Thing) -> tuple[float, float]:
+    """How far apart two things' centres are, across and down."""
+    return abs(a.left - b.left + (a.side - b.side) / 2), abs(a.top - b.top + (a.side - b.side) / 2)
+
+
 def _apart(a: Thing, b: Thing) -> bool:
-    """Whether two things differ, do not touch, and lie clearly beside or above one another."""
-    if (a.colour, a.shape) == (b.colour, b.shape):
-        return False
-    ways = sorted(
-        (abs(a.left + a.side / 2 - b.left - b.side / 2), abs(a.top + a.side / 2 - b.top - b.side / 2)), reverse=True
-    )
-    return ways[0] >= (a.side + b.side) / 2 + GAP and ways[0] >= 1.3 * ways[1]
+    """Whether two things differ and do not touch."""
+    return (a.colour, a.shape) != (b.colour, b.shape) and max(_ways(a, b)) >= (a.side + b.side) / 2 + GAP
+
+
+def _clear(a: Thing, b: Thing) -> bool:
+    """Whether one of "left", "right", "above" and "below" holds more than the others."""
+    least, most = sorted(_ways(a, b))
+    return most >= 1.3 * least
 
 
 def _between(rng: np.random.Generator, limits: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
@@ -184,6 +193,7 @@ def _between(rng: np.random.Generator, limits: tuple[tuple[int, ...], tuple[int,
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flax_qformer.assets.shapes", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--objects", type=int, nargs="+", default=[2], metavar="K", help="in an image: one of these")
     parser.add_argument("--images", type=int, default=20000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     options = parser.parse_args()
@@ -191,7 +201,7 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     with (options.folder / "metadata.jsonl").open("w") as file:
         for i in range(options.images):
-            scene, name = draw_scene(rng), f"{i:06}.png"
+            scene, name = draw_scene(rng, num_things=int(rng.choice(options.objects))), f"{i:06}.png"
             scene.draw().save(options.folder / name)
             file.write(json.dumps({"file_name": name, "captions": scene.captions(rng)}) + "\n")
 
