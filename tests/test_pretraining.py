@@ -83,11 +83,15 @@ def test_losses_and_gradients(case: Case) -> None:
     close(output.logits_per_image / 8, case.outputs["sim_i2t"] / 8, "logits_per_image")
     close(output.logits_per_text / 8, case.outputs["sim_t2i"] / 8, "logits_per_text")
     ours = export(gradients, case.model.config, "lavis")
+    errors = {}
     for name, expected in case.gradients.items():
         # LAVIS's two names for one bias are one parameter.
         value = ours["Qformer.cls.predictions.decoder.bias" if name == "Qformer.cls.predictions.bias" else name]
-        error = np.linalg.norm(value - expected)
-        assert error < 1e-4 * np.linalg.norm(expected) + 1e-6, (name, error)
+        error, norm = np.linalg.norm(value - expected), np.linalg.norm(expected)
+        assert error < 1e-4 * norm + 1e-6, (name, error)
+        if norm > 1e-2:  # the others are sums that vanish but for rounding
+            errors[name] = error / norm
+    print(f"gradients: {max(errors.values()):.1e}, {max(errors, key=errors.__getitem__)}; {len(errors)} of {len(ours)}")
 
 
 def test_negatives_are_drawn_as_lavis_weighs_them(case: Case) -> None:
