@@ -1,0 +1,73 @@
+"""Run the notebooks from start to end: `python notebooks/run.py` keeps their outputs, `--check` changes nothing.
+
+Each runs in a temporary folder, without the hub. An error fails, and more than `LIMIT` seconds for all of them.
+The outputs that are kept must be those of a whole run, with nothing on stderr.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
+LIMIT = 300
+LARGEST = 600_000
+"""A file's bytes, so that it opens quickly on the web."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, and look at the outputs that are kept")
+    check = parser.parse_args().check
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    problems, total = [], 0.0
+    for path in NOTEBOOKS:
+        started = time.monotonic()
+        fresh = run(path)
+        seconds = time.monotonic() - started
+        print(f"{path.name}: {seconds:.0f} s", flush=True)
+        total += seconds
+        if not check:
+            nbformat.write(fresh, path)
+        problems += [f"{path.name}: {fault}" for fault in faults(path)]
+    print(f"together: {total:.0f} s of {LIMIT}")
+    problems += ["they take too long"] * (total > LIMIT)
+    sys.exit("\n".join(problems) or None)
+
+
+def run(path: Path) -> nbformat.NotebookNode:
+    """A notebook with the outputs of a run, and without what changes from one to the next."""
+    fresh = nbformat.read(path, nbformat.NO_CONVERT)
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            fresh,
+            timeout=LIMIT,
+            kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
+        ).execute()
+    fresh.metadata["language_info"] = {"name": "python"}
+    return fresh
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with the outputs that a notebook keeps."""
+    notebook = nbformat.read(path, nbformat.NO_CONVERT)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    found = [f"it says {output.text.strip()}" for output in outputs if output.get("name") == "stderr"]
+    if not outputs or [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        found.append("its outputs are not those of a whole run; run python notebooks/run.py")
+    if path.stat().st_size > LARGEST:
+        found.append(f"it has {path.stat().st_size} bytes; draw smaller pictures")
+    return found
+
+
+if __name__ == "__main__":
+    main()
