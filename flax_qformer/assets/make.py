@@ -1,10 +1,12 @@
-"""Make the assets of the package: `python -m flax_qformer.assets.make`.
+"""Make the example image, and what the default model's training starts from: `python -m flax_qformer.assets.make DIR`.
 
-The example image and the vocabulary are made here; the weights of the default model are random, from a seed.
+The folder gets a vocabulary, a config and random weights from a seed. `train_default.sh` does the rest.
 """
 
+import argparse
 import json
 import string
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,7 +16,7 @@ from safetensors.numpy import save_file
 from flax_qformer.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.convert.layouts import parameters
 from flax_qformer.processor import ImageProcessor, image_settings_file
-from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
+from flax_qformer.source import EXAMPLE_IMAGE
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = """
@@ -36,17 +38,22 @@ SIZE = 480
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flax_qformer.assets.make", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    folder = parser.parse_args().folder
     letters = string.ascii_lowercase + string.digits
     pieces = [*letters, *string.punctuation, *(f"##{letter}" for letter in letters)]
     vocabulary = [*SPECIAL, *pieces, *dict.fromkeys(word for word in WORDS if len(word) > 1)]
-    DEFAULT_MODEL.mkdir(parents=True, exist_ok=True)
-    (DEFAULT_MODEL / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     config = _config(len(vocabulary) + 1)  # [DEC] is added on loading
-    (DEFAULT_MODEL / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-    (DEFAULT_MODEL / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
-    (DEFAULT_MODEL / "preprocessor_config.json").write_bytes(image_settings_file(ImageProcessor()))
-    save_file(_weights(config), DEFAULT_MODEL / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_bytes(
+        image_settings_file(ImageProcessor(config.vision_config.image_size, config.vision_config.image_size))
+    )
+    save_file(_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
     _example().save(EXAMPLE_IMAGE)
 
 
@@ -55,42 +62,57 @@ def _config(vocab_size: int) -> Blip2Config:
         vision_config=Blip2VisionConfig(
             hidden_size=64,
             intermediate_size=256,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
+            image_size=80,
+            patch_size=10,
             hidden_act="quick_gelu",
             layer_norm_eps=1e-5,
         ),
         qformer_config=Blip2QFormerConfig(
             vocab_size=vocab_size,
             hidden_size=64,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             num_attention_heads=4,
             intermediate_size=256,
             max_position_embeddings=64,
             cross_attention_frequency=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         ),
         num_query_tokens=8,
+        image_text_hidden_size=64,
     )
 
 
 def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
-    """Random weights by upstream's names, scaled so that signals keep their size and attention has a preference."""
+    """Random weights by upstream's names. At this width the usual deviation, 0.02, would let signals fade."""
     rng = np.random.default_rng(0)
-    positions = np.arange(config.qformer_config.max_position_embeddings)
-    tensors: dict[str, np.ndarray] = {"embeddings.position_ids": positions[None]}
-    for parameter in parameters(config, "diffusers"):
+    tensors: dict[str, np.ndarray] = {}
+    for parameter in parameters(config, "diffusers", ["heads"]):
         drawn = rng.standard_normal(parameter.torch_shape, np.float32)
         if parameter.path.endswith("/kernel"):
-            gain = 1.5 if parameter.path.endswith(("query/kernel", "key/kernel")) else 1.0
-            drawn *= gain / np.sqrt(np.prod(parameter.torch_shape[1:]))
+            drawn *= 0.8 / np.sqrt(np.prod(parameter.torch_shape[1:]))
         elif parameter.path.endswith("/scale"):
-            drawn = 1 + 0.1 * drawn
+            drawn = np.ones_like(drawn)
         elif parameter.path.endswith("/bias"):
-            drawn *= 0.1
-        elif parameter.path.endswith("position_embedding"):
+            drawn = np.zeros_like(drawn)
+        elif parameter.path == "temp":
+            drawn = np.full_like(drawn, 0.07)
+        else:
             drawn *= 0.2
         tensors[parameter.name] = drawn
+    grid, width = config.vision_config.grid_size, config.vision_config.hidden_size
+    waves = _waves(grid, width // 2)
+    table = np.concatenate([np.repeat(waves, grid, axis=0), np.tile(waves, (grid, 1))], axis=1)
+    tensors["visual_encoder.embeddings.position_embedding"][0, 1:] = 0.7 * table
     return tensors
+
+
+def _waves(places: int, width: int) -> np.ndarray:
+    """Sines and cosines, (places, width): the nearer two places, the more alike their rows."""
+    angles = np.arange(places)[:, None] * np.pi / 2 * places ** (-np.arange(width // 2) / (width // 2))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 def _example() -> PIL.Image.Image:
