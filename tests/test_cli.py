@@ -15,6 +15,7 @@ import pytest
 import cases
 import flax_qformer as fq
 from conftest import GOLDEN
+from flax_qformer.assets.shapes import HELD_OUT, draw_scene
 from flax_qformer.cli import main
 from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
 from torch_files import torch_save
@@ -89,13 +90,41 @@ def test_many_images_and_texts(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 def test_attend_draws_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "attention.png"
-    for layers in ([], ["--layers"], ["--layers", "0", "3"]):
+    for layers in ([], ["--layers"], ["--layers", "0", "1"]):
         main(["attend", str(EXAMPLE_IMAGE), "--text", "red circle", "--output", str(picture), *layers])
         with PIL.Image.open(picture) as image:
             assert image.width > 1000
             assert len(np.unique(np.asarray(image.convert("L")))) > 100
     main(["attend", str(EXAMPLE_IMAGE), "--text", "$x^", "--output", str(tmp_path / "attention.SVG")])
     assert "<svg" in (tmp_path / "attention.SVG").read_text()
+
+
+def test_search_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what the embedded model has learned, on combinations that it never saw."""
+    scenes = [draw_scene(np.random.default_rng(seed), HELD_OUT) for seed in range(8)]
+    images = [tmp_path / f"{i}.png" for i in range(len(scenes))]
+    for scene, image in zip(scenes, images, strict=True):
+        scene.draw().save(image)
+    texts = [scene.caption() for scene in scenes]
+    main(["search", *map(str, images), "--text", *texts, "--top", "2", "--batch-size", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::3] == texts
+    first = [line.split() for line in lines[1::3]]
+    second = [line.split() for line in lines[2::3]]
+    assert all(float(a[0]) >= float(b[0]) for a, b in zip(first, second, strict=True))
+    assert sum(found[1] == str(image) for found, image in zip(first, images, strict=True)) >= 6
+
+    told = []
+    for options in (["--batch-size", "3"], ["--nucleus", "--seed", "3"], ["--nucleus", "--seed", "3"]):
+        main(["caption", *map(str, images), *options])
+        told.append(dict(line.split(": ") for line in capsys.readouterr().out.splitlines()))
+        assert list(told[-1]) == list(map(str, images))
+    assert told[1] == told[2]
+    colours = [
+        {thing.colour for thing in scene.things} & set(text.split())
+        for scene, text in zip(scenes, told[0].values(), strict=True)
+    ]
+    assert all(colours)
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
@@ -182,7 +211,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no_field": lambda c: c.pop("qformer_config"),
         "no_width": lambda c: c["qformer_config"].pop("hidden_size"),
         "odd_heads": lambda c: c["vision_config"].update(num_attention_heads=5),
-        "other_layers": lambda c: c["qformer_config"].update(num_hidden_layers=5),
+        "other_layers": lambda c: c["qformer_config"].update(num_hidden_layers=3),
     }.items():
         config = json.loads((DEFAULT_MODEL / "config.json").read_text())
         change(config)
@@ -231,7 +260,7 @@ IMAGE = str(EXAMPLE_IMAGE)
         (["convert", "no_field", "out"], "the config has no qformer_config"),
         (["convert", "no_width", "out"], "what a config leaves out has upstream's default"),
         (["convert", "odd_heads", "out"], "5 attention heads do not divide hidden_size 64"),
-        (["convert", "other_layers", "out"], "32 missing: encoder.layer.4.attention.attention.query.weight"),
+        (["convert", "other_layers", "out"], "32 missing: encoder.layer.2.attention.attention.query.weight"),
         (["convert", str(DEFAULT_MODEL), "existing"], "existing exists"),
         (["convert", str(DEFAULT_MODEL), "out", "--dtype", "int8"], "take float32, bfloat16, float16"),
         (["convert", str(DEFAULT_MODEL), "out", "--tokenizer", "existing"], "neither tokenizer.json nor vocab.txt"),

@@ -72,7 +72,7 @@ def _config(vocab_size: int) -> Blip2Config:
         qformer_config=Blip2QFormerConfig(
             vocab_size=vocab_size,
             hidden_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=256,
             max_position_embeddings=64,
