@@ -19,5 +19,5 @@ python -m flax_qformer.assets.make "$folder/start"
 python -m flax_qformer.assets.shapes "$folder/one" --objects 1 --images 12000 --seed 1
 python -m flax_qformer.assets.shapes "$folder/two" --objects 2 --images 20000 --seed 2
 run one "$folder/start" 800 32
-run two "$folder/run_one/model" 4200 32
+run two "$folder/run_one/model" 3300 32
 flax-qformer export "$folder/run_two/model" "$assets/default" --layout diffusers --overwrite
