@@ -1,27 +1,27 @@
-"""What the embedded model has learned, on combinations of colour and shape that it never saw.
+"""What the embedded model has learned, on combinations of size, colour and shape that it never saw.
 
     python benchmarks/shapes.py [--model DIR]
 
-Recall@1 among 100 images of two objects with 100 distinct captions, in both directions, and after ITM has reranked the
-first ten; and how often the peak of the attention, averaged over layers and queries, lies inside the one object of two
-that the text names. Both objects are of held-out combinations. Several draws, and medians.
+Recall@1 among 100 images of two objects with 100 distinct captions, in both directions, and after ITM has reranked
+the first ten; and how often the peak of the last layer's attention, averaged over the queries, lies inside the one
+object of two that the text names. Every object is of a held-out combination. Several draws, and medians.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import flax_qformer as fq
-from flax_qformer.assets.shapes import HELD_OUT, Scene, Thing, draw_scene
+from flax_qformer.assets.shapes import HELD_OUT, SIDE, Scene, Thing, draw_scene
+from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.source import DEFAULT_MODEL
 
 IMAGES = 100
 RERANKED = 10
+RECALLS = ("text_to_image/recall@1", "image_to_text/recall@1", "text_to_image/reranked_recall@1")
 CAPTION_TOKENS = 16
 NAMES: dict[str, Callable[[Thing], str]] = {
     "red circle": lambda thing: f"{thing.colour} {thing.shape}",
@@ -48,8 +48,8 @@ def main() -> None:
         for example, name_of in NAMES.items():
             texts = processor(text=[name_of(scene.things[0]) for scene in scenes.values()], max_length=CAPTION_TOKENS)
             points = look(batch["pixel_values"], texts)
-            for what, is_hit in (("box", in_box), ("shape", Scene.covers)):
-                hits = [is_hit(scene, scene.things[0], *p) for scene, p in zip(scenes.values(), points, strict=True)]
+            for what, is_hit in (("box", in_box), ("shape", Thing.covers)):
+                hits = [is_hit(scene.things[0], *p) for scene, p in zip(scenes.values(), points, strict=True)]
                 figures.setdefault(f"attention peak inside the {what} of {example!r}", []).append(float(np.mean(hits)))
     print(f"{IMAGES} images, {options.draws} draws: median (least to most)")
     for name, shares in figures.items():
@@ -65,56 +65,37 @@ def distinct_scenes(rng: np.random.Generator) -> dict[str, Scene]:
     return scenes
 
 
-def in_box(scene: Scene, thing: Thing, x: float, y: float) -> bool:
+def in_box(thing: Thing, x: float, y: float) -> bool:
     left, top, right, bottom = thing.box
-    return left <= x * scene.width <= right and top <= y * scene.height <= bottom
+    return left <= x <= right and top <= y <= bottom
 
 
 def retrieval(path: str) -> Callable[[dict[str, np.ndarray]], dict[str, float]]:
     """A function of a batch of pairs to the shares that are found."""
     model, params = fq.from_pretrained(path, model_class=fq.Blip2ForPreTraining)
-    variables = {"params": params}
-
-    @jax.jit
-    def features(pixel_values: jax.Array, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
-        states = model.apply(variables, pixel_values, method="encode_image").last_hidden_state
-        image = model.apply(variables, encoder_hidden_states=states, method="image_features")
-        text = model.apply(variables, input_ids, attention_mask, method="text_features")
-        return states, jnp.einsum("iqd,td->iqt", image, text).max(axis=1).T
-
-    @jax.jit
-    def match(states: jax.Array, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        return model.apply(variables, None, input_ids, attention_mask, encoder_hidden_states=states, method="match")
+    search = Retrieval(model)
 
     def find(batch: dict[str, np.ndarray]) -> dict[str, float]:
-        states, similarities = features(**batch)
-        own = np.arange(len(similarities))
-        best = np.argsort(-np.asarray(similarities), axis=1)[:, :RERANKED]
-        text = (batch["input_ids"], batch["attention_mask"])
-        scores = np.stack([match(states[best[:, k]], *text) for k in range(RERANKED)])
-        reranked = best[own, scores.argmax(axis=0)]
-        return {
-            "text-to-image recall@1": float((best[:, 0] == own).mean()),
-            "image-to-text recall@1": float((similarities.argmax(axis=0) == own).mean()),
-            "text-to-image recall@1, reranked by ITM": float((reranked == own).mean()),
-        }
+        figures = search.evaluate(params, [({**batch, "image_id": np.arange(IMAGES)}, IMAGES)], RERANKED)
+        return {name: figures[name] for name in RECALLS}
 
     return find
 
 
 def attention(path: str) -> Callable[[np.ndarray, dict[str, np.ndarray]], list[tuple[float, float]]]:
-    """A function of images and texts to the peaks, x and y in parts of the width and the height."""
+    """A function of images and texts to the peaks, x and y in pixels."""
     model, params = fq.from_pretrained(path, model_class=fq.Blip2QFormerModel)
     grid = model.config.vision_config.grid_size
+    patch = SIDE / grid
 
     @jax.jit
     def peaks(pixel_values: jax.Array, texts: dict[str, jax.Array]) -> jax.Array:
         output = model.apply({"params": params}, pixel_values, **texts, output_attentions=True)
-        maps = fq.attention_maps(output.cross_attentions, model.config).mean(axis=(1, 2))
+        maps = fq.attention_maps(output.cross_attentions, model.config)[:, -1].mean(axis=1)
         return maps.reshape(len(maps), -1).argmax(axis=1)
 
     def look(pixel_values: np.ndarray, texts: dict[str, np.ndarray]) -> list[tuple[float, float]]:
-        return [((k % grid + 0.5) / grid, (k // grid + 0.5) / grid) for k in np.asarray(peaks(pixel_values, texts))]
+        return [((k % grid + 0.5) * patch, (k // grid + 0.5) * patch) for k in np.asarray(peaks(pixel_values, texts))]
 
     return look
 

@@ -208,6 +208,8 @@ class Processor:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files and `preprocessor_config.json` into a folder."""
         self.tokenizer.save_pretrained(folder)
+        # transformers before 5, and so upstream, reads a BertTokenizer from its vocab.txt.
+        self.tokenizer.backend_tokenizer.model.save(str(folder))
         (Path(folder) / "preprocessor_config.json").write_bytes(image_settings_file(self.image_processor))
 
     def __call__(

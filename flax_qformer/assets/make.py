@@ -9,10 +9,9 @@ import string
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
-import PIL.ImageDraw
 from safetensors.numpy import save_file
 
+from flax_qformer.assets.shapes import SIDE, Scene, Thing
 from flax_qformer.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.convert.layouts import parameters
 from flax_qformer.processor import ImageProcessor, image_settings_file
@@ -34,7 +33,10 @@ tree flower leaf grass rose apple banana cake bread egg
 sky sun moon cloud sea water river beach mountain hill snow rain fire stone forest garden field city
 """.split()
 
-SIZE = 480
+EXAMPLE = (
+    Thing("small", "red", "circle", (214, 40, 40), left=10, top=40),
+    Thing("large", "blue", "square", (30, 90, 200), left=40, top=15),
+)
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
         image_settings_file(ImageProcessor(config.vision_config.image_size, config.vision_config.image_size))
     )
     save_file(_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
-    _example().save(EXAMPLE_IMAGE)
+    Scene((238, 236, 228), EXAMPLE).draw(scale=6).save(EXAMPLE_IMAGE)
 
 
 def _config(vocab_size: int) -> Blip2Config:
@@ -64,7 +66,7 @@ def _config(vocab_size: int) -> Blip2Config:
             intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
-            image_size=80,
+            image_size=SIDE,
             patch_size=10,
             hidden_act="quick_gelu",
             layer_norm_eps=1e-5,
@@ -113,15 +115,6 @@ def _waves(places: int, width: int) -> np.ndarray:
     """Sines and cosines, (places, width): the nearer two places, the more alike their rows."""
     angles = np.arange(places)[:, None] * np.pi / 2 * places ** (-np.arange(width // 2) / (width // 2))
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
-
-
-def _example() -> PIL.Image.Image:
-    """A red circle left of a blue square, drawn four times as large and reduced for smooth edges."""
-    image = PIL.Image.new("RGB", (4 * SIZE, 4 * SIZE * 3 // 4), (238, 236, 228))
-    draw = PIL.ImageDraw.Draw(image)
-    draw.ellipse((180, 420, 880, 1120), fill=(214, 40, 40))
-    draw.rectangle((1120, 560, 1720, 1160), fill=(30, 90, 200))
-    return image.resize((SIZE, SIZE * 3 // 4), PIL.Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":

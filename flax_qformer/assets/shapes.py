@@ -1,14 +1,16 @@
 """Draw the data that the default model learns from: `python -m flax_qformer.assets.shapes DIR`.
 
-Coloured shapes of several sizes at random places, with captions. The combinations of a colour
-and a shape in `HELD_OUT` are never drawn unless asked for, so that they can be asked of a model that never saw them.
+Coloured shapes of two sizes at random places, with captions. The combinations of size, colour and shape in `HELD_OUT`
+are never drawn unless asked for, so that they can be asked of a model that never saw them.
 """
 
 import argparse
+import itertools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -23,50 +25,69 @@ COLOURS = {
     "purple": ((100, 0, 130), (160, 60, 190)),
     "pink": ((240, 105, 170), (255, 190, 210)),
     "black": ((0, 0, 0), (45, 45, 45)),
+    "brown": ((105, 60, 15), (165, 85, 50)),
+    "cyan": ((0, 190, 210), (70, 255, 255)),
+    "gray": ((110, 110, 110), (150, 150, 150)),
+    "magenta": ((200, 0, 160), (255, 50, 220)),
 }
 """Name -> least and largest RGB."""
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": (0.25, 0.30), "large": (0.40, 0.47)}
-"""Name -> least and largest side of the box, in units of the image's mean side."""
-HELD_OUT = frozenset(
-    (colour, SHAPES[(i + k) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for k in range(1, 2 + i % 2)
+SIZES = {"small": 20, "large": 35}
+"""Name -> side of the box in pixels."""
+Combination: TypeAlias = tuple[str, str, str]
+"""Size, colour and shape."""
+HELD_OUT: frozenset[Combination] = frozenset(
+    (size, colour, SHAPES[(i + 2 * k) % len(SHAPES)])
+    for i, colour in enumerate(COLOURS)
+    for k, size in enumerate(SIZES)
 )
-"""One or two of the shapes of each colour."""
-SEEN = frozenset((colour, shape) for colour in COLOURS for shape in SHAPES) - HELD_OUT
+"""Of each colour a small shape and a large one."""
+SEEN: frozenset[Combination] = frozenset(itertools.product(SIZES, COLOURS, SHAPES)) - HELD_OUT
 
 BACKGROUND = ((215, 215, 215), (255, 255, 255))
-IMAGE_SIDES = (96, 128)
+SIDE = 80
+"""Of an image, in pixels."""
+STEP = 5
+"""Boxes begin at multiples of this many pixels, and are no nearer to each other. A small model soon knows a shape that
+it meets in few positions relative to its patches."""
 SUPERSAMPLING = 4
-GAP = 4
-"""Pixels between two objects at least."""
+PARTS = ((True, True, True), (False, True, True), (True, False, True), (True, True, False))
+"""Which of size, colour and shape a description names."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape: its box is `side` wide and high, from `left` and `top`, in pixels."""
+    """A coloured shape: its box begins at `left` and `top`, in pixels."""
 
     size: str
     colour: str
     shape: str
     rgb: tuple[int, ...]
-    left: float
-    top: float
-    side: float
+    left: int
+    top: int
 
-    def describe(self, size: bool = True) -> str:
-        words = f"{self.size} {self.colour} {self.shape}" if size else f"{self.colour} {self.shape}"
-        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    def describe(self, size: bool = True, colour: bool = True, shape: bool = True) -> str:
+        """What it is, or parts of that: "a small red circle", "a small shape"."""
+        words = [self.size] * size + [self.colour] * colour + [self.shape if shape else "shape"]
+        return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
     @property
-    def box(self) -> tuple[float, float, float, float]:
+    def side(self) -> int:
+        return SIZES[self.size]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
         """Left, top, right, bottom."""
         return self.left, self.top, self.left + self.side, self.top + self.side
 
     @property
+    def centre(self) -> tuple[float, float]:
+        return self.left + self.side / 2, self.top + self.side / 2
+
+    @property
     def outline(self) -> list[tuple[float, float]]:
         """The corners, in pixels; a circle has 64."""
-        x, y, r = self.left + self.side / 2, self.top + self.side / 2, self.side / 2
-        third = self.side / 3
+        (x, y), r = self.centre, self.side / 2
         match self.shape:
             case "circle":
                 return [(x + r * math.cos(a), y + r * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 64)]
@@ -74,116 +95,107 @@ class Thing:
                 return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
             case "triangle":
                 return [(x, y - r), (x + r, y + r), (x - r, y + r)]
-        near, far = third / 2, r
+        near, far = r / 3, r
         corners = [(-near, -far), (near, -far), (near, -near), (far, -near), (far, near), (near, near)]
         return [(x + dx, y + dy) for dx, dy in corners + [(-dx, -dy) for dx, dy in corners]]
+
+    def covers(self, x: float, y: float) -> bool:
+        """Whether a point, in pixels, is inside the shape."""
+        mask = PIL.Image.new("1", (SUPERSAMPLING * SIDE, SUPERSAMPLING * SIDE))
+        PIL.ImageDraw.Draw(mask).polygon([(SUPERSAMPLING * a, SUPERSAMPLING * b) for a, b in self.outline], fill=1)
+        return bool(mask.getpixel((int(SUPERSAMPLING * x), int(SUPERSAMPLING * y))))
 
 
 @dataclass(frozen=True)
 class Scene:
     """An image of things."""
 
-    width: int
-    height: int
     background: tuple[int, ...]
     things: tuple[Thing, ...]
 
-    def draw(self) -> PIL.Image.Image:
-        """The image, drawn larger and reduced for smooth edges."""
-        n = SUPERSAMPLING
-        image = PIL.Image.new("RGB", (n * self.width, n * self.height), self.background)
+    def draw(self, scale: int = 1) -> PIL.Image.Image:
+        """The image, `SIDE * scale` pixels wide and high; drawn larger and reduced for smooth edges."""
+        n = scale * SUPERSAMPLING
+        image = PIL.Image.new("RGB", (n * SIDE, n * SIDE), self.background)
         draw = PIL.ImageDraw.Draw(image)
         for thing in self.things:
             draw.polygon([(n * x, n * y) for x, y in thing.outline], fill=thing.rgb)
-        return image.reduce(n)
-
-    def covers(self, thing: Thing, x: float, y: float) -> bool:
-        """Whether a thing of the scene covers a point, both in parts of the width and the height."""
-        mask = PIL.Image.new("1", (SUPERSAMPLING * self.width, SUPERSAMPLING * self.height))
-        PIL.ImageDraw.Draw(mask).polygon([(SUPERSAMPLING * a, SUPERSAMPLING * b) for a, b in thing.outline], fill=1)
-        return bool(mask.getpixel((int(x * mask.width), int(y * mask.height))))
-
-    def relation(self) -> tuple[str, str]:
-        """Where the first thing is, seen from the second, and the reverse."""
-        a, b, *_ = self.things
-        right, down = (a.left + a.side / 2 - b.left - b.side / 2), (a.top + a.side / 2 - b.top - b.side / 2)
-        words = ("left of", "right of") if abs(right) > abs(down) else ("above", "below")
-        return words if (right if abs(right) > abs(down) else down) < 0 else words[::-1]
-
-    def place(self, thing: Thing) -> str:
-        """Where in the image a thing is: few other things are there too, so that images without it can be told."""
-        x, y = (thing.left + thing.side / 2) / self.width, (thing.top + thing.side / 2) / self.height
-        words = [("top", "", "bottom")[int(3 * y)], ("left", "", "right")[int(3 * x)]]
-        return " ".join(["at the", *filter(None, words)]) if any(words) else "in the middle"
+        return image.reduce(SUPERSAMPLING)
 
     def caption(self) -> str:
-        """All that can be said of one or two things; of more, that of the first two."""
-        if len(self.things) == 1:
-            return self.things[0].describe()
-        a, b, *_ = self.things
-        return f"{a.describe()} {self.relation()[0]} {b.describe()}"
+        """All that is said of one thing or two."""
+        return self._say(0, 1) if len(self.things) > 1 else self.things[0].describe()
 
-    def captions(self, rng: np.random.Generator) -> list[str]:
-        """What training draws from, each as often as the other: all that can be said, and parts of it."""
-        sizes = [bool(number) for number in rng.integers(2, size=len(self.things))]
-        places = [f"{thing.describe(size)} {self.place(thing)}" for thing, size in zip(self.things, sizes, strict=True)]
+    def captions(self, rng: np.random.Generator, num_pairs: int = 3) -> list[str]:
+        """What training draws from: names of each thing, where it is, and of two, where one is, seen from the other.
+
+        Descriptions are partial: where they leave the colour out, only shapes, sizes and places tell images apart.
+
+        Args:
+          num_pairs: captions of two things together.
+        """
+
+        def parts() -> tuple[bool, bool, bool]:
+            return PARTS[rng.integers(len(PARTS))]
+
+        names = [text for thing in self.things for text in (thing.describe(), thing.describe(size=False))]
         if len(self.things) == 1:
-            return [self.caption(), self.things[0].describe(size=False), *places]
-        (a, b, *more), (there, back) = self.things, self.relation()
-        pairs = [
-            self.caption(),
-            f"{b.describe()} {back} {a.describe()}",
-            f"{a.describe(sizes[0])} {there} {b.describe(not sizes[0])}",
-        ]
-        return [*pairs, *places] if more else [*pairs, *places, a.describe(sizes[1])]
+            return [*names, *(f"{self.things[0].describe(*parts())} {_place(self.things[0])}" for _ in range(2))]
+        places = [f"{thing.describe(*parts())} {_place(thing)}" for thing in self.things]
+        return [*names, *places, *(self._say(*rng.permutation(2), *parts()) for _ in range(num_pairs))]
+
+    def _say(self, first: int, second: int, *parts: bool) -> str:
+        a, b = self.things[first], self.things[second]
+        right, down = _offset(a, b)
+        if abs(right) > abs(down):
+            relation = "left of" if right < 0 else "right of"
+        else:
+            relation = "above" if down < 0 else "below"
+        return f"{a.describe(*parts)} {relation} {b.describe(*parts)}"
 
 
 def draw_scene(
     rng: np.random.Generator,
-    combinations: frozenset[tuple[str, str]] = SEEN,
+    combinations: frozenset[Combination] = SEEN,
     num_things: int = 2,
 ) -> Scene:
     """A random scene.
 
     Args:
-      combinations: the colours and shapes to choose from. Two things never share both.
-      num_things: how many. They do not touch, and the first lies clearly beside, above or below the second.
+      combinations: what to choose from.
+      num_things: one or two. Two differ in colour or shape and do not touch; one lies clearly beside or above the
+        other.
     """
-    width, height = (int(side) for side in rng.integers(*IMAGE_SIDES, 2, endpoint=True))
     background = _between(rng, BACKGROUND)
     pool = sorted(combinations)
-    while True:  # what is drawn first may leave no room
-        things: list[Thing] = []
-        for _ in range(30):
-            thing = _thing(rng, pool[rng.integers(len(pool))], width, height)
-            if all(_apart(thing, other) for other in things) and (len(things) != 1 or _clear(thing, things[0])):
-                things.append(thing)
-            if len(things) == num_things:
-                return Scene(width, height, background, tuple(things))
+    while True:
+        things = tuple(_thing(rng, pool[rng.integers(len(pool))]) for _ in range(num_things))
+        if num_things == 1 or _are_apart(*things):
+            return Scene(background, things)
 
 
-def _thing(rng: np.random.Generator, combination: tuple[str, str], width: int, height: int) -> Thing:
-    colour, shape = combination
-    size = list(SIZES)[rng.integers(len(SIZES))]
-    side = rng.uniform(*SIZES[size]) * math.sqrt(width * height)
-    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
-    return Thing(size, colour, shape, _between(rng, COLOURS[colour]), left, top, side)
+def _thing(rng: np.random.Generator, combination: Combination) -> Thing:
+    size, colour, shape = combination
+    left, top = (STEP * int(number) for number in rng.integers((SIDE - SIZES[size]) // STEP + 1, size=2))
+    return Thing(size, colour, shape, _between(rng, COLOURS[colour]), left, top)
 
 
-def _ways(a: Thing, b: Thing) -> tuple[float, float]:
-    """How far apart two things' centres are, across and down."""
-    return abs(a.left - b.left + (a.side - b.side) / 2), abs(a.top - b.top + (a.side - b.side) / 2)
+def _offset(a: Thing, b: Thing) -> tuple[float, float]:
+    """How far right of and below the centre of b that of a is."""
+    return a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
 
 
-def _apart(a: Thing, b: Thing) -> bool:
-    """Whether two things differ and do not touch."""
-    return (a.colour, a.shape) != (b.colour, b.shape) and max(_ways(a, b)) >= (a.side + b.side) / 2 + GAP
+def _are_apart(a: Thing, b: Thing) -> bool:
+    least, most = sorted(map(abs, _offset(a, b)))
+    differ = (a.colour, a.shape) != (b.colour, b.shape)
+    return differ and most >= (a.side + b.side) / 2 + STEP and most >= 1.3 * least
 
 
-def _clear(a: Thing, b: Thing) -> bool:
-    """Whether one of "left", "right", "above" and "below" holds more than the others."""
-    least, most = sorted(_ways(a, b))
-    return most >= 1.3 * least
+def _place(thing: Thing) -> str:
+    """Where in the image a thing is. Few others are there too, so the words tell its image from those without it."""
+    x, y = thing.centre
+    words = [("top", "", "bottom")[int(3 * y / SIDE)], ("left", "", "right")[int(3 * x / SIDE)]]
+    return " ".join(["at the", *filter(None, words)]) if any(words) else "in the middle"
 
 
 def _between(rng: np.random.Generator, limits: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
@@ -193,7 +205,8 @@ def _between(rng: np.random.Generator, limits: tuple[tuple[int, ...], tuple[int,
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flax_qformer.assets.shapes", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--objects", type=int, nargs="+", default=[2], metavar="K", help="in an image: one of these")
+    parser.add_argument("--objects", type=int, default=2, choices=(1, 2), help="in an image")
+    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="captions of two objects together")
     parser.add_argument("--images", type=int, default=20000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     options = parser.parse_args()
@@ -201,9 +214,9 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     with (options.folder / "metadata.jsonl").open("w") as file:
         for i in range(options.images):
-            scene, name = draw_scene(rng, num_things=int(rng.choice(options.objects))), f"{i:06}.png"
+            scene, name = draw_scene(rng, num_things=options.objects), f"{i:06}.png"
             scene.draw().save(options.folder / name)
-            file.write(json.dumps({"file_name": name, "captions": scene.captions(rng)}) + "\n")
+            file.write(json.dumps({"file_name": name, "captions": scene.captions(rng, options.pairs)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Checkpoints:
             saved = self.steps()
             raise InputError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} "
-                f"({getattr(error, 'strerror', None) or error}); free space and run the same command again"
-                + (f", which goes on from step {saved[0]}" if saved else "")
+                f"({getattr(error, 'strerror', None) or error}); see that it may be written and has space, and run the "
+                "same command again" + (f", which goes on from step {saved[0]}" if saved else "")
             ) from None
         for old in self.steps()[self._keep :]:
             self._remove(old)
