@@ -42,8 +42,6 @@ TRAIN_PACKAGES = ("datasets", "grain", "tensorboardX", "tyro", "yaml")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what the user can put right ends it with one line and exit status 2."""
-    # transformers says on import that it misses PyTorch, which is of no use to anybody here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flax_qformer").setLevel(logging.INFO)
     options, rest = _parser().parse_known_args(arguments)

@@ -207,6 +207,8 @@ class Processor:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files and `preprocessor_config.json` into a folder."""
+        # Calls leave their truncation behind, which is none of the tokenizer's.
+        self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.save_pretrained(folder)
         # transformers before 5, and so upstream, reads a BertTokenizer from its vocab.txt.
         self.tokenizer.backend_tokenizer.model.save(str(folder))
@@ -359,6 +361,8 @@ def tokenizer_of(source: Source, config: Blip2Config, name: str | os.PathLike[st
 
 
 def _load_tokenizer(source: Source, config: Blip2Config, name: str | os.PathLike[str] | None) -> Any:
+    # transformers says on import that it misses PyTorch, which is of no use to anybody here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import BertTokenizer
 
     folder = tokenizer_of(source, config, name)

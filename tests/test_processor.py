@@ -239,7 +239,11 @@ def test_tokenizers(tmp_path: Path) -> None:
     folder = copy_of_default(tmp_path)
     processor = fq.Processor.from_pretrained(folder)
     (tmp_path / "saved").mkdir()
+    processor(text="a red circle", max_length=3)
     processor.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"] is None
+    # What upstream's BertTokenizer reads.
+    assert (tmp_path / "saved" / "vocab.txt").read_bytes() == (DEFAULT_MODEL / "vocab.txt").read_bytes()
     for file in folder.iterdir():
         if file.name.startswith(("vocab", "tokenizer")):
             file.unlink()

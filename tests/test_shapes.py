@@ -4,24 +4,29 @@ import sys
 
 import numpy as np
 import PIL.Image
+import pytest
 
 from flax_qformer.assets import shapes
 from flax_qformer.pretraining.data import DataSettings
 from flax_qformer.pretraining.sources import open_source
 
 
-def test_a_drawn_folder_is_read_and_drawn_alike(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("objects", "pairs", "captions"), [("1", "3", 4), ("2", "3", 9), ("2", "12", 18)])
+def test_a_drawn_folder_is_read_and_drawn_alike(objects, pairs, captions, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
-        monkeypatch.setattr(sys, "argv", ["shapes", str(folder), "--images", "12", "--seed", "3"])
+        monkeypatch.setattr(
+            sys, "argv", ["shapes", str(folder), "--images", "12", "--objects", objects, "--pairs", pairs]
+        )
         shapes.main()
     assert [file.read_bytes() for file in sorted(folders[0].iterdir())] == [
         file.read_bytes() for file in sorted(folders[1].iterdir())
     ]
     source = open_source(DataSettings(str(folders[0])), "all")
     assert len(source) == 12
-    assert all(isinstance(caption, str) for row in map(source.__getitem__, range(12)) for caption in row["caption"])
+    assert all(len(set(row["caption"])) > captions / 2 for row in map(source.__getitem__, range(12)))
+    assert all(len(row["caption"]) == captions for row in map(source.__getitem__, range(12)))
 
 
 def test_held_out_combinations_are_not_drawn():

@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 from flax_qformer.assets.shapes import SIDE, Scene, Thing
 from flax_qformer.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.convert.layouts import parameters
-from flax_qformer.processor import ImageProcessor, image_settings_file
 from flax_qformer.source import EXAMPLE_IMAGE
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -50,11 +49,6 @@ def main() -> None:
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     config = _config(len(vocabulary) + 1)  # [DEC] is added on loading
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_bytes(
-        image_settings_file(ImageProcessor(config.vision_config.image_size, config.vision_config.image_size))
-    )
     save_file(_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
     Scene((238, 236, 228), EXAMPLE).draw(scale=6).save(EXAMPLE_IMAGE)
 
@@ -88,7 +82,10 @@ def _config(vocab_size: int) -> Blip2Config:
 
 
 def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
-    """Random weights by upstream's names. At this width the usual deviation, 0.02, would let signals fade."""
+    """Random weights by upstream's names; the patches' positions begin as sines and cosines.
+
+    At this width the usual deviation, 0.02, would let signals fade.
+    """
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
     for parameter in parameters(config, "diffusers", ["heads"]):

@@ -86,7 +86,7 @@ class Thing:
 
     @property
     def outline(self) -> list[tuple[float, float]]:
-        """The corners, in pixels; a circle has 64."""
+        """The corners, in pixels; a circle has many."""
         (x, y), r = self.centre, self.side / 2
         match self.shape:
             case "circle":
@@ -124,7 +124,7 @@ class Scene:
 
     def caption(self) -> str:
         """All that is said of one thing or two."""
-        return self._say(0, 1) if len(self.things) > 1 else self.things[0].describe()
+        return self._say(*self.things) if len(self.things) > 1 else self.things[0].describe()
 
     def captions(self, rng: np.random.Generator, num_pairs: int = 3) -> list[str]:
         """What training draws from: names of each thing, where it is, and of two, where one is, seen from the other.
@@ -139,13 +139,14 @@ class Scene:
             return PARTS[rng.integers(len(PARTS))]
 
         names = [text for thing in self.things for text in (thing.describe(), thing.describe(size=False))]
+        places = [f"{thing.describe(*parts())} {_place(thing)}" for thing in (self.things * 2)[:2]]
         if len(self.things) == 1:
-            return [*names, *(f"{self.things[0].describe(*parts())} {_place(self.things[0])}" for _ in range(2))]
-        places = [f"{thing.describe(*parts())} {_place(thing)}" for thing in self.things]
-        return [*names, *places, *(self._say(*rng.permutation(2), *parts()) for _ in range(num_pairs))]
+            return names + places
+        orders = (rng.permutation(2) for _ in range(num_pairs))
+        return names + places + [self._say(self.things[i], self.things[j], parts()) for i, j in orders]
 
-    def _say(self, first: int, second: int, *parts: bool) -> str:
-        a, b = self.things[first], self.things[second]
+    @staticmethod
+    def _say(a: Thing, b: Thing, parts: tuple[bool, bool, bool] = PARTS[0]) -> str:
         right, down = _offset(a, b)
         if abs(right) > abs(down):
             relation = "left of" if right < 0 else "right of"
@@ -192,7 +193,7 @@ def _are_apart(a: Thing, b: Thing) -> bool:
 
 
 def _place(thing: Thing) -> str:
-    """Where in the image a thing is. Few others are there too, so the words tell its image from those without it."""
+    """Where in the image a thing is, in words."""
     x, y = thing.centre
     words = [("top", "", "bottom")[int(3 * y / SIDE)], ("left", "", "right")[int(3 * x / SIDE)]]
     return " ".join(["at the", *filter(None, words)]) if any(words) else "in the middle"

@@ -7,20 +7,22 @@
 # larger batches: images that differ in little are rare, and tell sizes and relations.
 set -euo pipefail
 
-folder=$1
+folder=${1:?usage: bash train_default.sh DIR}
 assets=$(dirname "$0")
 
 run() {
-    flax-qformer train --data "$folder/$1" --model "$2" --output "$folder/run_$1" --steps "$3" --batch-size "$4" \
+    local name=$1 start=$2
+    shift 2
+    flax-qformer train --data "$folder/$name" --model "$start" --output "$folder/run_$name" "$@" \
         --train all --learning-rate 1.5e-3 --dtype float32 --max-text-length 12 --crop-scale 1 1 --num-workers 1 \
-        --save-every 2000 --held-out 0.01 --evaluate-on 100 --seed 0
+        --save-every 2000 --held-out 0.01 --evaluate-on 100
 }
 
 python -m flax_qformer.assets.make "$folder/start"
 python -m flax_qformer.assets.shapes "$folder/one" --objects 1 --images 20000 --seed 1
 python -m flax_qformer.assets.shapes "$folder/two" --objects 2 --images 20000 --seed 2
 python -m flax_qformer.assets.shapes "$folder/pairs" --objects 2 --images 20000 --seed 3 --pairs 12
-run one "$folder/start" 4000 8
-run two "$folder/run_one/model" 10000 8
-run pairs "$folder/run_two/model" 5000 32
+run one "$folder/start" --steps 4000 --batch-size 8 --seed 0
+run two "$folder/run_one/model" --steps 9000 --batch-size 8 --seed 1
+run pairs "$folder/run_two/model" --steps 5000 --batch-size 32 --seed 1
 flax-qformer export "$folder/run_pairs/model" "$assets/default" --layout diffusers --overwrite

@@ -1,5 +1,6 @@
 """The first stage: the model, its three losses, and a step that trains it. The program around it is `train.py`."""
 
+from flax_qformer.pretraining.losses import similarities
 from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule, merge, partition
 from flax_qformer.pretraining.step import TrainState, make_train_step, pretraining_loss
@@ -14,4 +15,5 @@ __all__ = [
     "merge",
     "partition",
     "pretraining_loss",
+    "similarities",
 ]

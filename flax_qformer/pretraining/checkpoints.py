@@ -34,7 +34,7 @@ class Checkpoints:
         """Write a state unless it is there, and remove what is older than the newest `keep`.
 
         Raises:
-          InputError: there is no space; what was saved before stays.
+          InputError: it cannot be written; what was saved before stays.
         """
         import orbax.checkpoint.experimental.v1 as ocp
 
@@ -58,8 +58,8 @@ class Checkpoints:
             saved = self.steps()
             raise InputError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} "
-                f"({getattr(error, 'strerror', None) or error}); see that it may be written and has space, and run the "
-                "same command again" + (f", which goes on from step {saved[0]}" if saved else "")
+                f"({getattr(error, 'strerror', None) or error}); see that the folder can be written and has space, and "
+                "run the same command again" + (f", which goes on from step {saved[0]}" if saved else "")
             ) from None
         for old in self.steps()[self._keep :]:
             self._remove(old)
