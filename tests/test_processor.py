@@ -59,13 +59,12 @@ def test_arrays_and_paths(tmp_path: Path, processor: fq.Processor, golden: Any) 
         array[None],
     ):
         pixels = processor(images)["pixel_values"]
-        assert (pixels.shape, pixels.dtype) == ((1, 224, 224, 3), np.float32)
+        assert (pixels.shape, pixels.dtype) == ((1, 80, 80, 3), np.float32)
         np.testing.assert_array_equal(pixels, processor(image)["pixel_values"])
 
 
-def test_default_size_equals_upstream(processor: fq.Processor, golden: Any) -> None:
-    recorded = golden("processor")["full"]
-    np.testing.assert_array_equal(processor(cases.image("RGB"))["pixel_values"][:, ::4], recorded)
+def test_default_size_equals_upstream(golden: Any) -> None:
+    np.testing.assert_array_equal(fq.ImageProcessor()(cases.image("RGB"))[::4], golden("processor")["full"][0])
 
 
 def test_pictures_are_turned_upright(tmp_path: Path) -> None:
@@ -207,7 +206,7 @@ def test_settings_of_a_checkpoint(tmp_path: Path) -> None:
     loaded = fq.Processor.from_pretrained(folder).image_processor
     assert (loaded.image_mean, loaded.image_std) == ((0.1, 0.2, 0.3), SMALL.image_std)
     for changed, message in (
-        ({"size": {"height": 20, "width": 20}}, "resizes to 20x20, but the model takes 224x224"),
+        ({"size": {"height": 20, "width": 20}}, "resizes to 20x20, but the model takes 80x80"),
         ({"size": {"shortest_edge": 224}}, "height is 'missing'"),
         ({"size": 224.5}, "height is 224.5"),
         ({"size": 0}, "height is 0"),
@@ -278,6 +277,7 @@ def test_tokenizers(tmp_path: Path) -> None:
 def test_damaged_tokenizers(tmp_path: Path, settings: dict[str, Any], drop: str | None) -> None:
     folder = copy_of_default(tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").unlink()
     if drop is not None:
         words = (folder / "vocab.txt").read_text().split("\n")
         (folder / "vocab.txt").write_text("\n".join(word for word in words if drop and word != drop))
