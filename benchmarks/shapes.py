@@ -3,15 +3,18 @@
     python benchmarks/shapes.py [--model DIR]
 
 Recall@1 among 100 images of two objects with 100 distinct captions, in both directions, and after ITM has reranked
-the first ten; and how often the peak of the last layer's attention, averaged over the queries, lies inside the one
-object of two that the text names. Every object is of a held-out combination. Several draws, and medians.
+the first ten; how often a caption is nearer to its image than the same words with the objects exchanged, "b left of a";
+and how often the peak of the last layer's attention, averaged over the queries, lies inside the one object of two that
+the text names. Every object is of a held-out combination. Several draws, and medians.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import flax_qformer as fq
@@ -38,6 +41,14 @@ def main() -> None:
     processor = fq.Processor.from_pretrained(options.model)
     model, params = fq.from_pretrained(options.model, model_class=fq.Blip2ForPreTraining)
     search, look = Retrieval(model), attention(options.model)
+
+    @jax.jit
+    def nearness(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        variables = {"params": params}
+        images = model.apply(variables, batch["pixel_values"], method="image_features")
+        texts = model.apply(variables, batch["input_ids"], batch["attention_mask"], method="text_features")
+        return jnp.einsum("bqd,bd->bq", images, texts).max(axis=1)
+
     figures: dict[str, list[float]] = {}
     for draw in range(options.draws):
         scenes = distinct_scenes(np.random.default_rng(options.seed + draw))
@@ -46,6 +57,9 @@ def main() -> None:
         found = search.evaluate(params, [({**batch, "image_id": np.arange(IMAGES)}, IMAGES)], RERANKED)
         for name in (name for name in found if name.endswith("recall@1")):
             figures.setdefault(name, []).append(found[name])
+        false = processor(text=[exchanged(scene) for scene in scenes.values()], max_length=CAPTION_TOKENS)
+        is_nearer = nearness(params, batch) > nearness(params, {**batch, **false})
+        figures.setdefault("caption nearer than with its objects exchanged", []).append(float(np.mean(is_nearer)))
         for example, name_of in NAMES.items():
             texts = processor(text=[name_of(scene.things[0]) for scene in scenes.values()], max_length=CAPTION_TOKENS)
             points = look(batch["pixel_values"], texts)
@@ -58,12 +72,19 @@ def main() -> None:
 
 
 def distinct_scenes(rng: np.random.Generator) -> dict[str, Scene]:
-    """Scenes of two objects by their captions."""
+    """Scenes of two objects by their captions, no two of which say the same: "a above b" is "b below a"."""
     scenes: dict[str, Scene] = {}
     while len(scenes) < IMAGES:
         scene = draw_scene(rng, HELD_OUT)
-        scenes.setdefault(scene.caption(), scene)
+        if Scene(scene.background, scene.things[::-1]).caption() not in scenes:
+            scenes.setdefault(scene.caption(), scene)
     return scenes
+
+
+def exchanged(scene: Scene) -> str:
+    """The caption with its objects in each other's place, which is false."""
+    first, second = (thing.describe() for thing in scene.things)
+    return second + scene.caption().removeprefix(first).removesuffix(second) + first
 
 
 def in_box(thing: Thing, x: float, y: float) -> bool:

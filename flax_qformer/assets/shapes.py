@@ -124,7 +124,8 @@ class Scene:
 
     def caption(self) -> str:
         """All that is said of one thing or two."""
-        return self._say(*self.things) if len(self.things) > 1 else self.things[0].describe()
+        first, *others = self.things
+        return self._say(first, others[0]) if others else first.describe()
 
     def captions(self, rng: np.random.Generator, num_pairs: int = 3) -> list[str]:
         """What training draws from: names of each thing, where it is, and of two, where one is, seen from the other.
