@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import inspect
 import io
@@ -30,6 +31,7 @@ from .pretraining.sources import DataSettings
 from .processor import Processor, open_image, pair_up
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
+from .stopping import Stopped
 from .writing import check_writable, new_file
 
 TEXT_MULTIPLE = 16
@@ -38,6 +40,10 @@ TEXT_MULTIPLE = 16
 
 TRAIN_PACKAGES = ("datasets", "grain", "tensorboardX", "tyro", "yaml")
 """What pip installs with `flax-qformer[train]`."""
+
+
+DATA_OPTIONS = ("image_column", "embedding_dtype", "shard_size", "num_workers", "process")
+"""Those of `embed` that go with --data alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"flax-qformer {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"flax-qformer {options.command}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
     except OSError as error:
         # Often standard output: who read it has gone, or its disk is full. Python would try once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,12 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def embed(options: argparse.Namespace) -> None:
+    if options.data:
+        _embed_data(options)
+        return
+    unfit = [name for name in DATA_OPTIONS if getattr(options, name) is not None]
+    if unfit:
+        raise InputError(f"--{unfit[0].replace('_', '-')} goes with --data; name the source, or leave it out")
+    if not options.images:
+        raise InputError("the following arguments are required: IMAGE, or --data SOURCE; see flax-qformer embed --help")
+    options.output = options.output or Path("embeddings.npz")
     images, texts = options.images, options.text and pair_up(len(options.images), options.text)
     check_writable(options.output, _inputs(options, images))
     model, params, processor = _load(options, Blip2QFormerModel)
     run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
     results = []
-    for rows in _batches(len(images), options.batch_size):
+    for rows in _batches(len(images), options.batch_size or 8):
         batch = processor(
             [images[row] for row in rows],
             texts and [texts[row] for row in rows],
@@ -89,6 +107,19 @@ def embed(options: argparse.Namespace) -> None:
     with new_file(options.output) as file:
         np.savez(file, **arrays)
     print(f"wrote {options.output}: query_embeddings {embeddings.shape}, {', '.join(list(arrays)[1:])}")
+
+
+def _embed_data(options: argparse.Namespace) -> None:
+    if options.images or len(options.text or ()) > 1:
+        raise InputError("--data names all images, and one --text goes for all; leave the others out")
+    _check_train_packages()
+    from .embedding import EmbedSettings, embed_data
+
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(EmbedSettings)}
+    given |= {"text": options.text and options.text[0], "model": str(options.model)}
+    given |= {"output": options.output or Path("embeddings"), "process": options.process and tuple(options.process)}
+    settings = EmbedSettings(**{name: value for name, value in given.items() if value is not None})
+    print(embed_data(settings))
 
 
 def attend(options: argparse.Namespace) -> None:
@@ -178,13 +209,9 @@ def search(options: argparse.Namespace) -> None:
 
 
 def train(settings: TrainSettings) -> None:
-    from .pretraining.train import Stopped, train
+    from .pretraining.train import train
 
-    try:
-        print(train(settings))
-    except Stopped as stop:
-        print(f"flax-qformer train: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signal)
+    print(train(settings))
 
 
 def evaluate(settings: EvaluateSettings) -> None:
@@ -230,9 +257,7 @@ def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) 
 
 def _settings(kind: type[DataSettings], arguments: list[str], prog: str) -> DataSettings:
     """Settings from the command line, which come before those in the YAML file that `--settings` names."""
-    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"this needs {', '.join(missing)} as well; run pip install 'flax-qformer[train]'")
+    _check_train_packages()
     import tyro
 
     parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
@@ -261,6 +286,12 @@ def _settings(kind: type[DataSettings], arguments: list[str], prog: str) -> Data
         raise InputError(f"{message.removeprefix(f'Error parsing {kind.__name__}: ')} (see {prog} --help)") from None
 
 
+def _check_train_packages() -> None:
+    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"this needs {', '.join(missing)} as well; run pip install 'flax-qformer[train]'")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -273,17 +304,39 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "embed",
-        help="subject embeddings of images, as .npz",
+        help="subject embeddings of images",
         description="Turn images, each with the word for its subject, into subject embeddings: query_embeddings "
-        "(images, queries, width) in an .npz file, which also holds the names of the images and the texts.",
+        "(images, queries, width) in an .npz file, which also holds the names of the images and the texts. With --data: "
+        "all images of a source, into a folder of Parquet files; after a stop the same command goes on.",
     )
     command.set_defaults(run=embed)
-    _add_images(command)
+    command.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files")
+    command.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="instead of files: whatever train reads (a folder, WebDataset tars, Parquet, a hub id), or any folder of "
+        "images; a row of id, row, embeddings and error for each",
+    )
     _add_text(command, nargs="+", action="extend", help="the subject's name: one for all images, or one for each")
     command.add_argument(
-        "--output", type=Path, default=Path("embeddings.npz"), metavar="FILE", help="default: %(default)s"
+        "--output", type=Path, metavar="FILE", help="default: embeddings.npz; with --data, the folder embeddings"
+    )
+    command.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="images that run together (default: 8, with --data 64)"
     )
     _add_model(command)
+    data = command.add_argument_group("with --data")
+    data.add_argument("--image-column", metavar="NAME", help="default: found by its type and name")
+    data.add_argument("--embedding-dtype", choices=("float16", "float32"), help="what is written (default: float32)")
+    data.add_argument("--shard-size", type=_positive, metavar="N", help="rows in a Parquet file (default: 1024)")
+    data.add_argument("--num-workers", type=int, metavar="N", help="processes that decode (default: 4)")
+    data.add_argument(
+        "--process",
+        type=int,
+        nargs=2,
+        metavar=("I", "N"),
+        help="take the share of process I, from 0, of N that run this command (default: as JAX counts them)",
+    )
 
     command = commands.add_parser(
         "attend",

@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -101,6 +102,8 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 def new_file(target: Path) -> Iterator[BinaryIO]:
     """A file to fill, which replaces `target` when the block ends and disappears when it fails.
 
+    It is hidden and locked as `new_folder`'s is, so that the next write removes what a killed one left behind.
+
     The block should only write: any OSError in it is told as one of writing. `check_writable` finds most of them
     before.
 
@@ -109,11 +112,15 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
     """
     check_writable(target)
     target = Path(os.path.abspath(target))
-    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     with _writing(target), _made(target.parent):
+        _remove_abandoned_files(target)
         try:
             with work.open("wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(work, target)
         finally:
             work.unlink(missing_ok=True)
@@ -152,6 +159,13 @@ def _remove_abandoned(target: Path) -> None:
                 _clear(work, target)
         except OSError:
             continue
+
+
+def _remove_abandoned_files(target: Path) -> None:
+    for work in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 32}.partial"):
+        with contextlib.suppress(OSError), work.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            work.unlink()
 
 
 def _clear(work: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ has them decoded by workers. What an element becomes depends on the seed, the ep
 number of workers nor a stop in between changes it.
 """
 
+import gc
 import logging
 import math
 import multiprocessing
@@ -17,7 +18,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +29,18 @@ import PIL.Image
 
 from ..errors import InputError
 from ..processor import ImageProcessor, Processor, open_image
-from .sources import DataSettings, Source, open_source
+from .sources import DataSettings, Images, Source, open_images, open_source
 
-__all__ = ["Batches", "DataSettings", "Source", "evaluation_batches", "open_source"]
+__all__ = [
+    "Batches",
+    "DataSettings",
+    "Images",
+    "Source",
+    "evaluation_batches",
+    "image_batches",
+    "open_images",
+    "open_source",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +226,29 @@ def evaluation_batches(
         logger.warning("%d of %d examples of %s were left out", skipped, len(source), source.name)
 
 
+def image_batches(
+    images: Images, image_processor: ImageProcessor, batches: Sequence[range], size: int, num_workers: int
+) -> Generator[dict[str, Any]]:
+    """The images of these rows, batch by batch; workers decode a batch or two each ahead.
+
+    Yields:
+      For each of n <= size rows `id`, and `error`, which is None or says why there is no image; pixel_values (size,
+      height, width, 3) float32, zeros where there is none.
+
+    Raises:
+      InputError: a worker died, or grain is not installed.
+    """
+    grain = _grain()
+    decode = partial(_decode, images=images, image_processor=image_processor, size=size)
+    # Whole batches come from the workers: the process that feeds the accelerator has nothing to put together.
+    running = [_run(grain, grain.MapDataset.source(batches).map(decode), num_workers, 1)]
+    try:
+        for _ in batches:
+            yield _out_of_shared_memory(_next_element(running[0]))
+    finally:
+        _close(running)
+
+
 def _grain() -> ModuleType:
     try:
         import grain
@@ -241,6 +274,13 @@ def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) ->
 def _close(running: list[Any]) -> None:
     while running:
         running.pop().close()
+    # Grain's iterators refer to themselves, and hold the last elements in shared memory, which has to be given back.
+    gc.collect()
+
+
+def _out_of_shared_memory(element: dict[str, Any]) -> dict[str, Any]:
+    """For JAX, which may still have it in its hands when the program ends."""
+    return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in element.items()}
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -296,6 +336,21 @@ def _prepare(
     if rng and flip and rng.random() < 0.5:
         pixels = np.ascontiguousarray(pixels[:, ::-1])
     return {"pixel_values": pixels, "caption": caption, "image_id": row["image_id"]}
+
+
+def _decode(rows: range, *, images: Images, image_processor: ImageProcessor, size: int) -> dict[str, Any]:
+    pixels = np.zeros((size, image_processor.height, image_processor.width, 3), np.float32)
+    ids, errors = [], []
+    for place, row in enumerate(map(images.__getitem__, rows)):
+        error = None
+        try:
+            pixels[place] = image_processor(_open(row["image"], row["name"]))
+        except Exception as caught:
+            # Pillow's decoders raise whatever they meet in a broken file.
+            error = str(caught) or repr(caught)
+        ids.append(row["id"])
+        errors.append(error)
+    return {"pixel_values": pixels, "id": ids, "error": errors}
 
 
 def _open(image: Any, name: str) -> PIL.Image.Image:

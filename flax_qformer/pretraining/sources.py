@@ -18,6 +18,7 @@ from ..errors import InputError
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "description", "prompt")
 IMAGE_COLUMNS = ("image", "jpg", "png", "img", "picture")
+ID_COLUMNS = ("id", "__key__", "file_name")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "test")
 
@@ -99,6 +100,50 @@ class Source:
         }
 
 
+@dataclass(frozen=True)
+class Images:
+    """Rows with images, with or without captions, read when they are asked for.
+
+    Attributes:
+      name: what the caller called it.
+      rows: a `datasets.Dataset`; images are not decoded.
+      image_column: of the rows.
+      id_column: of the rows; None if they have none.
+    """
+
+    name: str
+    rows: Any
+    image_column: str
+    id_column: str | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row = self.rows[number]
+        image = row[self.image_column]
+        key = row[self.id_column] if self.id_column else None
+        if key is None and isinstance(image, Mapping) and image["bytes"] is None:
+            _, _, key = (image.get("path") or "").rpartition(os.path.join(os.path.abspath(self.name), ""))
+        return {"name": f"row {number} of {self.name}", "id": str(number if key in (None, "") else key), "image": image}
+
+
+def open_images(settings: DataSettings) -> Images:
+    """Open the images of all splits for random access, as `open_source` does; nothing need say what they show.
+
+    What a row is called is what its column `id` or `__key__` says, else its file below the folder, else its number.
+
+    Raises:
+      InputError: there is no such data, it cannot be read, or it has no images.
+    """
+    splits = _load(settings, captions=False)
+    rows = _datasets().concatenate_datasets(list(splits.values()))
+    image_column = _image_column(rows.features, settings)
+    id_column = next((name for name in ID_COLUMNS if name in rows.features), None)
+    rows = rows.select_columns([name for name in (image_column, id_column) if name])
+    return Images(settings.data, rows, image_column, id_column)
+
+
 def open_source(settings: DataSettings, split: Literal["train", "held_out", "all"] = "train") -> Source:
     """Open data for random access; the first time, `datasets` writes its index into its cache.
 
@@ -112,7 +157,7 @@ def open_source(settings: DataSettings, split: Literal["train", "held_out", "all
     Raises:
       InputError: there is no such data, it cannot be read, it has no images or captions, or nothing is in the split.
     """
-    splits = _load(settings)
+    splits = _load(settings, captions=True)
     held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
     if len(splits) > 1 and "train" not in splits:
         raise InputError(f"{settings.data} has the splits {', '.join(splits)}; name the one to train on train")
@@ -145,19 +190,19 @@ def _datasets() -> ModuleType:
     return datasets
 
 
-def _load(settings: DataSettings) -> dict[str, Any]:
-    """The splits of the data, by name."""
+def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
+    """The splits of the data, by name; with captions or, where there are none, refused if they must be there."""
     datasets = _datasets()
     path = Path(settings.data)
     try:
         if path.is_file() and path.suffix == ".parquet":
             splits = datasets.load_dataset("parquet", data_files=str(path))
         elif path.is_file() and path.suffix == ".tar":
-            splits = {"train": _load_tars([path], settings)}
+            splits = {"train": _load_tars([path], settings, captions)}
         elif path.is_file():
             raise InputError(f"{path} is no .tar and no .parquet; give such a file, or a folder")
         elif path.is_dir():
-            splits = _load_folder(path, settings)
+            splits = _load_folder(path, settings, captions)
         else:
             splits = datasets.load_dataset(settings.data)
     except InputError:
@@ -177,7 +222,7 @@ def _load(settings: DataSettings) -> dict[str, Any]:
     return splits
 
 
-def _load_folder(folder: Path, settings: DataSettings) -> dict[str, Any]:
+def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[str, Any]:
     datasets = _datasets()
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"the folder {folder} may not be read; change its permissions")
@@ -189,9 +234,12 @@ def _load_folder(folder: Path, settings: DataSettings) -> dict[str, Any]:
         for tar in tars:
             top = tar.relative_to(folder).parts[0]
             splits.setdefault(top if top in HELD_OUT_SPLITS else "train", []).append(tar)
-        return {name: _load_tars(paths, settings) for name, paths in splits.items()}
+        return {name: _load_tars(paths, settings, captions) for name, paths in splits.items()}
     if next(folder.rglob("*.parquet"), None):
         return datasets.load_dataset("parquet", data_dir=str(folder))
+    if not captions:
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        return {"train": datasets.Dataset.from_dict({"image": _image_files(folder)}, features)}
     raise InputError(
         f"{folder} has neither metadata.jsonl or metadata.csv (file_name and a caption in each row) nor .tar or "
         ".parquet files; add the captions, or name another folder"
@@ -214,6 +262,17 @@ def _patterns(folder: Path) -> dict[str, str]:
     return {name: f"{name}/**" for name in splits} if "train" in splits else {"train": "**"}
 
 
+def _image_files(folder: Path) -> list[str]:
+    """Those in a folder and below it, in order; what is hidden is left out."""
+    suffixes = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+    files = []
+    for place, folders, names in os.walk(folder.absolute()):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in names if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
+        files += [os.path.join(place, name) for name in names]
+    return sorted(files)
+
+
 def _undecoded(rows: Any) -> Any:
     """Rows whose images are still files, so that workers decode them."""
     image = _datasets().Image
@@ -223,7 +282,7 @@ def _undecoded(rows: Any) -> Any:
     return rows
 
 
-def _load_tars(paths: Sequence[Path], settings: DataSettings) -> Any:
+def _load_tars(paths: Sequence[Path], settings: DataSettings, captions: bool) -> Any:
     """Rows of WebDataset tars: files that differ in the suffix are one example, as `1.jpg`, `1.txt` and `1.json`.
 
     The reader of datasets takes the columns' types from the first five examples and fails on those that differ, say by
@@ -231,13 +290,15 @@ def _load_tars(paths: Sequence[Path], settings: DataSettings) -> Any:
     """
     datasets = _datasets()
     columns = {name: None for example in islice(_examples_of_tars(paths), 10) for name in example}
-    caption = _caption_column(columns, settings)
+    captions = captions or not columns.keys().isdisjoint(CAPTION_COLUMNS)
+    caption = _caption_column(columns, settings) if captions else None
     stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),
-            caption: datasets.List(datasets.Value("string")),
             "image_id": datasets.Value("string"),
+            "__key__": datasets.Value("string"),
+            **({caption: datasets.List(datasets.Value("string"))} if caption else {}),
         }
     )
     # datasets finds what it wrote before by the arguments: changed files need changed arguments.
@@ -248,22 +309,26 @@ def _load_tars(paths: Sequence[Path], settings: DataSettings) -> Any:
     )
 
 
-def _rows_of_tars(paths: Sequence[str], stamps: object, caption: str) -> Iterator[dict[str, Any]]:
+def _rows_of_tars(paths: Sequence[str], stamps: object, caption: str | None) -> Iterator[dict[str, Any]]:
     for example in _examples_of_tars([Path(path) for path in paths]):
-        captions, image_id = example.get(caption), example.get("image_id")
-        captions = captions if isinstance(captions, list) else [captions]
-        yield {
+        image_id = example.get("image_id")
+        row = {
             "image": {"bytes": example.get("image"), "path": None},
-            caption: [text for text in captions if isinstance(text, str)],
             "image_id": None if image_id is None else str(image_id),
+            "__key__": example["__key__"],
         }
+        if caption:
+            captions = example.get(caption)
+            captions = captions if isinstance(captions, list) else [captions]
+            row[caption] = [text for text in captions if isinstance(text, str)]
+        yield row
 
 
 def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The examples by column: `image`, the suffixes of text files, and what the json says."""
+    """The examples by column: `image`, the suffixes of text files, what the json says, and `__key__`, their name."""
     suffixes = PIL.Image.registered_extensions()
     for path in paths:
-        current: tuple[str, str] | None = None
+        current = ""
         example: dict[str, Any] = {}
         with tarfile.open(path) as tar:
             for member in tar:
@@ -271,10 +336,11 @@ def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 stem, _, suffix = name.partition(".")
                 if not (member.isfile() and stem and suffix):
                     continue
-                if (folder, stem) != current:
+                key = f"{folder}/{stem}" if folder else stem
+                if key != current:
                     if example:
-                        yield example
-                    current, example = (folder, stem), {}
+                        yield {**example, "__key__": current}
+                    current, example = key, {}
                 file = tar.extractfile(member)
                 content = file.read() if file else b""
                 if f".{suffix.lower()}" in suffixes:
@@ -285,7 +351,7 @@ def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 else:
                     example[suffix] = content.decode("utf-8", errors="replace")
         if example:
-            yield example
+            yield {**example, "__key__": current}
 
 
 def _json(content: bytes) -> Any:

@@ -6,11 +6,9 @@ import json
 import logging
 import math
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -31,22 +29,11 @@ from flax_qformer.pretraining.sources import DataSettings, Source
 from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.processor import Processor
 from flax_qformer.source import locate
+from flax_qformer.stopping import Stopped, noted_signals
 
 logger = logging.getLogger(__name__)
 
 SETTINGS, METRICS = "settings.yaml", "metrics.jsonl"
-
-
-class Stopped(Exception):
-    """A signal asked the run to end; it was saved.
-
-    Attributes:
-      signal: its number.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal = number
 
 
 def train(settings: TrainSettings) -> str:
@@ -93,7 +80,7 @@ def train(settings: TrainSettings) -> str:
     state, notes = checkpoints.restore(state) or (state, {})
     done = int(state.step) // settings.accumulation
     checkpoints.tidy(done)
-    with batches, _signals() as came, Log(output, done) as log:
+    with batches, noted_signals() as came, Log(output, done) as log:
         if notes:
             batches.set_state(notes["data"])
 
@@ -293,24 +280,6 @@ def _examples(
     source = dataclasses.replace(source, chosen=source.chosen[:limit], image_ids=source.image_ids[:limit])
     for batch, captions in evaluation_batches(source, processor, settings):
         yield batch, len(captions)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that asked to stop, instead of their stopping the program at once; a second one does."""
-    came: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        signal.signal(number, before[number])
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield came
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
 
 
 def _short(figures: dict[str, float]) -> str:

@@ -1,0 +1,261 @@
+"""Embeddings of all images of a source, as Parquet shards.
+
+Which rows are in a shard, and in which of its batches they run, depends on the source and the settings alone. So a run
+goes on by making the shards that are missing, and several processes share the work without a word between them.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import re
+import zlib
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from .checkpoint import as_dtype, from_pretrained
+from .errors import InputError, first_line
+from .pretraining.data import Images, image_batches, open_images
+from .pretraining.sources import DataSettings
+from .processor import Processor
+from .qformer import Blip2QFormerModel
+from .source import DEFAULT_MODEL
+from .stopping import Stopped, noted_signals
+from .writing import check_writable, new_file
+
+logger = logging.getLogger(__name__)
+
+FIXED = ("model", "config", "tokenizer", "text", "truncate", "image_column", "dtype", "embedding_dtype", "shard_size")
+"""What decides of the embeddings or their shards, and so may not change between a stop and its resumption."""
+
+NOTES = b"flax_qformer"
+"""Where the schema of a shard says what made it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings:
+    """What to embed, with what, and how it is written.
+
+    Attributes:
+      data, image_column, num_workers: as of `DataSettings`; captions need not be there.
+      output: the folder of the shards.
+      model, config, tokenizer: as `from_pretrained` and `Processor.from_pretrained` take them.
+      text: the subject's name, the same for all images.
+      truncate: cut it where it is longer than the model reads.
+      dtype: what is computed in.
+      embedding_dtype: what is written, float16 or float32.
+      shard_size: rows in a shard.
+      batch_size: images that run together, made to divide among the devices.
+      process: the number of this process and how many there are; by default as JAX counts them.
+    """
+
+    data: str
+    output: Path
+    model: str = str(DEFAULT_MODEL)
+    config: str | None = None
+    tokenizer: str | None = None
+    text: str | None = None
+    truncate: bool = False
+    image_column: str | None = None
+    dtype: str = "float32"
+    embedding_dtype: str = "float32"
+    shard_size: int = 1024
+    batch_size: int = 64
+    num_workers: int = 4
+    process: tuple[int, int] | None = None
+
+
+class Part(NamedTuple):
+    """Rows that ran together: what they are called, what is wrong with each, and embeddings (n, queries, width)."""
+
+    ids: list[str]
+    errors: list[str | None]
+    embeddings: np.ndarray
+
+
+def embed_data(settings: EmbedSettings) -> str:
+    """Write the shards that are missing.
+
+    Returns:
+      A line on what there is now.
+
+    Raises:
+      InputError: a setting, the data or the model is unfit, the folder holds something else, or there is no space.
+      Stopped: SIGTERM or SIGINT came; the shards that are whole are kept.
+    """
+    index, count = settings.process or (jax.process_index(), jax.process_count())
+    if not 0 <= index < count:
+        raise InputError(f"there is no process {index} of {count}; number them from 0 to {count - 1}")
+    source = DataSettings(settings.data, image_column=settings.image_column, num_workers=settings.num_workers)
+    _check_place(settings)
+    images = open_images(source)
+    notes = {name: getattr(settings, name) for name in FIXED}
+    notes |= {"rows": len(images), "sum of ids": _sum_of_ids(images)}
+    errors = _errors_of_shards(settings.output, notes)
+    rows = range(len(images))
+    starts = rows[:: settings.shard_size]
+    shards = {
+        settings.output / f"{number:05}-of-{len(starts):05}.parquet": rows[start : start + settings.shard_size]
+        for number, start in enumerate(starts)
+        if number % count == index
+    }
+    missing = {path: part for path, part in shards.items() if path not in errors}
+    if missing:
+        check_writable(next(iter(missing)))
+        errors |= _make(missing, images, settings, notes)
+    share = f" of {len(starts)}, the share of process {index} of {count}" if count > 1 else ""
+    failed = sum(errors[path] for path in shards)
+    return f"{settings.output} has {len(shards)} shards{share}: {_total(shards)} rows, {failed} with an error"
+
+
+def _check_place(settings: EmbedSettings) -> None:
+    """Whether the folder can take the shards: there is nothing else in it, and they do not become part of the data."""
+    output, data = settings.output, Path(settings.data)
+    if data.exists() and output.resolve().is_relative_to(data.resolve()):
+        raise InputError(f"{output} lies inside the data; name an --output elsewhere")
+    for path in output.iterdir() if output.is_dir() else ():
+        if not re.fullmatch(r"\..*|\d{5,}-of-\d{5,}\.parquet", path.name):
+            raise InputError(f"{output} holds something else than shards, {path.name}; name another --output")
+
+
+def _sum_of_ids(images: Images) -> int:
+    """A sum by which a source is known again: of a thousand ids all over it."""
+    numbers = {int(number) for number in np.linspace(0, len(images) - 1, 1000)}
+    return zlib.crc32("\n".join(images[number]["id"] for number in sorted(numbers)).encode())
+
+
+def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]:
+    """The shards that are whole, and how many errors are in each.
+
+    Raises:
+      InputError: one was made with other settings.
+    """
+    errors = {}
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            with pq.ParquetFile(path) as file:
+                before = json.loads(file.schema_arrow.metadata[NOTES])
+                column = file.read(columns=["error"])["error"]
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is no whole shard (%s): making it anew", path, first_line(error))
+            continue
+        changed = [
+            f"{name} was {before.get(name)} and is now {v}" for name, v in notes.items() if before.get(name) != v
+        ]
+        if changed:
+            raise InputError(
+                f"the shards in {folder} cannot be completed with other settings: {'; '.join(changed)}. Set them back, "
+                "or name another --output"
+            )
+        errors[path] = len(column) - column.null_count
+    return errors
+
+
+def _make(
+    shards: Mapping[Path, range], images: Images, settings: EmbedSettings, notes: Mapping[str, Any]
+) -> dict[Path, int]:
+    """Write shards; how many errors are in each."""
+    devices = jax.local_devices()
+    # It depends on no shard: a batch of another size would be rounded otherwise.
+    size = math.ceil(min(settings.batch_size, settings.shard_size, len(images)) / len(devices)) * len(devices)
+    batches = {path: [rows[i : i + size] for i in range(0, len(rows), size)] for path, rows in shards.items()}
+    parts = _embed(images, [rows for some in batches.values() for rows in some], size, settings)
+    written: dict[Path, Future[int]] = {}
+    with (
+        noted_signals() as came,
+        contextlib.closing(parts),
+        ThreadPoolExecutor(1) as writer,
+        tqdm(total=_total(shards), unit="image", dynamic_ncols=True) as progress,
+    ):
+        for path, some in batches.items():
+            shard: list[Part] = []
+            while len(shard) < len(some) and not came:
+                shard.append(next(parts))
+                progress.update(len(shard[-1].ids))
+            if came:
+                break
+            # Two shards are in memory at most, and the run ends where one cannot be written.
+            for previous in list(written.values())[-1:]:
+                previous.result()
+            written[path] = writer.submit(_write, path, shards[path].start, shard, notes)
+    errors = {path: writing.result() for path, writing in written.items()}
+    if len(errors) < len(shards):
+        left = len(shards) - len(errors)
+        raise Stopped(came[0], f"stopped with {left} shards to go; the same command goes on with them")
+    return errors
+
+
+def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedSettings) -> Generator[Part]:
+    """The rows of each batch, of `size` or fewer; the model is loaded at once."""
+    model, params = from_pretrained(
+        settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config
+    )
+    processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
+    tokens = processor(text=[settings.text] * size, truncate=settings.truncate) if settings.text else {}
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    tokens = jax.device_put(tokens, split)
+
+    apply: Any = model.apply
+
+    @jax.jit
+    def run(params: Any, pixel_values: jax.Array, tokens: dict[str, jax.Array]) -> jax.Array:
+        output = apply({"params": params}, pixel_values, **tokens)
+        return output.query_embeddings.astype(settings.embedding_dtype)
+
+    def parts() -> Generator[Part]:
+        before: tuple[dict[str, Any], jax.Array] | None = None
+        decoded = image_batches(images, processor.image_processor, batches, size, settings.num_workers)
+        with contextlib.closing(decoded):
+            for batch in decoded:
+                # The devices work on this one while the one before is taken from them and the next is waited for.
+                now = batch, run(params, jax.device_put(batch["pixel_values"], split), tokens)
+                if before:
+                    yield part(*before)
+                before = now
+        if before:
+            yield part(*before)
+
+    def part(batch: dict[str, Any], embeddings: jax.Array) -> Part:
+        return Part(batch["id"], batch["error"], np.asarray(embeddings)[: len(batch["id"])])
+
+    return parts()
+
+
+def _write(path: Path, start: int, parts: Sequence[Part], notes: Mapping[str, Any]) -> int:
+    """A shard of these rows; how many of them are errors."""
+    embeddings = np.concatenate([part.embeddings for part in parts])
+    shape = embeddings.shape[1:]
+    embeddings = embeddings.reshape(len(embeddings), -1)
+    errors = [error for part in parts for error in part.errors]
+    for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+        errors[row] = errors[row] or f"its embedding has values that are not finite in {embeddings.dtype}"
+    bad = np.array([error is not None for error in errors])
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1], mask=pa.array(bad))
+    columns = {
+        "id": pa.array([key for part in parts for key in part.ids], pa.string()),
+        "row": pa.array(np.arange(start, start + len(bad))),
+        "embeddings": vectors,
+        "error": pa.array(errors, pa.string()),
+    }
+    table = pa.table(columns).replace_schema_metadata({NOTES: json.dumps({**notes, "shape": shape})})
+    with new_file(path) as file:
+        # Floats hardly repeat, and nobody looks for the least or greatest of them.
+        pq.write_table(table, file, compression="zstd", use_dictionary=False, write_statistics=False)
+    return int(bad.sum())
+
+
+def _total(shards: Mapping[Path, range]) -> int:
+    return sum(map(len, shards.values()))
