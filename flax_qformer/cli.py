@@ -306,8 +306,8 @@ def _parser() -> argparse.ArgumentParser:
         "embed",
         help="subject embeddings of images",
         description="Turn images, each with the word for its subject, into subject embeddings: query_embeddings "
-        "(images, queries, width) in an .npz file, which also holds the names of the images and the texts. With --data: "
-        "all images of a source, into a folder of Parquet files; after a stop the same command goes on.",
+        "(images, queries, width) in an .npz file, which also holds the names of the images and the texts; or, with "
+        "--data, all images of a source into a folder of Parquet files. After a stop the same command goes on.",
     )
     command.set_defaults(run=embed)
     command.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files")

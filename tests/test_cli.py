@@ -231,6 +231,8 @@ IMAGE = str(EXAMPLE_IMAGE)
     ("arguments", "message"),
     [
         (["embed"], "required: IMAGE"),
+        (["embed", IMAGE, "--shard-size", "3"], "--shard-size goes with --data"),
+        (["embed", IMAGE, "--data", "existing"], "--data names all images"),
         (["embed", "absent.png"], "there is no image absent.png"),
         (["embed", "https://dog.org/dog.png"], "nothing is downloaded here"),
         (["embed", "a" * 300], "the image aaa"),

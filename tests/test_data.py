@@ -18,7 +18,7 @@ import pytest
 
 import cases
 import flax_qformer as fq
-from flax_qformer.pretraining.data import Batches, DataSettings, Source, evaluation_batches, open_source
+from flax_qformer.pretraining.data import Batches, DataSettings, Source, evaluation_batches, open_images, open_source
 from flax_qformer.source import DEFAULT_MODEL
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown", "grey", "pink")
@@ -132,6 +132,36 @@ def test_every_source_gives_what_the_processor_gives(tmp_path: Path, processor: 
             np.testing.assert_array_equal(batch["input_ids"], processor(text=texts, max_length=32)["input_ids"])
         ids = [i for batch, some in results for i in batch["image_id"][: len(some)]]
         assert len(set(ids)) == 10
+
+
+def test_images_have_names_and_need_no_captions(tmp_path: Path) -> None:
+    def named(data: Path) -> dict[str, bytes]:
+        images = open_images(settings(data))
+        found = {}
+        for row in map(images.__getitem__, range(len(images))):
+            assert row["id"] not in found
+            found[row["id"]] = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+        return found
+
+    pngs = [png(i) for i in range(3)]
+    split = tmp_path / "split"
+    for part, number in (("train", 2), ("test", 1)):
+        write_folder(split / part, [{"file_name": f"{i}.png", "size": 3} for i in range(number)])
+    assert named(split) == {"train/0.png": pngs[0], "train/1.png": pngs[1], "test/0.png": pngs[0]}
+    for path in split.rglob("metadata.jsonl"):
+        path.unlink()
+    (split / ".hidden").mkdir()
+    for name in (".hidden/a.png", "train/.a.png", "notes.txt"):
+        (split / name).write_bytes(pngs[2])
+    assert list(named(split)) == ["test/0.png", "train/0.png", "train/1.png"]
+
+    write_tar(tmp_path / "a.tar", {"x/1.png": pngs[1], "x/1.json": b'{"title": "dog"}', "2.png": pngs[2]})
+    assert named(tmp_path / "a.tar") == {"x/1": pngs[1], "2": pngs[2]}
+    structs = [{"bytes": content, "path": "image.png"} for content in pngs]
+    write_parquet(tmp_path / "a.parquet", {"image": structs, "size": [1, 2, 3]})
+    assert named(tmp_path / "a.parquet") == {str(i): content for i, content in enumerate(pngs)}
+    write_parquet(tmp_path / "b.parquet", {"image": structs, "id": [70, None, 90]})
+    assert named(tmp_path / "b.parquet") == {"70": pngs[0], "1": pngs[1], "90": pngs[2]}
 
 
 def test_form_of_a_batch(tmp_path: Path, processor: fq.Processor) -> None:

@@ -1,0 +1,202 @@
+"""Whole sources become Parquet shards, the same ones wherever the program was stopped and however it is spread."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pyarrow.parquet as pq
+import pytest
+
+import flax_qformer as fq
+from flax_qformer.cli import main
+from flax_qformer.source import DEFAULT_MODEL
+
+BIN = Path(sys.executable).parent
+IMAGES, SHARDS = 203, 26
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images without captions, one of them broken."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "more").mkdir()
+    for i in range(IMAGES):
+        pixels = np.random.default_rng(i).integers(0, 256, (30, 40, 3), np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / ("more" if i > 100 else "") / f"{i:03}.png")
+    (folder / "007.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image, and not taken for one")
+    return folder
+
+
+def program(data: Path, output: Path, *more: Any) -> list[str]:
+    arguments = ["embed", "--data", data, "--output", output, "--text", "red circle", "--shard-size", 8]
+    return list(map(str, [*arguments, "--batch-size", 3, "--num-workers", 1, *more]))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "new" / "embeddings"
+    main(program(data, output, "--num-workers", 0))
+    return output
+
+
+def check_same(output: Path, expected: Path) -> None:
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in output.iterdir()) == names
+    for name in names:
+        assert pq.read_table(output / name).equals(pq.read_table(expected / name)), name
+
+
+def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    assert len(list(uninterrupted.iterdir())) == SHARDS
+    # As the README reads them.
+    rows = pd.read_parquet(uninterrupted)
+    good = rows.dropna(subset="embeddings")
+    embeddings = np.stack(good["embeddings"]).reshape(len(good), 8, 64)
+
+    assert rows["id"].tolist() == [f"{'more/' if i > 100 else ''}{i:03}.png" for i in range(IMAGES)]
+    assert rows["row"].tolist() == list(range(IMAGES))
+    assert rows.index[rows["error"].notna()].tolist() == [7]
+    assert "007.png is not an image" in rows["error"][7]
+    assert good["row"].tolist() == [i for i in range(IMAGES) if i != 7]
+    assert embeddings.dtype == np.float32
+    model, params = fq.from_pretrained(DEFAULT_MODEL)
+    some = [0, 6, 7, 150, 201]
+    batch = fq.Processor.from_pretrained(DEFAULT_MODEL)([data / good["id"].iloc[i] for i in some], "red circle")
+    expected = model.apply({"params": params}, **batch).query_embeddings
+    np.testing.assert_allclose(embeddings[some], expected, atol=1e-5)
+
+    loaded = datasets.load_dataset("parquet", data_dir=str(uninterrupted), cache_dir=str(tmp_path), split="train")
+    assert loaded.with_format("numpy")[150]["embeddings"].tolist() == rows["embeddings"][150].tolist()
+
+
+def start(arguments: Sequence[str], cache: Path) -> subprocess.Popen[str]:
+    """The installed command, which finds what another one compiled."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [BIN / "flax-qformer", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def shards(output: Path) -> int:
+    return len(list(output.glob("*.parquet")))
+
+
+def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    output, cache = tmp_path / "embeddings", tmp_path / "compiled"
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        before = shards(output)
+        process = start(program(data, output), cache)
+        while shards(output) < before + 3 and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == code, told
+        assert before + 3 <= shards(output) < SHARDS
+    assert f"stopped with {SHARDS - shards(output)} shards to go; the same command goes on" in told.splitlines()[-1]
+    # What a full disk or a crash of the machine may leave.
+    first = min(output.iterdir())
+    first.write_bytes(first.read_bytes()[:-100])
+
+    both = [start(program(data, output, "--process", i, 2), cache) for i in range(2)]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert "13 shards of 26, the share of process 0 of 2: 104 rows, 1 with an error" in told[0][0]
+    assert "13 shards of 26, the share of process 1 of 2: 99 rows, 0 with an error" in told[1][0]
+    assert f"{first.name} is no whole shard" in told[0][1]
+    assert "Traceback" not in "".join(err for _, err in told)
+    assert not any("leaked" in err for _, err in told)
+    check_same(output, uninterrupted)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    print("seed", seed := time.time_ns())
+    rng = random.Random(seed)
+    begun = time.monotonic()
+    assert start(program(data, tmp_path / "timed"), tmp_path / "compiled").wait(timeout=300) == 0
+    usual = time.monotonic() - begun
+    for run in range(3):
+        output, where = tmp_path / str(run), []
+        for _ in range(40):
+            process = start(program(data, output), tmp_path / "compiled")
+            time.sleep(rng.uniform(0.1, 1.1) * usual)
+            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            process.send_signal(number)
+            _, told = process.communicate(timeout=300)
+            where.append((number.name, process.returncode, shards(output)))
+            if process.returncode == 0:
+                break
+        assert process.returncode == 0, told
+        print(where)
+        check_same(output, uninterrupted)
+
+
+def test_what_cannot_go_on_is_refused(
+    data: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refused(message: str, *more: Any, data: Path = data, output: Path = uninterrupted) -> None:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(program(data, output, "--num-workers", 0, *more))
+        (line,) = capfd.readouterr().err.splitlines()
+        assert stop.value.code == 2
+        assert line.startswith("flax-qformer embed: ")
+        assert message in line
+
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
+    refused("other settings: truncate was False and is now True; shard_size was 8", "--truncate", "--shard-size", 9)
+    refused("embedding_dtype was float32 and is now float16. Set them back", "--embedding-dtype", "float16")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(data, fewer)
+    (fewer / "000.png").unlink()
+    refused("rows was 203 and is now 202; sum of ids was", data=fewer)
+    shutil.copyfile(data / "001.png", fewer / "more" / "999.png")
+    refused("other settings: sum of ids was", data=fewer)
+    # Nothing is left to do; elsewhere, and with batches of another size, it is the same source.
+    shutil.copytree(data, tmp_path / "moved")
+    main(program(tmp_path / "moved", uninterrupted, "--batch-size", 9))
+    assert "26 shards: 203 rows, 1 with an error" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()} == before
+
+    other = tmp_path / "other"
+    other.mkdir()
+    refused("lies inside the data", output=data / "embeddings")
+    (other / "kept.parquet").touch()
+    refused("other holds something else than shards, kept.parquet", output=other)
+    refused("is not a folder", output=other / "kept.parquet")
+    refused("cannot write", output=other / "kept.parquet" / "below")
+    refused("no process 2 of 2; number them from 0 to 1", "--process", 2, 2, output=tmp_path / "out")
+    refused("num_workers is -1", "--num-workers", -1, output=tmp_path / "out")
+    refused("--data names all images, and one --text goes for all", "--text", "dog", output=tmp_path / "out")
+    refused("no file or folder none", "--model", "none/of/these", output=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    refused("empty has no rows; add images", data=tmp_path / "empty", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_and_nothing_but_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for i in range(3):
+        (broken / f"{i}.jpg").write_text("no image")
+    output = tmp_path / "embeddings"
+    main(program(broken, output, "--embedding-dtype", "float16", "--num-workers", 0))
+    assert "1 shards: 3 rows, 3 with an error" in capsys.readouterr().out
+    table = pq.read_table(output)
+    assert table["embeddings"].null_count == 3
+    assert str(table.schema.field("embeddings").type.value_type) == "halffloat"
