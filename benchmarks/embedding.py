@@ -2,8 +2,8 @@
 
     python benchmarks/embedding.py
 
-Draws folders of 100 and of 10,000 images, embeds them with the model inside the package, and prints the highest resident
-memory of the program and of each process that decodes, images per second, and the rate of the model alone.
+Draws folders of 100 and of 10,000 images, embeds them with the model inside the package, and prints the highest
+resident memory of the program and of each process that decodes, images per second, and the rate of the model alone.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
             for i in range(number):
                 pixels = np.random.default_rng(i).integers(0, 256, (options.side, options.side, 3), np.uint8)
                 PIL.Image.fromarray(pixels).save(folder / f"{i}.jpg")
-            command = [sys.executable, "-m", "flax_qformer.cli", "embed", "--data", folder, "--text", "red circle"]
+            command = [Path(sys.executable).parent / "flax-qformer", "embed", "--data", folder, "--text", "red circle"]
             command += ["--output", f"{folder}.out", "--batch-size", options.batch_size]
             peaks, rate = watch([str(word) for word in [*command, "--num-workers", options.num_workers]])
             print(f"{number} images: {' + '.join(f'{peak / 1024:.0f}' for peak in peaks)} MB, {rate:.0f} images/s")
@@ -56,7 +56,7 @@ def forward(size: int) -> float:
 
 
 def watch(command: list[str]) -> tuple[list[int], float]:
-    """The highest resident memory in KiB of the process and its children, and images per second after the first batch."""
+    """The highest resident memory in KiB of a process and its children, and images per second after the first batch."""
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
         peaks: dict[int, int] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jax
 import numpy as np
 import pandas as pd
 import PIL.Image
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import flax_qformer as fq
+from conftest import COMPILE_FAST
 from flax_qformer.cli import main
 from flax_qformer.source import DEFAULT_MODEL
 
@@ -74,7 +76,8 @@ def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) 
     model, params = fq.from_pretrained(DEFAULT_MODEL)
     some = [0, 6, 7, 150, 201]
     batch = fq.Processor.from_pretrained(DEFAULT_MODEL)([data / good["id"].iloc[i] for i in some], "red circle")
-    expected = model.apply({"params": params}, **batch).query_embeddings
+    apply = jax.jit(model.apply, compiler_options=COMPILE_FAST)
+    expected = apply({"params": params}, **batch).query_embeddings
     np.testing.assert_allclose(embeddings[some], expected, atol=1e-5)
 
     loaded = datasets.load_dataset("parquet", data_dir=str(uninterrupted), cache_dir=str(tmp_path), split="train")

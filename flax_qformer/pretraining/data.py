@@ -229,7 +229,7 @@ def evaluation_batches(
 def image_batches(
     images: Images, image_processor: ImageProcessor, batches: Sequence[range], size: int, num_workers: int
 ) -> Generator[dict[str, Any]]:
-    """The images of these rows, batch by batch; workers decode a batch or two each ahead.
+    """The images of these rows, batch by batch; workers decode a batch or two ahead.
 
     Yields:
       For each of n <= size rows `id`, and `error`, which is None or says why there is no image; pixel_values (size,
@@ -239,12 +239,23 @@ def image_batches(
       InputError: a worker died, or grain is not installed.
     """
     grain = _grain()
-    decode = partial(_decode, images=images, image_processor=image_processor, size=size)
-    # Whole batches come from the workers: the process that feeds the accelerator has nothing to put together.
-    running = [_run(grain, grain.MapDataset.source(batches).map(decode), num_workers, 1)]
+    # Each worker's part of a batch comes in one piece: single images would keep the process that reads them busy.
+    step = math.ceil(size / max(num_workers, 1))
+    pieces = [[rows[i : i + step] for i in range(0, len(rows), step)] for rows in batches]
+    decode = partial(_decode, images=images, image_processor=image_processor)
+    elements = grain.MapDataset.source([rows for some in pieces for rows in some]).map(decode)
+    running = [_run(grain, elements, num_workers, 1)]
     try:
-        for _ in batches:
-            yield _out_of_shared_memory(_next_element(running[0]))
+        for some in pieces:
+            # Not in shared memory, which JAX may still have in its hands when the program ends.
+            pixels = np.zeros((size, image_processor.height, image_processor.width, 3), np.float32)
+            batch: dict[str, Any] = {"pixel_values": pixels, "id": [], "error": []}
+            for rows in some:
+                element = _next_element(running[0])
+                pixels[len(batch["id"]) :][: len(rows)] = element.pop("pixel_values")
+                for name, values in element.items():
+                    batch[name] += values
+            yield batch
     finally:
         _close(running)
 
@@ -276,11 +287,6 @@ def _close(running: list[Any]) -> None:
         running.pop().close()
     # Grain's iterators refer to themselves, and hold the last elements in shared memory, which has to be given back.
     gc.collect()
-
-
-def _out_of_shared_memory(element: dict[str, Any]) -> dict[str, Any]:
-    """For JAX, which may still have it in its hands when the program ends."""
-    return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in element.items()}
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -338,8 +344,8 @@ def _prepare(
     return {"pixel_values": pixels, "caption": caption, "image_id": row["image_id"]}
 
 
-def _decode(rows: range, *, images: Images, image_processor: ImageProcessor, size: int) -> dict[str, Any]:
-    pixels = np.zeros((size, image_processor.height, image_processor.width, 3), np.float32)
+def _decode(rows: range, *, images: Images, image_processor: ImageProcessor) -> dict[str, Any]:
+    pixels = np.zeros((len(rows), image_processor.height, image_processor.width, 3), np.float32)
     ids, errors = [], []
     for place, row in enumerate(map(images.__getitem__, rows)):
         error = None
