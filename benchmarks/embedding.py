@@ -61,9 +61,11 @@ def watch(command: list[str]) -> tuple[list[int], float]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
         peaks: dict[int, int] = {}
         while process.poll() is None:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             try:
-                for pid in (process.pid, *map(int, children.read_text().split())):
+                # Threads have children of their own.
+                tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+                children = [int(pid) for task in tasks for pid in task.read_text().split()]
+                for pid in (process.pid, *children):
                     status = Path(f"/proc/{pid}/status").read_text()
                     peaks[pid] = int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
             except (OSError, IndexError):
