@@ -130,14 +130,18 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
 def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     print("seed", seed := time.time_ns())
     rng = random.Random(seed)
-    begun = time.monotonic()
-    assert start(program(data, tmp_path / "timed"), tmp_path / "compiled").wait(timeout=300) == 0
-    usual = time.monotonic() - begun
     for run in range(3):
         output, where = tmp_path / str(run), []
         for _ in range(40):
             process = start(program(data, output), tmp_path / "compiled")
-            time.sleep(rng.uniform(0.1, 1.1) * usual)
+            # While it starts, or at some moment of the work.
+            wanted, deadline = (
+                shards(output) + rng.randrange(1, 8),
+                time.monotonic() + rng.choice([rng.random() * 9, 300]),
+            )
+            while process.poll() is None and shards(output) < wanted and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.1)
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             process.send_signal(number)
             _, told = process.communicate(timeout=300)
