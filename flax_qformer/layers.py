@@ -45,25 +45,30 @@ class Block(nn.Module, kw_only=True):
 class Dense(Block):
     """`x @ kernel + bias` over the last axes of x, where each side may have several axes. Source: `nn.Linear`.
 
-    kernel: (*in_shape, *out_shape); bias: out_shape. Accumulates in float32, also in half precision.
+    kernel: (*in_shape, *out_shape); bias: out_shape. Accumulates in float32, also in half precision, and what follows,
+    bias and activation, is float32 too: on CPU a chain of half-precision operations rounds after each.
     """
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     use_bias: bool = True
+    activation: Callable[[jax.Array], jax.Array] = lambda y: y
     kernel_init: nn.initializers.Initializer = INITIALIZER
 
-    @nn.compact
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", self.kernel_init, self.in_shape + self.out_shape, self.param_dtype)
+        if self.use_bias:
+            self.bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., *in_shape) -> (..., *out_shape) in `dtype`."""
-        kernel = self.param("kernel", self.kernel_init, self.in_shape + self.out_shape, self.param_dtype)
         n = len(self.in_shape)
         contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
         y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=jnp.float32)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
-        return y.astype(self.dtype)
+            y += self.bias
+        return self.activation(y).astype(self.dtype)
 
 
 def recomputed(parent: Block, layer: Block, activations: tuple, rest: tuple = (), static: tuple = ()) -> Any:
@@ -125,10 +130,10 @@ def dot_product_attention(
     head_mask: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled dot-product attention that also returns its weights.
+    """Dot-product attention that also returns its weights; under jit they cost nothing where nobody looks at them.
 
     Args:
-      query: (batch, queries, heads, head_dim)
+      query: (batch, queries, heads, head_dim), scaled
       key, value: (batch, keys, heads, head_dim)
       bias: added to the scores, broadcast to (batch, heads, queries, keys).
       head_mask: factor on the weights, broadcast to the same shape; the returned weights are without it.
@@ -137,16 +142,18 @@ def dot_product_attention(
     Returns:
       context (batch, queries, heads, head_dim), and weights (batch, heads, queries, keys), both in the query's dtype.
     """
+    dtype = query.dtype
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores *= query.shape[-1] ** -0.5
     if bias is not None:
         scores += bias
-    weights = jax.nn.softmax(scores).astype(query.dtype)
-    used = dropout(weights)
+    # The softmax is divided by its sum at the end, as XLA then makes all of this one loop over blocks, on CPU too.
+    powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = powers.sum(axis=-1, keepdims=True)
+    used = dropout(powers.astype(dtype))
     if head_mask is not None:
-        used *= head_mask.astype(query.dtype)
-    context = jnp.einsum("bhqk,bkhd->bqhd", used, value, preferred_element_type=jnp.float32)
-    return context.astype(query.dtype), weights
+        used *= head_mask.astype(dtype)
+    context = jnp.einsum("bhqk,bkhd->bhqd", used, value, preferred_element_type=jnp.float32) / total
+    return context.astype(dtype).swapaxes(1, 2), (powers / total).astype(dtype)
 
 
 def mask_bias(mask: jax.Array, masked: float) -> jax.Array:

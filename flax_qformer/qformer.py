@@ -123,6 +123,7 @@ class Blip2QFormerMultiHeadAttention(Block):
             key = jnp.concatenate([past[0].astype(key.dtype), key], axis=1)
             value = jnp.concatenate([past[1].astype(value.dtype), value], axis=1)
         dropout = nn.Dropout(self.config.attention_probs_dropout_prob, deterministic=deterministic)
+        query *= self.config.head_dim**-0.5
         attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
         return attended, weights, (key, value)
 
@@ -172,7 +173,8 @@ class _Intermediate(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (batch, tokens, width) -> (batch, tokens, intermediate_size)."""
         c = self.config
-        return ACTIVATIONS[c.hidden_act](self.dense("dense", (c.hidden_size,), (c.intermediate_size,))(x))
+        activation = ACTIVATIONS[c.hidden_act]
+        return self.dense("dense", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
 
 
 class Blip2QFormerLayer(Block):
@@ -276,7 +278,7 @@ class ProjLayer(Block):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """x: (batch, queries, width) -> the same shape."""
         y = self.layer_norm("LayerNorm", 1e-12)(x)
-        y = ACTIVATIONS["quick_gelu"](self.dense("dense1", (self.width,), (4 * self.width,))(y))
+        y = self.dense("dense1", (self.width,), (4 * self.width,), activation=ACTIVATIONS["quick_gelu"])(y)
         y = self.dense("dense2", (4 * self.width,), (self.width,), kernel_init=nn.initializers.zeros)(y)
         return nn.Dropout(0.1, deterministic=deterministic)(y) + x
 

@@ -61,7 +61,7 @@ class Blip2Attention(Block):
         qkv = self.dense("qkv", (c.hidden_size,), (3, *heads), use_bias=c.qkv_bias)(x)
         query, key, value = jnp.moveaxis(qkv, 2, 0)
         dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
-        context, weights = dot_product_attention(query, key, value, dropout=dropout)
+        context, weights = dot_product_attention(query * c.head_dim**-0.5, key, value, dropout=dropout)
         return self.dense("projection", heads, (c.hidden_size,))(context), weights
 
 
@@ -74,8 +74,9 @@ class Blip2MLP(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (batch, tokens, width) -> the same shape."""
         c = self.config
-        x = self.dense("fc1", (c.hidden_size,), (c.intermediate_size,))(x)
-        return self.dense("fc2", (c.intermediate_size,), (c.hidden_size,))(ACTIVATIONS[c.hidden_act](x))
+        activation = ACTIVATIONS[c.hidden_act]
+        x = self.dense("fc1", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
+        return self.dense("fc2", (c.intermediate_size,), (c.hidden_size,))(x)
 
 
 class Blip2EncoderLayer(Block):

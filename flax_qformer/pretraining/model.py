@@ -65,7 +65,7 @@ class _Transform(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., width) -> the same shape."""
         c = self.config
-        x = ACTIVATIONS[c.hidden_act](self.dense("dense", (c.hidden_size,), (c.hidden_size,))(x))
+        x = self.dense("dense", (c.hidden_size,), (c.hidden_size,), activation=ACTIVATIONS[c.hidden_act])(x)
         return self.layer_norm("LayerNorm", c.layer_norm_eps)(x)
 
 
