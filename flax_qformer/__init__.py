@@ -14,7 +14,13 @@ from .errors import InputError
 from .pretraining import Blip2ForPreTraining, PreTrainingOutput
 from .processor import ImageProcessor, Processor
 from .qformer import Blip2QFormerModel, QFormerOutput
-from .surgery import get_input_embeddings, prune_heads, resize_token_embeddings, set_input_embeddings
+from .surgery import (
+    get_input_embeddings,
+    interpolate_positions,
+    prune_heads,
+    resize_token_embeddings,
+    set_input_embeddings,
+)
 from .vision import Blip2VisionModel, VisionOutput
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "export_checkpoint",
     "from_pretrained",
     "get_input_embeddings",
+    "interpolate_positions",
     "prune_heads",
     "resize_token_embeddings",
     "save_pretrained",

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flax_qformer").setLevel(logging.INFO)
     options, rest = _parser().parse_known_args(arguments)
+    _keep_compiled()
     try:
         if options.settings:
             options.run(_settings(options.settings, rest, f"flax-qformer {options.command}"))
@@ -219,6 +220,18 @@ def evaluate(settings: EvaluateSettings) -> None:
 
     for name, value in evaluate(settings).items():
         print(f"{name}: {value:g}")
+
+
+def _keep_compiled() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX's own variables say where, or not at all."""
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        return
+    # Without a home or a place to write, programs are compiled each time.
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_qformer"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model, dict[str, Any], Processor]:

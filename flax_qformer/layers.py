@@ -128,13 +128,13 @@ def dot_product_attention(
     *,
     bias: jax.Array | None = None,
     head_mask: jax.Array | None = None,
-    dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Dot-product attention that also returns its weights; under jit they cost nothing where nobody looks at them.
 
     Args:
-      query: (batch, queries, heads, head_dim), scaled
-      key, value: (batch, keys, heads, head_dim)
+      query: (batch, queries, heads, head_dim), scaled.
+      key, value: (batch, keys, heads, head_dim), or (batch, keys, head_dim) where all heads share them.
       bias: added to the scores, broadcast to (batch, heads, queries, keys).
       head_mask: factor on the weights, broadcast to the same shape; the returned weights are without it.
       dropout: applied to the weights that reach the values.
@@ -142,18 +142,70 @@ def dot_product_attention(
     Returns:
       context (batch, queries, heads, head_dim), and weights (batch, heads, queries, keys), both in the query's dtype.
     """
-    dtype = query.dtype
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    if bias is not None:
-        scores += bias
-    # The softmax is divided by its sum at the end, as XLA then makes all of this one loop over blocks, on CPU too.
-    powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = powers.sum(axis=-1, keepdims=True)
-    used = dropout(powers.astype(dtype))
-    if head_mask is not None:
-        used *= head_mask.astype(dtype)
-    context = jnp.einsum("bhqk,bkhd->bhqd", used, value, preferred_element_type=jnp.float32) / total
-    return context.astype(dtype).swapaxes(1, 2), (powers / total).astype(dtype)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dtype, keys = query.dtype, "bkhd" if key.ndim == 4 else "bkd"
+        scores = jnp.einsum(f"bhqd,{keys}->bhqk", query.swapaxes(1, 2), key, preferred_element_type=jnp.float32)
+        if bias is not None:
+            scores += bias
+        # The softmax is divided by its sum at the end: XLA then makes all of this one loop over blocks, on CPU too.
+        powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        total = powers.sum(axis=-1, keepdims=True)
+        used = powers.astype(dtype)
+        if dropout is not None:
+            used = dropout(used)
+        if head_mask is not None:
+            used *= head_mask.astype(dtype)
+        context = jnp.einsum(f"bhqk,{keys}->bhqd", used, value, preferred_element_type=jnp.float32) / total
+        return context.astype(dtype).swapaxes(1, 2), (powers / total).astype(dtype)
+
+    context, weights = attend(query, key, value)
+    if bias is None and head_mask is None and dropout is None and key.ndim == 4 and _cudnn_takes(query):
+        # From the arguments anew, so that no gradient goes the other way.
+        context = jax.lax.platform_dependent(query, key, value, cuda=_cudnn, default=lambda *qkv: attend(*qkv)[0])
+    return context, weights
+
+
+def _cudnn_takes(query: jax.Array) -> bool:
+    """Whether cuDNN's attention is there, and made for such queries: half precision, GPUs of NVIDIA since Ampere."""
+    device, head_dim = jax.devices()[0], query.shape[-1]
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind or float(device.compute_capability) < 8:
+        return False
+    return query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """cuDNN's attention, which has gradients for even lengths: odd ones are padded and told."""
+    lengths, (batch, num_queries), num_keys = {}, query.shape[:2], key.shape[1]
+    if num_queries % 2 or num_keys % 2:
+        query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+        counts = {"query_seq_lengths": num_queries, "key_value_seq_lengths": num_keys}
+        lengths = {name: jnp.full(batch, count, jnp.int32) for name, count in counts.items()}
+    context = jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn", **lengths)
+    return context[:, :num_queries]
+
+
+def attention_without_keys(
+    query: jax.Array, context: jax.Array, to_key: Dense, to_value: Dense, *, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """What `dot_product_attention` returns for the keys and values of a context, without making them.
+
+    The queries are brought to the context by the keys' kernel, and what they find there to the heads by the values'.
+    That is less work where queries are few. The keys' bias adds the same to all scores of a query, which the softmax
+    does not see, and weights sum to one, so that the values' bias passes through.
+
+    Args:
+      query: (batch, queries, heads, head_dim), scaled.
+      context: (batch, keys, width)
+      to_key, to_value: width to (heads, head_dim).
+    """
+    dtype, accumulate = query.dtype, {"preferred_element_type": jnp.float32}
+    context, key_kernel, value_kernel = (x.astype(dtype) for x in (context, to_key.kernel, to_value.kernel))
+    # Batch axes first, as the products give them: nothing has to be copied.
+    query = jnp.einsum("bqhd,whd->hbqw", query, key_kernel, **accumulate).astype(dtype).transpose(1, 2, 0, 3)
+    found, weights = dot_product_attention(query, context, context, bias=bias)
+    attended = jnp.einsum("bqhw,whd->hbqd", found, value_kernel, **accumulate).transpose(1, 2, 0, 3)
+    return (attended + to_value.bias).astype(dtype), weights
 
 
 def mask_bias(mask: jax.Array, masked: float) -> jax.Array:

@@ -16,6 +16,7 @@ from .layers import (
     INITIALIZER,
     SELF_ATTENTION_MASK,
     Block,
+    attention_without_keys,
     dot_product_attention,
     mask_bias,
     recomputed,
@@ -115,15 +116,19 @@ class Blip2QFormerMultiHeadAttention(Block):
 
         Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values.
         """
-        heads = (self.num_heads, self.config.head_dim)
-        query = self.dense("query", x.shape[-1:], heads)(x)
-        key = self.dense("key", context.shape[-1:], heads)(context)
-        value = self.dense("value", context.shape[-1:], heads)(context)
+        c, num_queries, num_keys = self.config, x.shape[1], context.shape[1]
+        heads = (self.num_heads, c.head_dim)
+        query = self.dense("query", x.shape[-1:], heads)(x) * c.head_dim**-0.5
+        to_key, to_value = (self.dense(name, context.shape[-1:], heads) for name in ("key", "value"))
+        is_less_work = num_queries * (num_keys + c.head_dim) < num_keys * c.head_dim
+        if is_less_work and deterministic and head_mask is None and past is None:
+            attended, weights = attention_without_keys(query, context, to_key, to_value, bias=bias)
+            return attended, weights, (context, context)
+        key, value = to_key(context), to_value(context)
         if past is not None:
             key = jnp.concatenate([past[0].astype(key.dtype), key], axis=1)
             value = jnp.concatenate([past[1].astype(value.dtype), value], axis=1)
-        dropout = nn.Dropout(self.config.attention_probs_dropout_prob, deterministic=deterministic)
-        query *= self.config.head_dim**-0.5
+        dropout = None if deterministic else nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
         attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
         return attended, weights, (key, value)
 

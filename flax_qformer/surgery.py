@@ -1,4 +1,4 @@
-"""Functions from (config, parameters) to a changed pair: prune heads, replace or grow the vocabulary.
+"""Functions from (config, parameters) to a changed pair: prune heads, replace or grow the vocabulary, resize images.
 
 Trees come back new; unchanged arrays are shared with the given ones.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from .config import Blip2Config
@@ -18,6 +19,7 @@ from .layers import INITIALIZER
 Params = Mapping[str, Any]
 
 _EMBEDDING = "embeddings/word_embeddings/embedding"
+_POSITIONS = "visual_encoder/embeddings/position_embedding"
 _HEADS_AXIS = {
     "attention/query/kernel": 1,
     "attention/key/kernel": 1,
@@ -100,3 +102,37 @@ def resize_token_embeddings(
         new = INITIALIZER(rng, (vocab_size - len(table), table.shape[1]), table.dtype)
         table = jnp.concatenate([table, new])
     return set_input_embeddings(config, params, table[:vocab_size])
+
+
+def interpolate_positions(config: Blip2Config, params: Params, image_size: int) -> tuple[Blip2Config, dict[str, Any]]:
+    """Fit the vision tower to images of another size: its positions are interpolated, bicubic.
+
+    Source: transformers `Blip2VisionEmbeddings.interpolate_pos_encoding`.
+
+    Raises:
+      InputError: an image of this size has no patch.
+    """
+    vision = dataclasses.replace(config.vision_config, image_size=image_size)
+    flat = _flat(params)
+    old, new = config.vision_config.grid_size, vision.grid_size
+    if new != old:
+        table, mixing = flat[_POSITIONS], _bicubic(old, new)
+        patches = table[0, 1:].astype(jnp.float32).reshape(old, old, -1)
+        patches = jnp.einsum("yi,xj,ijw->yxw", mixing, mixing, patches, precision="highest").reshape(new**2, -1)
+        flat[_POSITIONS] = jnp.concatenate([table[:, :1], patches[None].astype(table.dtype)], axis=1)
+    return dataclasses.replace(config, vision_config=vision), unflatten_dict(flat, sep="/")
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """What each of `new` points along a line takes from each of `old`, (new, old), as PyTorch's `interpolate` does.
+
+    That is Keys' kernel with a = -0.75, pixels as areas, the border repeated, and no smoothing where points get fewer.
+    """
+    points = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(points).astype(int) - 1
+    mixing = np.zeros((new, old))
+    for tap in range(4):
+        x = np.abs(points - (first + tap))
+        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(mixing, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return mixing.astype(np.float32)

@@ -60,7 +60,9 @@ class Blip2Attention(Block):
         heads = (c.num_attention_heads, c.head_dim)
         qkv = self.dense("qkv", (c.hidden_size,), (3, *heads), use_bias=c.qkv_bias)(x)
         query, key, value = jnp.moveaxis(qkv, 2, 0)
-        dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
+        dropout = (
+            None if deterministic or not c.attention_dropout else nn.Dropout(c.attention_dropout, deterministic=False)
+        )
         context, weights = dot_product_attention(query * c.head_dim**-0.5, key, value, dropout=dropout)
         return self.dense("projection", heads, (c.hidden_size,))(context), weights
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Nothing here may reach a hub, and pmap wants more than one device.
+# Nothing here may reach a hub or leave programs in the user's cache, and pmap wants more than one device.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 
 import jax

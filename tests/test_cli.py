@@ -1,6 +1,7 @@
 """The commands as a user runs them, and what they say when they cannot."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,11 @@ from torch_files import torch_save
 BIN = Path(sys.executable).parent
 
 
-def run(*arguments: Any, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own."""
+def run(*arguments: Any, folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own, with further variables of the environment."""
     command = [BIN / "flax-qformer", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def embeddings(path: Path) -> dict[str, np.ndarray]:
@@ -45,6 +47,26 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["query_embeddings"], expected, atol=1e-5)
     assert found["images"].tolist() == [str(EXAMPLE_IMAGE)]
     assert found["texts"].tolist() == ["red circle"]
+
+
+def test_compiled_programs_are_kept(tmp_path: Path) -> None:
+    cache, blocked = tmp_path / "cache", tmp_path / "a file"
+    blocked.touch()
+    on = {"JAX_ENABLE_COMPILATION_CACHE": 1, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0}
+    outputs = []
+    for variables in (
+        {**on, "XDG_CACHE_HOME": cache},
+        {**on, "XDG_CACHE_HOME": cache},
+        {**on, "XDG_CACHE_HOME": blocked / "below"},
+        {**on, "XDG_CACHE_HOME": tmp_path / "unused", "JAX_COMPILATION_CACHE_DIR": tmp_path / "own"},
+        {"XDG_CACHE_HOME": tmp_path / "unused", "JAX_ENABLE_COMPILATION_CACHE": 0},
+    ):
+        done = run("embed", EXAMPLE_IMAGE, folder=tmp_path, **variables)
+        assert (done.returncode, done.stderr) == (0, "")
+        outputs.append(embeddings(tmp_path / "embeddings.npz")["query_embeddings"])
+    assert all(np.array_equal(output, outputs[0]) for output in outputs)
+    kept = {path.parent for path in tmp_path.rglob("*-cache")}
+    assert kept == {cache / "flax_qformer", tmp_path / "own"}
 
 
 def test_no_pytorch_is_needed(tmp_path: Path) -> None:

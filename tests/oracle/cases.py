@@ -86,6 +86,9 @@ PRUNED: dict[str, dict[int, list[int]]] = {
     "frequency_2": {1: [0, 3, 6], 3: list(range(7))},
 }
 
+IMAGE_SIZES = (21, 28, 61, 112)
+"""To which positions are interpolated."""
+
 LENGTHS = (6, 9, 2)
 """Tokens of the texts in a batch; the shorter ones are padded."""
 

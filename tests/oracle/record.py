@@ -10,6 +10,7 @@ from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImagePr
 from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
 from transformers import BertTokenizer, Blip2Config
 from transformers.activations import ACT2FN
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
 
 import cases
 
@@ -197,6 +198,20 @@ def record_activations() -> dict[str, np.ndarray]:
     return {"x": x.numpy(), **{name: ACT2FN[name](x).numpy() for name in ACT2FN}}
 
 
+def record_positions() -> dict[str, np.ndarray]:
+    """Positions for other images, which transformers' vision tower has and diffusers' copy lacks."""
+    answers: dict[str, np.ndarray] = {}
+    for geometry in cases.GEOMETRIES:
+        model = build(cases.GEOMETRIES[geometry])
+        embeddings = Blip2VisionEmbeddings(model.config.vision_config)
+        embeddings.position_embedding = model.visual_encoder.embeddings.position_embedding
+        for size in cases.IMAGE_SIZES:
+            tokens = torch.empty(1, (size // embeddings.patch_size) ** 2 + 1, embeddings.embed_dim)
+            positions = embeddings.interpolate_pos_encoding(tokens, size, size)
+            answers[f"{geometry}/{size}"] = positions.detach().numpy()
+    return answers
+
+
 def keep(
     answers: dict[str, np.ndarray], label: str, values: dict[str, Any], names: tuple[str, ...] | None = None
 ) -> None:
@@ -213,6 +228,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records = {geometry: record_geometry(geometry) for geometry in cases.GEOMETRIES}
     records |= {"default": record_default(), "processor": record_processor(), "activations": record_activations()}
+    records |= {"positions": record_positions()}
     for name, answers in records.items():
         np.savez_compressed(folder / f"{name}.npz", **answers)
         print(f"{name}: {len(answers)} arrays")
