@@ -8,7 +8,6 @@ temporary folder.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -17,12 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-
 from flax_qformer.config import BLIP_DIFFUSION
-from flax_qformer.convert.layouts import parameters
 from flax_qformer.source import DEFAULT_MODEL
+from side_by_side import write_model
 
 OURS = """
 import sys, time
@@ -64,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "upstream"
-        size = write(folder)
+        size = write_model(folder, BLIP_DIFFUSION)
         times: dict[str, list[float]] = {"from_pretrained": [], "upstream's": [], "copy": [], "convert": []}
         peaks = []
         for _ in range(options.runs):
@@ -86,18 +82,6 @@ def main() -> None:
         ratio = (medians["upstream's"] + copy) / medians["from_pretrained"]
         print(f"upstream's and {which} of the file take {ratio:.2f} times as long as from_pretrained")
     print(f"convert's peak memory is {statistics.median(peaks) / size:.2f} times the file")
-
-
-def write(folder: Path) -> int:
-    """A folder of the published geometry, random; the size of its weights in bytes."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    tensors = {
-        p.name: 0.02 * rng.standard_normal(p.torch_shape, np.float32) for p in parameters(BLIP_DIFFUSION, "diffusers")
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(BLIP_DIFFUSION.to_dict()))
-    return (folder / "model.safetensors").stat().st_size
 
 
 def run(python: str, program: str, *arguments: Path) -> list[float]:

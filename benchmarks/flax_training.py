@@ -1,0 +1,36 @@
+"""Our side of `training_step.py`, in a process of its own for its memory; as `torch_training.py`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import flax_qformer as fq
+from flax_qformer.checkpoint import initialise
+from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step
+
+
+def main() -> None:
+    model, params = initialise(sys.argv[1], fq.Blip2ForPreTraining)
+    with np.load(sys.argv[2]) as file:
+        batch = jax.device_put(dict(file))
+    optimizer = make_optimizer(model.config, 1e-4, clip_norm=0.0)
+    state = TrainState.create(params, optimizer)
+    del params
+    step = make_train_step(model, optimizer)
+    for _ in sys.stdin:
+        Path("/proc/self/clear_refs").write_text("5")
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        loss = float(metrics["loss"])
+        jax.block_until_ready(state)
+        took = time.perf_counter() - start
+        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+        print(json.dumps({"seconds": took, "memory": peak, "loss": loss}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
