@@ -73,19 +73,21 @@ class Bench:
             measures |= {mode: lambda mode=mode: ask(mode) for mode in modes}
         figures, difference = in_turn(rounds, measures), 0.0
         if self.other:
-            difference = float(np.abs(np.asarray(compiled(), np.float32) - np.load(self.folder / "answer.npy")).max())
+            ours, answer = np.asarray(compiled()[0], np.float32), np.load(self.folder / "answer.npy")
+            difference = float(np.abs(ours - answer).max())
         statistics_of_memory = jax.devices()[0].memory_stats() or {}
         memory = (statistics_of_memory.get("peak_bytes_in_use", 0), theirs.get("memory", 0))
         return Result(figures, compile_seconds, difference, memory)
 
-    def forward(self, dtype: str, batch: dict[str, np.ndarray]) -> tuple[Callable[..., jax.Array], float]:
+    def forward(self, dtype: str, batch: dict[str, np.ndarray]) -> tuple[Callable[..., Any], float]:
         """A forward pass of ours, on this batch or another like it, and the seconds to compile it."""
         model, params = fq.from_pretrained(self.folder / "model", dtype=dtype, param_dtype=dtype)
         params, batch = jax.device_put((params, batch))
 
         @jax.jit
-        def run(params: Any, batch: Any) -> jax.Array:
-            return model.apply({"params": params}, **batch).query_embeddings
+        def run(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            output = model.apply({"params": params}, **batch)
+            return output.query_embeddings, output.last_hidden_state
 
         compiled: list[Any] = []
         took = seconds(lambda: compiled.append(run.lower(params, batch).compile()))
@@ -103,7 +105,7 @@ class Bench:
 
         def embed() -> np.ndarray:
             pixels = processor(files)["pixel_values"]
-            return np.asarray(run({**inputs, "pixel_values": pixels}))
+            return np.asarray(run({**inputs, "pixel_values": pixels})[0])
 
         figures = in_turn(rounds, {"bare": lambda: seconds(run), "embed": lambda: seconds(embed)})
         return times_faster(figures["embed"], figures["bare"])

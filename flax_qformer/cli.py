@@ -224,14 +224,15 @@ def evaluate(settings: EvaluateSettings) -> None:
 
 def _keep_compiled() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX's own variables say where, or not at all."""
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
     # Without a home or a place to write, programs are compiled each time.
     with contextlib.suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_qformer"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
-            jax.config.update("jax_compilation_cache_dir", str(folder))
+            settings.update("jax_compilation_cache_dir", str(folder))
 
 
 def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model, dict[str, Any], Processor]:

@@ -176,7 +176,8 @@ def _cudnn_takes(query: jax.Array) -> bool:
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """cuDNN's attention, which has gradients for even lengths: odd ones are padded and told."""
-    lengths, (batch, num_queries), num_keys = {}, query.shape[:2], key.shape[1]
+    lengths: dict[str, Any] = {}
+    batch, num_queries, num_keys = *query.shape[:2], key.shape[1]
     if num_queries % 2 or num_keys % 2:
         query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
         counts = {"query_seq_lengths": num_queries, "key_value_seq_lengths": num_keys}
