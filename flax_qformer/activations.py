@@ -8,7 +8,20 @@ import jax.numpy as jnp
 
 Activation = Callable[[jax.Array], jax.Array]
 
-_exact_gelu = partial(jax.nn.gelu, approximate=False)
+
+@jax.custom_jvp
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_exact_gelu.defjvp
+def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The slope as one array: left to JAX, a backward pass keeps four of them, the largest of a layer."""
+    (x,), (tangent,) = primals, tangents
+    slope = jax.lax.erfc(-x * 0.5**0.5) / 2 + x * jnp.exp(-(x**2) / 2) / (2 * jnp.pi) ** 0.5
+    return _exact_gelu(x), slope * tangent
+
+
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)
 
 
