@@ -7,7 +7,7 @@ apply them. Whole folders on disk are `flax_qformer.checkpoint`'s.
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import DTypeLike
 
 from flax_qformer.config import Blip2Config
@@ -33,9 +34,14 @@ from flax_qformer.convert.layouts import (
 from flax_qformer.convert.tensors import StoredTensor, listed
 from flax_qformer.errors import InputError
 
-__all__ = ["check_finite", "check_shapes", "convert", "export", "layout_of", "parts_of"]
+__all__ = ["check_finite", "check_shapes", "convert", "export", "layout_of", "on_one_device", "parts_of"]
 
 PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
+
+
+def on_one_device(path: str, shape: tuple[int, ...]) -> Sharding:
+    """This process's first device, for whatever parameter."""
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def convert(
@@ -45,6 +51,7 @@ def convert(
     *,
     dtype: DTypeLike | None = None,
     allow_non_finite: bool = False,
+    place: Callable[[str, tuple[int, ...]], Sharding] = on_one_device,
 ) -> tuple[dict[str, Any], list[str]]:
     """Turn a PyTorch checkpoint into a parameter tree. Every tensor is accounted for.
 
@@ -54,6 +61,8 @@ def convert(
       parts: what the model has besides queries, towers and layers.
       dtype: cast the parameters; by default each keeps its own.
       allow_non_finite: accept infinities and NaN.
+      place: from path and shape to where a parameter goes. Of the files, only what goes to this process's devices is
+        read.
 
     Returns:
       Nested dictionaries of arrays, and the names of the tensors that a rule leaves out.
@@ -88,7 +97,8 @@ def convert(
     _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
 
     def read(pair: tuple[Parameter, StoredTensor]) -> tuple[jax.Array, bool]:
-        return _read(*pair, dtype)
+        parameter, tensor = pair
+        return _read(parameter, tensor, dtype, place(parameter.path, parameter.shape))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         arrays = list(pool.map(read, pairs))
@@ -190,13 +200,22 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
         )
 
 
-def _read(parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None) -> tuple[jax.Array, bool]:
-    """The parameter on the default device, its axes moved on the way by XLA; and whether it is finite there."""
-    view = tensor.view()
+def _read(
+    parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None, sharding: Sharding
+) -> tuple[jax.Array, bool]:
+    """The parameter on its devices, its axes moved on the way by XLA; and whether what is there is finite."""
+    view = tensor.view().transpose(parameter.order).reshape(parameter.shape)
     dtype = view.dtype if dtype is None else dtype
-    with np.errstate(all="ignore"):
-        # A minimum or maximum is NaN if anything is, and the cast keeps their order; these make no temporary array.
-        extremes = np.array([view.min(initial=0), view.max(initial=0)]).astype(dtype)
-        view = view.astype(dtype, copy=False)
-    array = jax.device_put(view.transpose(parameter.order).reshape(parameter.shape), may_alias=False)
+    parts: dict[str, np.ndarray] = {}
+    extremes, shards = [], []
+    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
+        # Of several devices with the same part, only the first has it read.
+        if str(index) not in parts:
+            part = view[(..., *index)]
+            with np.errstate(all="ignore"):
+                # A minimum or maximum is NaN if anything is, and the cast keeps their order; these make no temporary.
+                extremes += [part.min(initial=0).astype(dtype), part.max(initial=0).astype(dtype)]
+                parts[str(index)] = part.astype(dtype, copy=False)
+        shards.append(jax.device_put(parts[str(index)], device, may_alias=False))
+    array = jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
     return array.block_until_ready(), bool(np.isfinite(extremes).all())

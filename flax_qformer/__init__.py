@@ -14,12 +14,15 @@ from .errors import InputError
 from .pretraining import Blip2ForPreTraining, PreTrainingOutput
 from .processor import ImageProcessor, Processor
 from .qformer import Blip2QFormerModel, QFormerOutput
+from .sharding import make_mesh, shard_batch, shard_params
 from .surgery import (
     get_input_embeddings,
     interpolate_positions,
     prune_heads,
     resize_token_embeddings,
     set_input_embeddings,
+    stack_layers,
+    unstack_layers,
 )
 from .vision import Blip2VisionModel, VisionOutput
 
@@ -43,8 +46,13 @@ __all__ = [
     "from_pretrained",
     "get_input_embeddings",
     "interpolate_positions",
+    "make_mesh",
     "prune_heads",
     "resize_token_embeddings",
     "save_pretrained",
     "set_input_embeddings",
+    "shard_batch",
+    "shard_params",
+    "stack_layers",
+    "unstack_layers",
 ]

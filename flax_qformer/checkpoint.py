@@ -9,32 +9,42 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from .config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
-from .convert import check_finite, check_shapes, convert, export, layout_of, parts_of
+from .convert import check_finite, check_shapes, convert, export, layout_of, on_one_device, parts_of
 from .convert.layouts import BERT_BIAS, Layout, Part, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError, first_line
 from .pretraining.model import Blip2ForPreTraining
+from .processes import from_first, is_first, wait_for_all
 from .processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 from .qformer import Blip2QFormerModel
+from .sharding import sharding_of
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
+from .surgery import unstack_layers
 from .writing import check_absent, check_apart, check_space, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+CHUNK_BYTES = 1 << 20
+"""Of what is written as one piece, and so is read as one: a chip's part of a parameter needs few more."""
+
 AnyModel = Blip2QFormerModel | Blip2ForPreTraining
+Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding]
+"""From a parameter's path and shape to where it goes."""
 Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
 
 PARTS: dict[type[AnyModel], Part] = {Blip2QFormerModel: "proj_layer", Blip2ForPreTraining: "heads"}
@@ -52,6 +62,7 @@ def from_pretrained(
     model_class: type[Model],
     config: str | os.PathLike[str] | Blip2Config | None = ...,
     allow_non_finite: bool = ...,
+    mesh: Mesh | None = ...,
 ) -> tuple[Model, dict[str, Any]]: ...
 
 
@@ -64,6 +75,7 @@ def from_pretrained(
     model_class: None = ...,
     config: str | os.PathLike[str] | Blip2Config | None = ...,
     allow_non_finite: bool = ...,
+    mesh: Mesh | None = ...,
 ) -> tuple[AnyModel, dict[str, Any]]: ...
 
 
@@ -75,6 +87,7 @@ def from_pretrained(
     model_class: Any = None,
     config: str | os.PathLike[str] | Blip2Config | None = None,
     allow_non_finite: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[AnyModel, dict[str, Any]]:
     """Load a model, from a Flax or a PyTorch checkpoint alike.
 
@@ -87,6 +100,8 @@ def from_pretrained(
         and the checkpoint lacks is drawn afresh, as the log says: heads from a seed, `proj_layer` as the identity.
       config: a `config.json`, or the config itself, where the checkpoint brings none or a wrong one.
       allow_non_finite: accept infinities and NaN in a PyTorch checkpoint, and those that a cast makes.
+      mesh: spread the parameters over it, as `shard_params` would. Each process reads what goes to its own devices; of
+        several, all call this together.
 
     Returns:
       The model, and its parameters as nested dictionaries of arrays: `model.apply({"params": params}, **batch)`.
@@ -95,7 +110,8 @@ def from_pretrained(
       InputError: there is no such checkpoint, or it does not fit its config.
     """
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
-    loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite)
+    place = on_one_device if mesh is None else partial(sharding_of, mesh=mesh)
+    loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite, place)
     model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
     return model, loaded.params
 
@@ -111,6 +127,13 @@ def initialise(
     return model_class(config, dtype=as_dtype(dtype)), _drawn(model_class, config, seed=seed)
 
 
+def read_config(path_or_hub_id: str | os.PathLike[str]) -> Blip2Config:
+    """The config of a checkpoint, or of a `config.json` by itself; weights are not looked for."""
+    if Path(path_or_hub_id).suffix == ".json":
+        return _config(Source(str(path_or_hub_id)), path_or_hub_id)
+    return _config(locate(path_or_hub_id, weights=False), None)
+
+
 def save_pretrained(
     path: str | os.PathLike[str],
     model: AnyModel,
@@ -121,16 +144,22 @@ def save_pretrained(
 ) -> None:
     """Write a model to a folder, in the dtypes that its parameters have. The folder is whole or absent.
 
+    Of several processes, all call this together.
+
     Raises:
       InputError: the folder exists and may not be replaced, or the parameters are not those of the model.
     """
-    shapes = {path: np.shape(value) for path, value in flatten_dict(dict(params), sep="/").items()}
+    params = unstack_layers(params)
+    shapes = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
     _check(shapes, model.config, type(model))
-    with new_folder(Path(path), overwrite) as folder:
-        _write_files(folder, {"config.json": _config_file(model.config, type(model))})
-        if processor is not None:
-            processor.save_pretrained(folder)
+    with new_folder(Path(path), overwrite) if is_first() else contextlib.nullcontext("") as folder:
+        folder = Path(from_first(str(folder)))
+        if is_first():
+            _write_files(folder, {"config.json": _config_file(model.config, type(model))})
+            if processor is not None:
+                processor.save_pretrained(folder)
         _write_params(folder, params)
+    wait_for_all("saved")
 
 
 def convert_checkpoint(
@@ -251,12 +280,13 @@ def _load(
     config: str | os.PathLike[str] | Blip2Config | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
+    place: Place = on_one_device,
 ) -> _Loaded:
     """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
     if source.params:
-        loaded = _load_ours(source.params, model_class, _config(source, config), dtype, allow_non_finite)
+        loaded = _load_ours(source.params, model_class, _config(source, config), dtype, allow_non_finite, place)
     elif source.weights:
-        loaded = _load_pytorch(source, model_class, config, dtype, allow_non_finite)
+        loaded = _load_pytorch(source, model_class, config, dtype, allow_non_finite, place)
     else:
         raise InputError(f"{source.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
     wanted = _shapes(loaded.config, loaded.model_class)
@@ -264,7 +294,7 @@ def _load(
     if not fresh:
         return loaded
     log.warning("%s has no %s: drawn afresh", source.name, ", ".join(fresh))
-    return replace(loaded, params=loaded.params | _drawn(loaded.model_class, loaded.config, fresh, dtype))
+    return replace(loaded, params=loaded.params | _drawn(loaded.model_class, loaded.config, fresh, dtype, place=place))
 
 
 def _class_of(source: Source) -> type[AnyModel] | None:
@@ -278,6 +308,7 @@ def _load_pytorch(
     config: str | os.PathLike[str] | Blip2Config | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
+    place: Place,
 ) -> _Loaded:
     tensors = merged(_open(path) for path in source.weights)
     layout, parts = layout_of(tensors), parts_of(tensors)
@@ -288,7 +319,9 @@ def _load_pytorch(
     # What is missing as a whole is drawn; from a checkpoint with neither part, nothing is missing.
     wanted = [PARTS[model_class]] if not parts or PARTS[model_class] in parts else []
     try:
-        params, left_out = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite)
+        params, left_out = convert(
+            tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place
+        )
     except InputError as error:
         about = "; the published geometry is assumed, `flax-qformer convert --config FILE` (config=FILE) takes another"
         raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
@@ -301,16 +334,18 @@ def _drawn(
     names: Iterable[str] | None = None,
     dtype: jnp.dtype | None = None,
     seed: int = 0,
+    place: Place = on_one_device,
 ) -> dict[str, Any]:
     """Fresh parameters, all or those under some names."""
     model, size = model_class(config, param_dtype=dtype or jnp.float32), config.vision_config.image_size
 
-    @jax.jit
     def draw(key: jax.Array) -> dict[str, Any]:
         tree = model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), int))["params"]
         return {name: tree[name] for name in (tree if names is None else names)}
 
-    return draw(jax.random.key(seed))
+    shapes = flatten_dict(jax.eval_shape(draw, jax.random.key(seed)), sep="/")
+    places = unflatten_dict({path: place(path, leaf.shape) for path, leaf in shapes.items()}, sep="/")
+    return jax.jit(draw, out_shardings=places)(jax.random.key(seed))
 
 
 def _open(path: Path) -> dict[str, StoredTensor]:
@@ -350,6 +385,7 @@ def _load_ours(
     config: Blip2Config,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
+    place: Place,
 ) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
@@ -359,9 +395,9 @@ def _load_ours(
         shapes = {name: leaf.shape for name, leaf in stored.items()}
     stored_class = Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel
     _check(shapes, config, stored_class)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=device) for name, leaf in stored.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place(name, leaf.shape))
+        for name, leaf in stored.items()
     }
     with _reading(folder):
         params = ocp.load(path, unflatten_dict(wanted, sep="/"))
@@ -400,14 +436,18 @@ def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
     # Uncompressed and from host arrays in place: floats hardly compress, and orbax would copy everything first.
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.memory.deepcopy_host_arrays = False
-    arrays = jax.tree.map(np.asarray, dict(params))
+    # What is spread over processes, each writes its part of.
+    arrays = jax.tree.map(
+        lambda leaf: np.asarray(leaf) if getattr(leaf, "is_fully_addressable", True) else leaf, dict(params)
+    )
     with _saving(folder, jax.tree.leaves(arrays)), context:
         ocp.save(folder / PARAMS, arrays)
 
 
 @contextlib.contextmanager
-def _saving(folder: Path, arrays: Iterable[np.ndarray]) -> Iterator[None]:
+def _saving(folder: Path, arrays: Iterable[Any]) -> Iterator[None]:
     """Raise OSError where arrays cannot be written; orbax and safetensors report that in types of their own."""
     check_space(folder, sum(array.nbytes for array in arrays))
     try:

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import io
 import itertools
+import json
 import logging
 import os
 import re
@@ -23,11 +24,12 @@ from tqdm import tqdm
 
 from .attention_maps import attention_maps, draw_attention
 from .checkpoint import DTYPES, Model, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
-from .errors import InputError
+from .errors import InputError, first_line
 from .pretraining.losses import similarities
 from .pretraining.model import Blip2ForPreTraining
 from .pretraining.settings import EvaluateSettings, TrainSettings, yaml_arguments
 from .pretraining.sources import DataSettings
+from .processes import is_first, join_processes
 from .processor import Processor, open_image, pair_up
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
@@ -62,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except InputError as error:
         print(f"flax-qformer {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        if jax.distributed.is_initialized():
+            # The job's other processes may wait for this one, and an orderly end would wait for them.
+            sys.stderr.flush()
+            os._exit(2)
         sys.exit(2)
     except Stopped as stop:
         print(f"flax-qformer {options.command}: {stop}", file=sys.stderr)
@@ -212,7 +218,19 @@ def search(options: argparse.Namespace) -> None:
 def train(settings: TrainSettings) -> None:
     from .pretraining.train import train
 
-    print(train(settings))
+    if settings.distributed:
+        join_processes()
+    try:
+        summary = train(settings)
+        if is_first():
+            print(summary)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise InputError(
+            f"another process of the job has ended ({first_line(error)}); start all of them again: the run goes on "
+            "from its newest checkpoint"
+        ) from None
 
 
 def evaluate(settings: EvaluateSettings) -> None:
@@ -233,6 +251,24 @@ def _keep_compiled() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             settings.update("jax_compilation_cache_dir", str(folder))
+
+
+def plan(options: argparse.Namespace) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("this needs the TPU's compiler as well; run pip install 'flax-qformer[tpu]'")
+    from .pretraining.plan import plan
+
+    told = plan(
+        options.model,
+        options.topology,
+        options.batch,
+        mesh=options.mesh,
+        remat=options.remat,
+        train=tuple(options.train),
+        text_length=options.text_length,
+        dtype=options.dtype,
+    )
+    print(json.dumps(dataclasses.asdict(told) | {"bound": told.bound}) if options.json else told)
 
 
 def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model, dict[str, Any], Processor]:
@@ -455,6 +491,33 @@ def _parser() -> argparse.ArgumentParser:
         "--top", type=_positive, default=5, metavar="N", help="images to name for each text (default: %(default)s)"
     )
     _add_model(command)
+
+    command = commands.add_parser(
+        "plan",
+        help="what a training step needs of a TPU pod",
+        description="Compile the training step for a TPU pod, without one: memory, FLOPs and traffic of a chip, and "
+        "the time that they allow. Nothing is run, and no weights are needed.",
+    )
+    command.set_defaults(run=plan)
+    command.add_argument("--topology", required=True, metavar="POD", help="such as v5e:16x16")
+    command.add_argument("--batch", type=_positive, required=True, metavar="N", help="images in a step, over all chips")
+    command.add_argument("--model", default=DEFAULT_MODEL, help="folder, hub id or config.json (default: a small one)")
+    command.add_argument(
+        "--mesh", default="data=1,fsdp=-1", metavar="SIZES", help="how to split over the chips (default: %(default)s)"
+    )
+    command.add_argument("--remat", action="store_true", help="recompute each layer in the backward pass")
+    command.add_argument(
+        "--train",
+        nargs="+",
+        choices=("vision", "qformer", "heads", "all"),
+        default=("qformer", "heads"),
+        help="what is trained (default: qformer heads)",
+    )
+    command.add_argument(
+        "--text-length", type=_positive, default=32, metavar="N", help="tokens of a caption (default: %(default)s)"
+    )
+    command.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)} (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="for programs")
 
     command = commands.add_parser("train", add_help=False, help="train on captioned images, or go on with a run")
     command.set_defaults(run=train, settings=TrainSettings)

@@ -169,7 +169,8 @@ class Blip2Config(_Config):
 
     `pruned_heads` holds (layer, heads) pairs: self-attention heads of the Q-Former that are gone, numbered as in the
     unpruned model. It is built by `prune_heads`; a mapping is accepted as well. `tokenizer` is upstream's field: a
-    folder or hub id that the tokenizer comes from.
+    folder or hub id that the tokenizer comes from. `scan_layers` runs the layers of both towers in a loop, which
+    compiles in a fraction of the time; parameters are then as `stack_layers` makes them. It stays off the disk.
     """
 
     vision_config: Blip2VisionConfig = Blip2VisionConfig()
@@ -178,6 +179,7 @@ class Blip2Config(_Config):
     image_text_hidden_size: int = _int(256)
     pruned_heads: tuple[tuple[int, tuple[int, ...]], ...] = ()
     tokenizer: str | None = None
+    scan_layers: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,6 +203,21 @@ class Blip2Config(_Config):
             if wrong:
                 raise InputError(f"cannot prune head {wrong[0]} of layer {layer}: heads are 0 to {num_heads - 1}")
         object.__setattr__(self, "pruned_heads", tuple(sorted((la, he) for la, he in pruned.items() if he)))
+        if self.scan_layers:
+            self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Whether the layers can run in a loop."""
+        qformer = self.qformer_config
+        reason = ""
+        if self.pruned_heads:
+            reason = "a pruned model's layers differ from one another"
+        elif qformer.num_hidden_layers % qformer.cross_attention_frequency:
+            reason = f"{qformer.num_hidden_layers} layers are no groups of {qformer.cross_attention_frequency}"
+        elif not qformer.num_hidden_layers or not self.vision_config.num_hidden_layers:
+            reason = "a tower has none"
+        if reason:
+            raise InputError(f"the layers cannot be scanned: {reason}; leave scan_layers off")
 
     def kept_heads(self, layer: int) -> tuple[int, ...]:
         """Self-attention heads that a Q-Former layer still has, numbered as in the unpruned model."""
@@ -235,6 +252,7 @@ class Blip2Config(_Config):
             **super().to_dict(),
             "pruned_heads": {str(layer): list(heads) for layer, heads in self.pruned_heads},
         }
+        del values["scan_layers"]
         # Upstream builds its tokenizer from this field, and takes null for a name.
         if self.tokenizer is None:
             del values["tokenizer"]

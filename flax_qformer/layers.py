@@ -71,8 +71,8 @@ class Dense(Block):
         return self.activation(y).astype(self.dtype)
 
 
-def recomputed(parent: Block, layer: Block, activations: tuple, rest: tuple = (), static: tuple = ()) -> Any:
-    """Run a layer of `parent` and, in the backward pass, run it again instead of keeping what it computed.
+def recomputed(layer: Block, activations: tuple, rest: tuple = (), static: tuple = ()) -> Any:
+    """Run a layer and, in the backward pass, run it again instead of keeping what it computed.
 
     This is `jax.checkpoint`, but it saves memory on CPU too: XLA's CPU compiler drops the barrier that should keep the
     two runs apart and merges them. Here the second run starts from the activations plus a zero that comes from the
@@ -86,7 +86,7 @@ def recomputed(parent: Block, layer: Block, activations: tuple, rest: tuple = ()
     Returns:
       What the layer returns, of which the first part is an array.
     """
-    if parent.is_initializing():
+    if layer.is_initializing():
         return layer(*activations, *rest, *static)
     scope, counters = layer.scope, {}
     assert scope is not None
@@ -112,13 +112,28 @@ def recomputed(parent: Block, layer: Block, activations: tuple, rest: tuple = ()
     function = jax.custom_vjp(run)
     function.defvjp(forward, backward)
     keys = {stream: rng.rng for stream, rng in scope.rngs.items()}
-    output = function(activations, rest, parent.variables["params"][str(layer.name)], keys)
+    output = function(activations, rest, layer.variables["params"], keys)
     scope.rng_counters.update(counters)
     return output
 
 
 def _copied(counters: dict[Any, Any]) -> dict[Any, Any]:
     return {name: _copied(value) if isinstance(value, dict) else value for name, value in counters.items()}
+
+
+def scanned(encoder: Block, length: int, x: jax.Array, each: Any, run: Callable[[Any, jax.Array, Any], tuple]) -> tuple:
+    """Run a short encoder `length` times over, each time with parameters of its own: XLA compiles it once.
+
+    Args:
+      encoder: whose parameters get a leading axis of that length, under its name.
+      each: a tree of arrays with that leading axis, one row for each run.
+      run: (encoder, x, row) -> the next x, and a tree of what else comes out.
+
+    Returns:
+      The last x, and the trees with a leading axis. What of them nobody uses, XLA leaves out.
+    """
+    scan = nn.scan(run, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length)
+    return scan(encoder, x, each)
 
 
 def dot_product_attention(

@@ -1,7 +1,7 @@
 """Image embeddings and text to query embeddings: the Q-Former."""
 
 import dataclasses
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import flax.struct
@@ -20,6 +20,7 @@ from .layers import (
     dot_product_attention,
     mask_bias,
     recomputed,
+    scanned,
 )
 from .vision import Blip2VisionModel, VisionOutput
 
@@ -231,7 +232,11 @@ class Blip2QFormerLayer(Block):
 
 
 class Blip2QFormerEncoder(Block):
-    """The Q-Former's layers. Source: diffusers `Blip2QFormerEncoder`."""
+    """The Q-Former's layers. Source: diffusers `Blip2QFormerEncoder`.
+
+    With the config's `scan_layers` they run in a loop over groups of `cross_attention_frequency`: the parameters are
+    those of an encoder of one group, `layers`, with a leading axis.
+    """
 
     config: Blip2Config
 
@@ -253,6 +258,8 @@ class Blip2QFormerEncoder(Block):
         cross-attention, and the keys and values.
         """
         c = self.config.qformer_config
+        if self.config.scan_layers:
+            return self._scan(x, image, bias, image_bias, head_mask, past, num_queries, deterministic)
         states, attentions, cross_attentions, caches = [x], [], [], []
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
@@ -260,7 +267,7 @@ class Blip2QFormerEncoder(Block):
             rest = (bias, image_bias, None if head_mask is None else head_mask[i], None if past is None else past[i])
             static = (num_queries, deterministic)
             if c.gradient_checkpointing:
-                x, weights, cross_weights, cache = recomputed(self, layer, (x, image), rest, static)
+                x, weights, cross_weights, cache = recomputed(layer, (x, image), rest, static)
             else:
                 x, weights, cross_weights, cache = layer(x, image, *rest, *static)
             states.append(x)
@@ -269,6 +276,41 @@ class Blip2QFormerEncoder(Block):
             if cross_weights is not None:
                 cross_attentions.append(cross_weights)
         return states, attentions, cross_attentions, caches
+
+    def _scan(
+        self,
+        x: jax.Array,
+        image: jax.Array | None,
+        bias: jax.Array | None,
+        image_bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        past: tuple[KeyValue, ...] | None,
+        num_queries: int,
+        deterministic: bool,
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue]]:
+        depth, size = self.config.qformer_config.num_hidden_layers, self.config.qformer_config.cross_attention_frequency
+        groups = depth // size
+
+        def run(group: Blip2QFormerEncoder, x: jax.Array, row: Any) -> tuple:
+            head_masks, caches = row
+            pasts = None if caches is None else [jax.tree.map(lambda leaf, i=i: leaf[i], caches) for i in range(size)]
+            states, *others = group(x, image, bias, image_bias, head_masks, pasts, num_queries, deterministic)
+            return states[-1], (states[1:], *others)
+
+        def rows(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), tree)
+
+        if past is not None:
+            past = jax.tree.map(lambda *layers: jnp.stack(layers), *past)
+        qformer = dataclasses.replace(self.config.qformer_config, num_hidden_layers=size)
+        config = dataclasses.replace(self.config, qformer_config=qformer, scan_layers=False)
+        group = Blip2QFormerEncoder(config, name="layers", **self.policy)
+        last, outputs = scanned(group, groups, x, rows((head_mask, past)), run)
+        states, attentions, cross_attentions, caches = (
+            [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(groups) for layer in layers]
+            for layers in outputs
+        )
+        return [x, *states[:-1], last], attentions, cross_attentions, caches
 
 
 class ProjLayer(Block):
@@ -296,7 +338,7 @@ class QFormer(Block):
     def setup(self) -> None:
         c = self.config
         width = c.qformer_config.hidden_size
-        self.visual_encoder = Blip2VisionModel(c.vision_config, **self.policy)
+        self.visual_encoder = Blip2VisionModel(c.vision_config, c.scan_layers, **self.policy)
         self.query_tokens = self.param("query_tokens", INITIALIZER, (1, c.num_query_tokens, width), self.param_dtype)
         self.embeddings = Blip2TextEmbeddings(c.qformer_config, **self.policy)
         self.encoder = Blip2QFormerEncoder(c, **self.policy)

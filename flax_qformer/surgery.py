@@ -1,10 +1,10 @@
-"""Functions from (config, parameters) to a changed pair: prune heads, replace or grow the vocabulary, resize images.
+"""Functions from parameters to changed ones: prune heads, replace or grow the vocabulary, resize images, stack layers.
 
 Trees come back new; unchanged arrays are shared with the given ones.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -136,3 +136,56 @@ def _bicubic(old: int, new: int) -> np.ndarray:
         near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
         np.add.at(mixing, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
     return mixing.astype(np.float32)
+
+
+def stack_layers(params: Params) -> dict[str, Any]:
+    """The tree for a config with `scan_layers`: each tower's layers as one, `layers`, with a leading axis of depth.
+
+    In the Q-Former, layers that repeat with the cross-attention stand together: with a frequency of 2, `layers` holds a
+    `layer_0` that looks at the image and a `layer_1` that does not. A tree that is stacked is returned as it is.
+    """
+
+    def stack(encoder: Params, prefix: str, size: int) -> dict[str, Any]:
+        groups = [
+            {f"{prefix}{k}": encoder[f"{prefix}{first + k}"] for k in range(size)}
+            for first in range(0, len(encoder), size)
+        ]
+        return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)}
+
+    def change(encoder: Params, prefix: str) -> Params:
+        if "layers" in encoder:
+            return encoder
+        looking = [i for i in range(len(encoder)) if "crossattention" in encoder[f"{prefix}{i}"]]
+        size = 1 if prefix == "layers_" else looking[1] - looking[0] if len(looking) > 1 else len(encoder)
+        if len(encoder) % size:
+            raise InputError(f"{len(encoder)} layers are no groups of {size}, so they cannot be stacked")
+        return stack(encoder, prefix, size)
+
+    return _with_encoders(params, change)
+
+
+def unstack_layers(params: Params) -> dict[str, Any]:
+    """The reverse of `stack_layers`: what is on disk, and what every other function takes."""
+
+    def change(encoder: Params, prefix: str) -> Params:
+        if "layers" not in encoder:
+            return encoder
+        group = encoder["layers"]
+        depth = len(jax.tree.leaves(group)[0])
+        return {
+            f"{prefix}{i * len(group) + k}": jax.tree.map(lambda leaf, i=i: leaf[i], group[f"{prefix}{k}"])
+            for i in range(depth)
+            for k in range(len(group))
+        }
+
+    return _with_encoders(params, change)
+
+
+def _with_encoders(params: Params, change: Callable[[Params, str], Params]) -> dict[str, Any]:
+    tree = dict(params)
+    if "encoder" in tree:
+        tree["encoder"] = change(tree["encoder"], "layer_")
+    if "visual_encoder" in tree:
+        tower = tree["visual_encoder"]
+        tree["visual_encoder"] = {**tower, "encoder": change(tower["encoder"], "layers_")}
+    return tree

@@ -1,5 +1,7 @@
 """Pixels to image embeddings: the vision tower."""
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from .activations import ACTIVATIONS
 from .config import Blip2VisionConfig
 from .errors import InputError
-from .layers import INITIALIZER, Block, dot_product_attention, recomputed
+from .layers import INITIALIZER, Block, dot_product_attention, recomputed, scanned
 
 
 @flax.struct.dataclass
@@ -98,30 +100,48 @@ class Blip2EncoderLayer(Block):
 
 
 class Blip2Encoder(Block):
-    """The vision tower's blocks. Source: transformers `Blip2Encoder`."""
+    """The vision tower's blocks. Source: transformers `Blip2Encoder`.
+
+    `scan_layers` runs them in a loop: the parameters are those of an encoder of one layer, `layers`, with a leading
+    axis.
+    """
 
     config: Blip2VisionConfig
+    scan_layers: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
         """x: (batch, tokens, width) -> the states before the first and after each layer, and the weights of each."""
         c = self.config
+        if self.scan_layers:
+            return self._scan(x, deterministic)
         states, attentions = [x], []
         for i in range(c.num_hidden_layers):
             layer = Blip2EncoderLayer(c, name=f"layers_{i}", **self.policy)
             if c.gradient_checkpointing:
-                x, weights = recomputed(self, layer, (x,), static=(deterministic,))
+                x, weights = recomputed(layer, (x,), static=(deterministic,))
             else:
                 x, weights = layer(x, deterministic)
             states.append(x)
             attentions.append(weights)
         return states, attentions
 
+    def _scan(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
+        def run(layer: Blip2Encoder, x: jax.Array, _: None) -> tuple:
+            (_, x), (weights,) = layer(x, deterministic)
+            return x, (x, weights)
+
+        length = self.config.num_hidden_layers
+        layer = Blip2Encoder(dataclasses.replace(self.config, num_hidden_layers=1), name="layers", **self.policy)
+        last, (states, attentions) = scanned(layer, length, x, None, run)
+        return [x, *states[:-1], last], list(attentions)
+
 
 class Blip2VisionModel(Block):
     """The vision tower. Source: diffusers `Blip2VisionModel`, after CLIP's ViT (arXiv 2103.00020)."""
 
     config: Blip2VisionConfig
+    scan_layers: bool = False
 
     @nn.compact
     def __call__(
@@ -150,7 +170,7 @@ class Blip2VisionModel(Block):
             )
         x = Blip2VisionEmbeddings(c, name="embeddings", **self.policy)(pixel_values)
         x = self.layer_norm("pre_layernorm", c.layer_norm_eps)(x)
-        states, attentions = Blip2Encoder(c, name="encoder", **self.policy)(x, deterministic)
+        states, attentions = Blip2Encoder(c, self.scan_layers, name="encoder", **self.policy)(x, deterministic)
         post_layernorm = self.layer_norm("post_layernorm", c.layer_norm_eps)
         last = post_layernorm(states[-1])
         return VisionOutput(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from flax_qformer.errors import InputError
+from flax_qformer.processes import any_process, is_first, wait_for_all
 from flax_qformer.writing import check_space
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,11 @@ class Checkpoints:
             context.array.saving.use_compression = False
             with context:
                 ocp.save(folder, arrays)
-            content = {"arrays": _forms(state), "files": _sums(folder), "notes": notes}
-            partial = self._folder / f"{step}.json.partial"
-            partial.write_text(json.dumps({"sum": _sum_of(content), "content": content}))
-            partial.rename(self._folder / f"{step}.json")
+            if is_first():
+                content = {"arrays": _forms(state), "files": _sums(folder), "notes": notes}
+                partial = self._folder / f"{step}.json.partial"
+                partial.write_text(json.dumps({"sum": _sum_of(content), "content": content}))
+                partial.rename(self._folder / f"{step}.json")
         except Exception as error:
             # orbax reports a disk that fills up meanwhile in types of its own.
             shutil.rmtree(folder, ignore_errors=True)
@@ -61,8 +63,10 @@ class Checkpoints:
                 f"({getattr(error, 'strerror', None) or error}); see that the folder can be written and has space, and "
                 "run the same command again" + (f", which goes on from step {saved[0]}" if saved else "")
             ) from None
-        for old in self.steps()[self._keep :]:
-            self._remove(old)
+        if is_first():
+            for old in self.steps()[self._keep :]:
+                self._remove(old)
+        wait_for_all("saved")
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest state that is whole, placed like `state`, and its notes; None if none was saved.
@@ -94,6 +98,8 @@ class Checkpoints:
 
     def tidy(self, step: int) -> None:
         """Remove what is newer than the step to go on from, which was damaged, and what was never finished."""
+        if not is_first():
+            return
         whole = {name for kept in self.steps() if kept <= step for name in (str(kept), f"{kept}.json")}
         for path in self._folder.glob("*"):
             if path.name in whole:
@@ -126,10 +132,13 @@ class Checkpoints:
         import orbax.checkpoint.experimental.v1 as ocp
 
         manifest = self._manifest(step)
-        files, found = manifest["files"], _sums(self._path(step))
+        files = manifest["files"]
+        # The first process reads all bytes for all.
+        found = _sums(self._path(step)) if is_first() else files
         wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {'not as it was written' if wrong[0] in found else 'missing'}")
+        if any_process(bool(wrong)):
+            wrong = wrong or ["a file"]
+            raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] not in found else 'not as it was written'}")
         was, now = manifest["arrays"], _forms(state)
         other = sorted(name for name in was | now if was.get(name) != now.get(name))
         if other:

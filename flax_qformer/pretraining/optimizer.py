@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
@@ -78,7 +79,7 @@ def make_optimizer(
         ),
     ]
     if layer_decay != 1.0:
-        steps.append(_scale(lambda path: layer_decay ** _height(path, config)))
+        steps.append(_scale(lambda path, leaf: layer_decay ** _height(path, leaf, config)))
     optimizer = optax.chain(*steps)
     return optax.MultiSteps(optimizer, accumulation).gradient_transformation() if accumulation > 1 else optimizer
 
@@ -95,20 +96,21 @@ def _decays(path: tuple[Any, ...]) -> bool:
     return path[-1] not in ("bias", "scale", "temp", "class_embedding")
 
 
-def _height(path: tuple[str, ...], config: Blip2Config) -> int:
-    """Layers from a parameter up to its tower's end, the heads being above it."""
+def _height(path: tuple[str, ...], leaf: jax.Array, config: Blip2Config) -> int | jax.Array:
+    """Layers from a parameter up to its tower's end, the heads being above it; of stacked layers, of each of them."""
     name = "/".join(path)
     depth = (config.vision_config if path[0] == "visual_encoder" else config.qformer_config).num_hidden_layers
-    layer = re.search(r"encoder/layers?_(\d+)/", name)
+    layer = re.search(r"encoder/(layers/)?layers?_(\d+)/", name)
+    if layer and layer[1]:
+        first = jnp.arange(0, depth, depth // len(leaf)).reshape(-1, *[1] * (leaf.ndim - 1))
+        return depth - (first + int(layer[2]))
     if layer:
-        return depth - int(layer[1])
+        return depth - int(layer[2])
     below = re.match(r"(visual_encoder/)?embeddings/|visual_encoder/pre_layernorm/|query_tokens", name)
     return depth + 1 if below else 0
 
 
 def _scale(factor: Any) -> optax.GradientTransformation:
     return optax.stateless(
-        lambda updates, _: jax.tree.map(
-            lambda update, scale: update * scale, updates, path_aware_map(lambda path, _: factor(path), updates)
-        )
+        lambda updates, _: jax.tree.map(lambda update, scale: update * scale, updates, path_aware_map(factor, updates))
     )

@@ -1,14 +1,16 @@
 """How well images and texts find each other: recall, plain and reranked by ITM."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_qformer.errors import InputError
 from flax_qformer.pretraining.losses import similarities
 from flax_qformer.pretraining.model import Blip2ForPreTraining
+from flax_qformer.sharding import BATCH
 
 RANKS = (1, 5, 10)
 
@@ -16,8 +18,11 @@ RANKS = (1, 5, 10)
 class Retrieval:
     """Compiled functions of a model that score images against texts."""
 
-    def __init__(self, model: Blip2ForPreTraining, batch_size: int = 64) -> None:
+    def __init__(self, model: Blip2ForPreTraining, batch_size: int = 64, mesh: Mesh | None = None) -> None:
+        """With a mesh, batches are split over it; of several processes, all ask for the same together."""
         self._batch_size = batch_size
+        self._split = None if mesh is None else NamedSharding(mesh, BATCH)
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         apply: Any = model.apply
 
         def image(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -30,7 +35,9 @@ class Retrieval:
         def match(params: Any, states: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
             return apply({"params": params}, None, ids, mask, encoder_hidden_states=states, method="match")
 
-        self._image, self._text, self._match = jax.jit(image), jax.jit(text), jax.jit(match)
+        self._image, self._text, self._match = (
+            jax.jit(function, out_shardings=whole) for function in (image, text, match)
+        )
         self._similarities = jax.jit(similarities)
 
     def evaluate(
@@ -53,10 +60,11 @@ class Retrieval:
                 number = int(batch["image_id"][row])
                 new += [] if number in seen else [row]
                 seen.add(number)
-            state, image = self._image(params, batch["pixel_values"])
+            pixels, *tokens_of = self._place(*(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")))
+            state, image = self._image(params, pixels)
             states.append(np.asarray(state)[new])
             images.append(np.asarray(image)[new])
-            texts.append(np.asarray(self._text(params, batch["input_ids"], batch["attention_mask"]))[:count])
+            texts.append(np.asarray(self._text(params, *tokens_of))[:count])
             tokens.append(np.stack([batch["input_ids"][:count], batch["attention_mask"][:count]]))
             ids.append((batch["image_id"][new], batch["image_id"][:count]))
         if len(seen) < 2:
@@ -73,6 +81,9 @@ class Retrieval:
             figures |= _recalls("image_to_text", to_text, belongs, "reranked_")
             figures |= _recalls("text_to_image", to_image, belongs.T, "reranked_")
         return figures
+
+    def _place(self, *arrays: np.ndarray) -> Sequence[Any]:
+        return arrays if self._split is None else jax.device_put(arrays, self._split)
 
     def _all_similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
         rows = [self._similarities(images[i : i + 256], texts) for i in range(0, len(images), 256)]
@@ -95,7 +106,7 @@ class Retrieval:
         result = scores.astype(np.float64) - 1e6
         for start in range(0, len(rows), self._batch_size):
             chunk = np.arange(start, start + self._batch_size).clip(max=len(rows) - 1)
-            match = self._match(params, states[image[chunk]], *tokens[:, text[chunk]])
+            match = self._match(params, *self._place(states[image[chunk]], *tokens[:, text[chunk]]))
             result[rows[chunk], columns[chunk]] = scores[rows[chunk], columns[chunk]] + np.asarray(match)
         return result
 

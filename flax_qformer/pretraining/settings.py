@@ -11,7 +11,7 @@ from flax_qformer.pretraining.optimizer import Group
 from flax_qformer.pretraining.sources import DataSettings
 from flax_qformer.source import DEFAULT_MODEL
 
-FIXED = ("model", "train", "ema_decay", "accumulation", "seed")
+FIXED = ("model", "train", "ema_decay", "accumulation", "scan_layers", "seed")
 """What decides of the state's form or the data's order, and so may not change between a stop and its resumption."""
 
 
@@ -39,6 +39,11 @@ class TrainSettings(DataSettings):
       dropout: of the Q-Former, in place of its config's.
       dtype: what is computed in: float32, bfloat16 or float16; parameters stay float32.
       gradient_checkpointing: recompute each layer in the backward pass, for less memory.
+      scan_layers: run the layers in a loop, which compiles faster; a pruned model cannot.
+      mesh: how to split over the devices, such as data=-1,fsdp=4,tensor=2: data and fsdp split the batch, fsdp and
+        tensor the parameters; -1 takes what is left.
+      distributed: join the job's other processes, as jax.distributed.initialize finds them on Cloud TPU, GKE and Slurm;
+        elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell.
       log_every: steps between lines of metrics.
       save_every: steps between checkpoints.
       keep: newest checkpoints that are kept.
@@ -65,6 +70,9 @@ class TrainSettings(DataSettings):
     dropout: float | None = None
     dtype: str = "bfloat16"
     gradient_checkpointing: bool = False
+    scan_layers: bool = True
+    mesh: str = "data=-1"
+    distributed: bool = False
     log_every: int = 10
     save_every: int = 500
     keep: int = 2

@@ -8,9 +8,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.pretraining.optimizer import Group, merge, partition
+from flax_qformer.sharding import shardings
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 
@@ -88,6 +90,7 @@ def make_train_step(
     *,
     ema_decay: float = 0.0,
     accumulation: int = 1,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """A compiled step: (state, batch) -> the next state, the losses, and the norms of gradient and parameters.
 
@@ -97,6 +100,7 @@ def make_train_step(
     Args:
       ema_decay: of the state's moving average, which takes every `accumulation`-th batch into account.
       accumulation: the optimizer's.
+      mesh: keep the state on it as `shard_params` lays it out.
     """
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -114,6 +118,7 @@ def make_train_step(
             ema = optax.incremental_update(trained, ema, jnp.where(is_updated, 1 - ema_decay, 0.0))
         metrics = {name: getattr(output, name) for name in LOSSES}
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.global_norm(trained)}
-        return replace(state, trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
+        state = replace(state, trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1)
+        return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
     return jax.jit(train_step, donate_argnums=0)

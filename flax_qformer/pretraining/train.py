@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from flax_qformer.checkpoint import as_dtype, from_pretrained, initialise, save_pretrained
@@ -27,9 +27,12 @@ from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
 from flax_qformer.pretraining.step import TrainState, make_train_step
+from flax_qformer.processes import any_process, is_first, of_all, wait_for_all
 from flax_qformer.processor import Processor
+from flax_qformer.sharding import check_divides, make_mesh, parse_mesh, shard_batch, shard_params
 from flax_qformer.source import locate
 from flax_qformer.stopping import Stopped, noted_signals
+from flax_qformer.surgery import stack_layers
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +52,12 @@ def train(settings: TrainSettings) -> str:
     output = Path(settings.output)
     checkpoints = Checkpoints(output / "checkpoints", settings.keep)
     _check_output(output, checkpoints, settings)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    if settings.batch_size % mesh.size:
-        nearest = max(1, round(settings.batch_size / mesh.size)) * mesh.size
-        raise InputError(
-            f"a batch of {settings.batch_size} does not divide among {mesh.size} devices; --batch-size {nearest} does"
-        )
+    mesh = make_mesh(**parse_mesh(settings.mesh))
+    check_divides(settings.batch_size, mesh, "--batch-size")
     data = open_source(settings)
     held_out = _open_held_out(settings)
-    model, params, processor = _load(settings)
-    batches = Batches(data, processor, settings)
+    model, params, processor = _load(settings, mesh)
+    batches = Batches(data, processor, settings, process_index=jax.process_index(), process_count=jax.process_count())
     schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(
         model.config,
@@ -71,21 +70,26 @@ def train(settings: TrainSettings) -> str:
         accumulation=settings.accumulation,
     )
     state = TrainState.create(params, optimizer, settings.train, ema=settings.ema_decay > 0, seed=settings.seed)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    step = make_train_step(model, optimizer, ema_decay=settings.ema_decay, accumulation=settings.accumulation)
-    retrieval = Retrieval(model, settings.batch_size)
+    state = shard_params(state, mesh)
+    step = make_train_step(
+        model, optimizer, ema_decay=settings.ema_decay, accumulation=settings.accumulation, mesh=mesh
+    )
+    retrieval = Retrieval(model, settings.batch_size, mesh)
 
-    _begin(output, settings)
+    wait_for_all("checked")
+    if is_first():
+        _begin(output, settings)
+    wait_for_all("begun")
     state, notes = checkpoints.restore(state) or (state, {})
     done = int(state.step) // settings.accumulation
     checkpoints.tidy(done)
     with batches, noted_signals() as came, Log(output, done) as log:
         if notes:
-            batches.set_state(notes["data"])
+            batches.set_state(notes["data"][jax.process_index() % len(notes["data"])])
 
         def save() -> None:
-            checkpoints.save(done, state, {"data": batches.get_state(), "settings": dataclasses.asdict(settings)})
+            data = of_all(batches.get_state())
+            checkpoints.save(done, state, {"data": data, "settings": dataclasses.asdict(settings)})
 
         def evaluate() -> None:
             """Unless it was done before the run stopped here."""
@@ -98,12 +102,15 @@ def train(settings: TrainSettings) -> str:
                 logger.warning("no evaluation: %s", error)
 
         started, steps_since = time.perf_counter(), 0
-        with tqdm(total=settings.steps, initial=done, unit="step", dynamic_ncols=True) as progress:
+        with tqdm(
+            total=settings.steps, initial=done, unit="step", dynamic_ncols=True, disable=not is_first()
+        ) as progress:
             while True:
-                if came:
+                if any_process(bool(came)):
                     save()
                     again = "the same command without --overwrite" if settings.overwrite else "the same command"
-                    raise Stopped(came[0], f"stopped after step {done}, which is saved; {again} goes on from there")
+                    number = came[0] if came else signal.SIGTERM
+                    raise Stopped(number, f"stopped after step {done}, which is saved; {again} goes on from there")
                 if done >= settings.steps:
                     evaluate()
                     break
@@ -112,7 +119,7 @@ def train(settings: TrainSettings) -> str:
                     started, steps_since = time.perf_counter(), 0
                 parts = []
                 for _ in range(settings.accumulation):
-                    state, metrics = step(state, jax.make_array_from_process_local_data(split, next(batches)))
+                    state, metrics = step(state, shard_batch(next(batches), mesh))
                     parts.append(metrics)
                 parts = jax.device_get(parts)
                 figures = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
@@ -161,11 +168,11 @@ class Log:
     """Figures of a run: `metrics.jsonl`, a line for each time, and TensorBoard's files."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Go on after a step: what comes after it will be written again."""
+        """Go on after a step: what comes after it will be written again, by the first process."""
         from tensorboardX import SummaryWriter
 
         self._path = folder / METRICS
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=is_first())
         self._last: dict[str, float] = {}
         self._evaluated: set[int] = set()
         kept = []
@@ -176,9 +183,11 @@ class Log:
                 if figures["step"] <= step:
                     kept.append(line + "\n")
                     self._note(**figures)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.rename(self._path)
+        wait_for_all("read")
+        if is_first():
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.rename(self._path)
 
     def __enter__(self) -> "Log":
         return self
@@ -188,6 +197,8 @@ class Log:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self._note(step, **figures)
+        if not is_first():
+            return
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
@@ -242,13 +253,13 @@ def _writing(output: Path) -> Iterator[None]:
         raise InputError(f"cannot write {output} ({error.strerror}); free space, or name another --output") from None
 
 
-def _load(settings: TrainSettings) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
+def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
     source, dtype = locate(settings.model), as_dtype(settings.dtype)
     if source.config and not source.params and not source.weights:
         logger.warning("%s has no weights: all are drawn afresh", source.name)
         model, params = initialise(source.config, Blip2ForPreTraining, dtype, settings.seed)
     else:
-        model, params = from_pretrained(settings.model, dtype, jnp.float32, model_class=Blip2ForPreTraining)
+        model, params = from_pretrained(settings.model, dtype, jnp.float32, model_class=Blip2ForPreTraining, mesh=mesh)
     config = model.config
     qformer, vision = config.qformer_config, config.vision_config
     if settings.dropout is not None:
@@ -258,6 +269,8 @@ def _load(settings: TrainSettings) -> tuple[Blip2ForPreTraining, dict[str, Any],
         qformer = dataclasses.replace(qformer, gradient_checkpointing=True)
         vision = dataclasses.replace(vision, gradient_checkpointing=True)
     config = dataclasses.replace(config, qformer_config=qformer, vision_config=vision)
+    if settings.scan_layers:
+        config, params = dataclasses.replace(config, scan_layers=True), stack_layers(params)
     processor = Processor.from_pretrained(settings.model, config=config, tokenizer=settings.tokenizer)
     return model.clone(config=config), params, processor
 

@@ -1,0 +1,169 @@
+"""What a compiled program moves, read from XLA's text of it: a loop's body counts as often as it runs."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
+# These name a value or hand it on; what they hold is counted where it is made and used.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one run of the program on one chip.
+
+    Attributes:
+      memory: bytes read and written by the operations, as XLA's cost analysis counts them.
+      wire: bytes that a chip sends, by kind of collective, if rings are used.
+      collectives: how many run, by kind.
+    """
+
+    memory: float
+    wire: dict[str, float]
+    collectives: dict[str, int]
+
+
+@dataclass
+class _Computation:
+    instructions: list["_Instruction"] = field(default_factory=list)
+
+    def by_name(self) -> dict[str, "_Instruction"]:
+        return {instruction.name: instruction for instruction in self.instructions}
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def size(self) -> float:
+        return _bytes(self.shape)
+
+    def called(self, attribute: str) -> str | None:
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+def traffic(text: str) -> Traffic:
+    """Read `compiled.as_text()`."""
+    computations, entry = _parse(text)
+    memory, wire, count = 0.0, Counter[str](), Counter[str]()
+    for computation, times in _runs(computations, entry, 1):
+        known = computation.by_name()
+        for one in computation.instructions:
+            kind = one.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                sent = _sent(one, kind, known)
+                if sent:
+                    wire[kind] += times * sent
+                    count[kind] += times
+            if one.opcode not in FREE and not one.opcode.endswith("-done"):
+                memory += times * _moved(one, known, computations)
+    return Traffic(memory, dict(wire), dict(count))
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    current, entry = _Computation(), ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
+        if head:
+            current = computations[head[2]] = _Computation()
+            entry = head[2] if head[1] else entry
+            continue
+        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", line)
+        if found:
+            inside, _, attributes = _split(found[4])
+            operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+            current.instructions.append(_Instruction(found[1], found[2], found[3], operands, attributes))
+    return computations, entry
+
+
+def _split(rest: str) -> tuple[str, str, str]:
+    """What is inside an opcode's parentheses, and what follows them."""
+    depth = 1
+    for place, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return rest[:place], ")", rest[place + 1 :]
+    return rest, "", ""
+
+
+def _runs(computations: dict[str, _Computation], name: str, times: int) -> Iterator[tuple[_Computation, int]]:
+    """A computation and those that it runs, with how often."""
+    computation = computations[name]
+    yield computation, times
+    for one in computation.instructions:
+        if one.opcode == "while":
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', one.attributes)
+            yield from _runs(computations, str(one.called("body")), times * (int(trips[1]) if trips else 1))
+        elif one.opcode in ("call", "async-start"):
+            called = one.called("to_apply") or one.called("calls")
+            if called in computations:
+                yield from _runs(computations, called, times)
+
+
+def _sent(one: _Instruction, kind: str, known: dict[str, _Instruction]) -> float:
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", one.attributes)
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", one.attributes)
+    size = len(listed[1].split(",")) if listed else int(counted[1]) if counted else 2
+    if size < 2:
+        return 0.0
+    given = sum(known[name].size for name in one.operands if name in known)
+    share = (size - 1) / size
+    return {
+        "all-gather": given * (size - 1),
+        "all-reduce": 2 * given * share,
+        "reduce-scatter": given * share,
+        "all-to-all": given * share,
+        "collective-permute": given,
+    }[kind]
+
+
+def _moved(one: _Instruction, known: dict[str, _Instruction], computations: dict[str, _Computation]) -> float:
+    """Bytes that an operation reads and writes; of what it only slices or updates in place, the slice."""
+    if one.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * one.size
+    if one.opcode == "dynamic-update-slice":
+        return 2 * (known[one.operands[1]].size if one.operands[1] in known else 0.0)
+    inner = computations.get(one.called("calls") or "")
+    if inner is None:
+        return one.size + sum(known[name].size for name in one.operands if name in known)
+    return _written(one, inner) + sum(_read(parameter, inner) for parameter in _parameters(inner))
+
+
+def _parameters(computation: _Computation) -> list[_Instruction]:
+    return [one for one in computation.instructions if one.opcode == "parameter"]
+
+
+def _read(parameter: _Instruction, inner: _Computation) -> float:
+    users = [one for one in inner.instructions if parameter.name in one.operands]
+    if users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one in users):
+        return sum(one.size for one in users)
+    if users and all(one.opcode == "dynamic-update-slice" and one.operands[0] == parameter.name for one in users):
+        return 0.0
+    return parameter.size
+
+
+def _written(one: _Instruction, inner: _Computation) -> float:
+    known = inner.by_name()
+    updates = [u for u in inner.instructions if u.opcode == "dynamic-update-slice" and _bytes(u.shape) == one.size]
+    return known[updates[0].operands[1]].size if updates and updates[0].operands[1] in known else one.size
+
+
+def _bytes(shape: str) -> float:
+    total = 0.0
+    for dtype, sides in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
+        bits = BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) or 8)
+        size = 1
+        for side in sides.split(","):
+            size *= int(side) if side else 1
+        total += size * bits / 8
+    return total

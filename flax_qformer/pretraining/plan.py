@@ -1,0 +1,279 @@
+"""What a training step needs of a TPU pod, told by the pod's own compiler, which runs on any machine."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_qformer.checkpoint import as_dtype, read_config
+from flax_qformer.errors import InputError, first_line
+from flax_qformer.pretraining.hlo import traffic
+from flax_qformer.pretraining.model import Blip2ForPreTraining
+from flax_qformer.pretraining.optimizer import Group, make_optimizer
+from flax_qformer.pretraining.step import TrainState, make_train_step
+from flax_qformer.sharding import AXES, BATCH, check_divides, fit_mesh, parse_mesh, shardings
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s to memory, bytes/s sent to other chips."""
+
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32e9, 1228e9, 150e9),
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+}
+"""By the name that a topology begins with. Source: the page on each version at cloud.google.com/tpu/docs; the links'
+rate is half of what is given there for both ways together."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on one chip of a pod; bytes, FLOPs and seconds.
+
+    Attributes:
+      parameters, optimizer: what is kept from step to step.
+      temporaries: what a step needs besides, at its height.
+      headroom: what is left of the chip's memory; below 0, what is missing.
+      flops: of the products of a step, with those that are computed again.
+      memory_traffic: read from and written to the chip's memory.
+      wire: bytes sent, by kind of collective; `collectives` is how many run.
+      seconds: the least that each of compute, memory and interconnect allows; the step takes at least the longest.
+    """
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    batch: int
+    parameters: float
+    optimizer: float
+    temporaries: float
+    headroom: float
+    flops: float
+    memory_traffic: float
+    wire: dict[str, float]
+    collectives: dict[str, int]
+    seconds: dict[str, float]
+    fits: bool = True
+    advice: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
+        rows = [
+            ("parameters", _short(self.parameters, "B")),
+            ("optimizer", _short(self.optimizer, "B")),
+            ("temporaries", _short(self.temporaries, "B")),
+            ("headroom" if self.fits else "missing", _short(abs(self.headroom), "B")),
+            ("products", _short(self.flops, "FLOP")),
+        ]
+        if self.fits:
+            rows.append(("to and from memory", _short(self.memory_traffic, "B")))
+            rows += [
+                (f"{self.collectives[kind]} {kind}", _short(self.wire[kind], "B sent")) for kind in sorted(self.wire)
+            ]
+            rows += [(f"time for {name}", f"{1e3 * least:.1f} ms") for name, least in self.seconds.items()]
+        lines = [f"{self.topology}, {self.chips} chips as {mesh}; {self.batch} images a step; on each chip:"]
+        lines += [f"  {name:24} {value:>14}" for name, value in rows]
+        if self.fits:
+            least = max(self.seconds.values())
+            lines.append(f"at best {self.batch / least:,.0f} images/s: {self.bound} binds, {1e3 * least:.1f} ms a step")
+        else:
+            lines.append(f"does not fit; what would: {'; '.join(self.advice) or 'more chips'}")
+        return "\n".join(lines)
+
+    @property
+    def bound(self) -> str:
+        """What a step waits for longest, or "memory capacity" if it does not fit."""
+        return max(self.seconds, key=lambda name: self.seconds[name]) if self.fits else "memory capacity"
+
+
+def plan(
+    model: str,
+    topology: str,
+    batch: int,
+    *,
+    mesh: str = "data=1,fsdp=-1",
+    remat: bool = False,
+    train: tuple[Group, ...] = ("qformer", "heads"),
+    text_length: int = 32,
+    dtype: str = "bfloat16",
+) -> Plan:
+    """Compile the training step for a pod that is not there.
+
+    Args:
+      model: a folder, hub id or `config.json`; weights are not read.
+      topology: as Google names it, such as v5e:16x16.
+      batch: images in a step, over all chips.
+      mesh: as `--mesh` of training.
+      remat: recompute the layers in the backward pass.
+      text_length: tokens of a caption, padding included.
+
+    Raises:
+      InputError: libtpu is not installed, or an argument is unfit.
+    """
+    chip = _chip(topology)
+    pod = _pod(topology, mesh)
+    check_divides(batch, pod, "--batch")
+    config = dataclasses.replace(read_config(model), scan_layers=True)
+    parts = {name: getattr(config, name) for name in ("qformer_config", "vision_config")}
+    parts = {name: dataclasses.replace(part, gradient_checkpointing=remat) for name, part in parts.items()}
+    module = Blip2ForPreTraining(dataclasses.replace(config, **parts), dtype=as_dtype(dtype))
+    optimizer = make_optimizer(config, 1e-4)
+    state, inputs = _state(module, optimizer, train, pod), _inputs(module, batch, text_length, pod)
+    traced = make_train_step(module, optimizer).trace(state, inputs)
+    kept = _bytes((state.trained, state.frozen)), _bytes(state.opt_state)
+    described = {
+        "topology": topology,
+        "chips": pod.size,
+        "mesh": dict(pod.shape),
+        "batch": batch,
+        "parameters": kept[0],
+        "optimizer": kept[1],
+        "flops": flops(traced.jaxpr.jaxpr) / pod.size,
+    }
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        missing = _missing(str(error))
+        if missing is None:
+            raise InputError(f"the step does not compile for {topology}: {first_line(error)}") from None
+        temporaries = chip.memory + missing - sum(kept)
+        advice = tuple(_advice(chip, kept, temporaries, batch, pod, remat))
+        nothing: dict[str, Any] = {"memory_traffic": math.nan, "wire": {}, "collectives": {}, "seconds": {}}
+        return Plan(**described, **nothing, temporaries=temporaries, headroom=-missing, fits=False, advice=advice)
+    memory, moved = compiled.memory_analysis(), traffic(compiled.as_text())
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    seconds = {
+        "compute": described["flops"] / chip.flops,
+        "memory": moved.memory / chip.memory_rate,
+        "interconnect": sum(moved.wire.values()) / chip.link_rate,
+    }
+    return Plan(
+        **described,
+        temporaries=memory.temp_size_in_bytes + used - sum(kept),
+        headroom=chip.memory - used - memory.temp_size_in_bytes,
+        memory_traffic=moved.memory,
+        wire=moved.wire,
+        collectives=moved.collectives,
+        seconds=seconds,
+    )
+
+
+def flops(jaxpr: Any) -> float:
+    """Of all products in a program, a loop's as often as it runs. XLA's own analysis counts a loop's body once."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            sides = equation.invars[0].aval.shape
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(sides[axis] for axis in contracted)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += times * sum(map(flops, _inner(equation.params)))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, core.ClosedJaxpr):
+                yield one.jaxpr
+            elif isinstance(one, core.Jaxpr):
+                yield one
+
+
+def _chip(topology: str) -> Chip:
+    name = topology.split(":")[0]
+    if name not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise InputError(f"{topology!r} is no topology; take one such as v5e:16x16, of {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+def _pod(topology: str, mesh: str) -> Mesh:
+    from jax.experimental import topologies
+
+    # libtpu would look for chips, and let only one process at a time load it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{topology} is not known here ({first_line(error)})") from None
+    return topologies.make_mesh(described, fit_mesh(parse_mesh(mesh), len(described.devices)), AXES)
+
+
+def _state(module: Blip2ForPreTraining, optimizer: Any, train: tuple[Group, ...], pod: Mesh) -> TrainState:
+    size = module.config.vision_config.image_size
+
+    def create() -> TrainState:
+        params = module.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), int))["params"]
+        return TrainState.create(params, optimizer, train)
+
+    shapes = jax.eval_shape(create)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(shapes, pod)
+    )
+
+
+def _inputs(module: Blip2ForPreTraining, batch: int, text_length: int, pod: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    size, place = module.config.vision_config.image_size, NamedSharding(pod, BATCH)
+    shapes = {
+        "pixel_values": ((batch, size, size, 3), jnp.float32),
+        "input_ids": ((batch, text_length), jnp.int32),
+        "attention_mask": ((batch, text_length), jnp.int32),
+        "image_id": ((batch,), jnp.int32),
+    }
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=place) for name, shape in shapes.items()}
+
+
+def _bytes(tree: Any) -> float:
+    """Of a tree's shards on one chip."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+            if leaf.sharding.spec is not PartitionSpec
+        )
+    )
+
+
+def _short(value: float, unit: str) -> str:
+    power = min(max(int(math.log10(value)) // 3, 0), 5) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"
+
+
+UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+def _missing(error: str) -> float | None:
+    """By how much the compiler says that memory is exceeded."""
+    found = re.search(r"[Ee]xceeded \w+ capacity by ([\d.]+)([KMGT]?)", error)
+    return float(found[1]) * UNITS[found[2]] if found else None
+
+
+def _advice(
+    chip: Chip, kept: tuple[float, float], temporaries: float, batch: int, pod: Mesh, remat: bool
+) -> Iterator[str]:
+    """What would fit, if temporaries grow with the batch."""
+    parts = pod.shape["data"] * pod.shape["fsdp"]
+    if not remat:
+        yield "--remat, which keeps one layer's activations at a time"
+    fitting = int(batch * max(chip.memory - sum(kept), 0) / temporaries * 0.95) // parts * parts
+    if fitting:
+        yield f"--batch {fitting}"
+    if pod.shape["data"] > 1 and temporaries < chip.memory:
+        yield f"--mesh fsdp={pod.shape['data'] * pod.shape['fsdp']}, which splits the parameters over all chips"

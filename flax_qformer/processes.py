@@ -1,0 +1,70 @@
+"""Several processes that run one program, each with chips of its own: find one another, agree, gather."""
+
+import logging
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from .errors import InputError, first_line
+
+VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+"""Arguments of `jax.distributed.initialize`, where no cluster tells them."""
+
+
+def join_processes() -> None:
+    """Find the job's other processes; before anything else is asked of jax.
+
+    Raises:
+      InputError: nothing says where they are, or they do not answer.
+    """
+    values: dict[str, Any] = {name: os.environ[key] for name, key in VARIABLES.items() if key in os.environ}
+    try:
+        values |= {name: int(values[name]) for name in ("num_processes", "process_id") if name in values}
+        jax.distributed.initialize(**values)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the job's other processes are not to be found ({first_line(error)}); Cloud TPU, GKE and Slurm tell where "
+            f"they are, elsewhere set {', '.join(VARIABLES.values())} in each"
+        ) from None
+    if not is_first():
+        logging.getLogger("flax_qformer").setLevel(logging.ERROR)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is true in any process; all ask together."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def wait_for_all(place: str) -> None:
+    """Go on when all processes are here."""
+    multihost_utils.sync_global_devices(place)
+
+
+def of_all(numbers: dict[str, int]) -> list[dict[str, int]]:
+    """Each process's numbers, by process."""
+    if jax.process_count() == 1:
+        return [numbers]
+    rows = multihost_utils.process_allgather(np.array(list(numbers.values()), np.int64))
+    return [dict(zip(numbers, row.tolist(), strict=True)) for row in rows]
+
+
+def from_first(text: str) -> str:
+    """The first process's text, a path for example."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.zeros(4096, np.uint8)
+    encoded = np.frombuffer(os.fsencode(text), np.uint8)
+    padded[: len(encoded)] = encoded
+    return os.fsdecode(multihost_utils.broadcast_one_to_all(padded).tobytes().rstrip(b"\0"))

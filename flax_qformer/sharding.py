@@ -1,0 +1,115 @@
+"""A model on many chips: the mesh, and which axis of a parameter lies along which of the mesh's.
+
+Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads and inner
+widths. The program stays that of one chip: XLA puts the collectives in, and the losses see the whole batch.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from .errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"self_attn/qkv/kernel", ("fsdp", None, "tensor", None)),
+    (r"self_attn/qkv/bias", (None, "tensor", None)),
+    (r"attention/(query|key|value)/kernel", ("fsdp", "tensor", None)),
+    (r"attention/(query|key|value)/bias", ("tensor", None)),
+    (r"(self_attn/projection|attention/output/dense)/kernel", ("tensor", None, "fsdp")),
+    (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/kernel", ("fsdp", "tensor")),
+    (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/bias", ("tensor",)),
+    (r"(fc2|output(_query)?/dense|proj_layer/dense2)/kernel", ("tensor", "fsdp")),
+    (r"(word|position)_embeddings/embedding", (None, "fsdp")),
+    (r"patch_embedding/kernel", (None, None, None, "fsdp")),
+    (r"position_embedding", (None, None, "fsdp")),
+    (r"(vision_proj|text_proj|itm_head|lm_head/.*)/kernel", ("fsdp", None)),
+)
+"""Pattern of a path's end -> the mesh's axis for each axis of the parameter. The first that fits holds, for optimizer
+state as well; what no row names (biases of the width, LayerNorms) is on every chip whole."""
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """All devices as a mesh; one of the numbers may be -1, for as many as are left.
+
+    Raises:
+      InputError: the numbers do not multiply to the number of devices.
+    """
+    sizes, count = dict(zip(AXES, (data, fsdp, tensor), strict=True)), jax.device_count()
+    return jax.make_mesh(fit_mesh(sizes, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The sizes that `data=-1,fsdp=4,tensor=2` names, for `make_mesh`; those that it leaves out are 1."""
+    try:
+        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(",") if part)}
+    except ValueError:
+        sizes = {"": 0}
+    if not sizes.keys() <= set(AXES):
+        raise InputError(f"the mesh is {text!r}; write it as data=-1,fsdp=4,tensor=2, leaving out what is 1")
+    return dict.fromkeys(AXES, 1) | sizes
+
+
+def shard_params(params: Tree, mesh: Mesh) -> Tree:
+    """Spread a tree of parameters, or of anything with their paths in it, over a mesh."""
+    return jax.device_put(params, shardings(params, mesh))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Spread a batch over the chips; of several processes, each gives its own part.
+
+    Raises:
+      InputError: it does not divide.
+    """
+    sharding = NamedSharding(mesh, BATCH)
+    for name, array in batch.items():
+        check_divides(len(array) * jax.process_count(), mesh, name)
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}
+
+
+def check_divides(size: int, mesh: Mesh, what: str) -> None:
+    """Whether a batch divides among the chips; InputError with the nearest that does."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % parts:
+        nearest = max(1, round(size / parts)) * parts
+        raise InputError(f"{what}: {size} does not divide among {parts} devices; {nearest} does")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where each array of a tree goes."""
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf), mesh)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole."""
+    axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
+    # Stacked layers have an axis of depth in front; a scalar or a row of a factored state has fewer than the row.
+    axes = (None,) * (len(shape) - len(axes)) + axes if len(shape) >= len(axes) else ()
+    whole = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*whole))
+
+
+def fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
+    rest = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) == 1 and known > 0 and count % known == 0:
+        sizes = sizes | {rest[0]: count // known}
+    elif rest or known != count or min(sizes.values()) < 1:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise InputError(
+            f"a mesh of {given} does not fit {count} devices; their product must be {count}, one may be -1"
+        )
+    return tuple(sizes.values())

@@ -1,0 +1,85 @@
+"""Loss and gradients of one batch on meshes, into a file: `python sharded_step.py FILE [PROCESS PORT] MESH...`.
+
+Of two processes, each gives half of the batch.
+"""
+
+import sys
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+import flax_qformer as fq
+from flax_qformer.pretraining import pretraining_loss
+from flax_qformer.sharding import parse_mesh
+
+CONFIG = fq.Blip2Config.from_dict(
+    {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        "qformer_config": {
+            "vocab_size": 25,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "intermediate_size": 64,
+            "max_position_embeddings": 16,
+            "cross_attention_frequency": 2,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        "num_query_tokens": 3,
+        "image_text_hidden_size": 16,
+        "scan_layers": True,
+    }
+)
+
+
+def main(file: str, *arguments: str) -> None:
+    numbers = [argument for argument in arguments if argument.isdecimal()]
+    if numbers:
+        process, port = numbers
+        jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
+    model, batch = fq.Blip2ForPreTraining(CONFIG), make_batch()
+    params = jax.jit(model.init)(jax.random.key(0), batch["pixel_values"], batch["input_ids"])["params"]
+    params = jax.tree.map(lambda leaf: 20 * np.asarray(leaf) if leaf.ndim > 2 else np.asarray(leaf), params)
+    half = len(batch["input_ids"]) // jax.process_count()
+    mine = slice(jax.process_index() * half, (jax.process_index() + 1) * half)
+
+    @jax.jit(compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
+    def run(params: dict, batch: dict) -> tuple:
+        def loss(params: dict) -> jax.Array:
+            return pretraining_loss(model, params, {}, batch, jax.random.key(1))[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    found = {}
+    for text in arguments[len(numbers) :]:
+        mesh = fq.make_mesh(**parse_mesh(text))
+        placed = fq.shard_params(params, mesh)
+        loss, gradients = run(placed, fq.shard_batch({name: array[mine] for name, array in batch.items()}, mesh))
+        split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
+        gradients = jax.tree.leaves(process_allgather(gradients, tiled=True))
+        found[text] = np.concatenate([[float(loss), split], *(leaf.ravel() for leaf in gradients)])
+    if not jax.process_index():
+        np.savez(file, **found)
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "pixel_values": rng.standard_normal((16, 16, 16, 3), np.float32),
+        "input_ids": rng.integers(5, 24, (16, 6)).astype(np.int32),
+        "attention_mask": (np.arange(6) < rng.integers(3, 7, (16, 1))).astype(np.int32),
+        "image_id": np.arange(16, dtype=np.int32) // 2,
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
