@@ -4,6 +4,7 @@ The policy: parameters live in `param_dtype`, products run in `dtype` and accumu
 and softmax are float32 whatever the dtype.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core.scope import LazyRng, Scope
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
+
+from .sharding import BATCH
 
 INITIALIZER = nn.initializers.normal(0.02)
 """BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
@@ -68,7 +72,16 @@ class Dense(Block):
         y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=jnp.float32)
         if self.use_bias:
             y += self.bias
-        return self.activation(y).astype(self.dtype)
+        return keep_batch(self.activation(y).astype(self.dtype))
+
+
+def keep_batch(x: jax.Array) -> jax.Array:
+    """Keep the first axis split over the mesh that is set: XLA may else split widths, and sum over the wire."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH[0] if axis in mesh.auto_axes)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
 
 
 def recomputed(layer: Block, activations: tuple, rest: tuple = (), static: tuple = ()) -> Any:

@@ -4,9 +4,11 @@ Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits bo
 widths. The program stays that of one chip: XLA puts the collectives in, and the losses see the whole batch.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -57,6 +59,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     if not sizes.keys() <= set(AXES):
         raise InputError(f"the mesh is {text!r}; write it as data=-1,fsdp=4,tensor=2, leaving out what is 1")
     return dict.fromkeys(AXES, 1) | sizes
+
+
+def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Around what is traced: batches stay split over the mesh from layer to layer."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def shard_params(params: Tree, mesh: Mesh) -> Tree:

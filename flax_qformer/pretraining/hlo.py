@@ -1,5 +1,6 @@
 """What a compiled program moves, read from XLA's text of it: a loop's body counts as often as it runs."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ class _Instruction:
     name: str
     shape: str
     opcode: str
+    literal: str
     operands: tuple[str, ...]
     attributes: str
 
@@ -82,7 +84,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
         if found:
             inside, _, attributes = _split(found[4])
             operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-            current.instructions.append(_Instruction(found[1], found[2], found[3], operands, attributes))
+            current.instructions.append(_Instruction(found[1], found[2], found[3], inside, operands, attributes))
     return computations, entry
 
 
@@ -102,18 +104,26 @@ def _runs(computations: dict[str, _Computation], name: str, times: int) -> Itera
     yield computation, times
     for one in computation.instructions:
         if one.opcode == "while":
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', one.attributes)
-            yield from _runs(computations, str(one.called("body")), times * (int(trips[1]) if trips else 1))
+            trips = _trips(one, computations)
+            yield from _runs(computations, str(one.called("body")), times * trips)
         elif one.opcode in ("call", "async-start"):
             called = one.called("to_apply") or one.called("calls")
             if called in computations:
                 yield from _runs(computations, called, times)
 
 
+def _trips(loop: _Instruction, computations: dict[str, _Computation]) -> int:
+    """How often a loop runs: what XLA says of it, or the number that its condition compares with."""
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = computations[str(loop.called("condition"))]
+    limits = [int(one.literal) for one in condition.instructions if one.opcode == "constant" and one.literal.isdecimal()]
+    return max(limits, default=1)
+
+
 def _sent(one: _Instruction, kind: str, known: dict[str, _Instruction]) -> float:
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", one.attributes)
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", one.attributes)
-    size = len(listed[1].split(",")) if listed else int(counted[1]) if counted else 2
+    size = _group(one.attributes)
     if size < 2:
         return 0.0
     given = sum(known[name].size for name in one.operands if name in known)
@@ -125,6 +135,18 @@ def _sent(one: _Instruction, kind: str, known: dict[str, _Instruction]) -> float
         "all-to-all": given * share,
         "collective-permute": given,
     }[kind]
+
+
+def _group(attributes: str) -> int:
+    """How many chips take part: XLA lists them, counts them, or names axes of a mesh."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(counted[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return 2
 
 
 def _moved(one: _Instruction, known: dict[str, _Instruction], computations: dict[str, _Computation]) -> float:

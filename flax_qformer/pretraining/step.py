@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.pretraining.optimizer import Group, merge, partition
-from flax_qformer.sharding import shardings
+from flax_qformer.sharding import on, shardings
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg")
 
@@ -109,7 +109,8 @@ def make_train_step(
         def loss(trained: dict[str, Any]) -> tuple[jax.Array, PreTrainingOutput]:
             return pretraining_loss(model, trained, state.frozen, batch, key)
 
-        (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(state.trained)
+        with on(mesh):
+            (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(state.trained)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         ema = state.ema
