@@ -258,6 +258,8 @@ def plan(options: argparse.Namespace) -> None:
         raise InputError("this needs the TPU's compiler as well; run pip install 'flax-qformer[tpu]'")
     from .pretraining.plan import plan
 
+    # Chips that are here are not needed, and may be another program's.
+    jax.config.update("jax_platforms", "cpu")
     told = plan(
         options.model,
         options.topology,

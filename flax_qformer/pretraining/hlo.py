@@ -19,7 +19,7 @@ class Traffic:
     Attributes:
       memory: bytes read and written by the operations, as XLA's cost analysis counts them.
       wire: bytes that a chip sends, by kind of collective, if rings are used.
-      collectives: how many run, by kind.
+      collectives: how many stand in the program, by kind; a loop's run more than once.
     """
 
     memory: float
@@ -65,7 +65,7 @@ def traffic(text: str) -> Traffic:
                 sent = _sent(one, kind, known)
                 if sent:
                     wire[kind] += times * sent
-                    count[kind] += times
+                    count[kind] += 1
             if one.opcode not in FREE and not one.opcode.endswith("-done"):
                 memory += times * _moved(one, known, computations)
     return Traffic(memory, dict(wire), dict(count))

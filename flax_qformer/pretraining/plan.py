@@ -42,6 +42,14 @@ CHIPS = {
 rate is half of what is given there for both ways together."""
 
 
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Environment in which libtpu neither looks for chips, nor complains of finding none, nor wants to be alone."""
+
 EFFORT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
 """Of the compiler: the least, which takes a third of the time. Schedules are then worse, sizes and traffic the same."""
 
@@ -56,7 +64,7 @@ class Plan:
       headroom: what is left of the chip's memory; below 0, what is missing.
       flops: of the products of a step, with those that are computed again.
       memory_traffic: read from and written to the chip's memory.
-      wire: bytes sent, by kind of collective; `collectives` is how many run.
+      wire: bytes sent, by kind of collective; `collectives` is how many stand in the program.
       seconds: the least that each of compute, memory and interconnect allows; the step takes at least the longest.
     """
 
@@ -210,9 +218,8 @@ def _chip(topology: str) -> Chip:
 def _pod(topology: str, mesh: str) -> Mesh:
     from jax.experimental import topologies
 
-    # libtpu would look for chips, and let only one process at a time load it.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:

@@ -1,0 +1,96 @@
+"""The plan of a pod. The compiler itself is in the slow tests, with `flax-qformer[tpu]`."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flax_qformer as fq
+from flax_qformer.cli import main
+from flax_qformer.config import BLIP2_VIT_L
+from flax_qformer.pretraining.hlo import traffic
+
+PROGRAM = """HloModule step
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %add = f32[] add(%x, %y)
+}
+
+%condition (state: (s32[], f32[8,128])) -> pred[] {
+  %state = (s32[], f32[8,128]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (state.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %state.1 = (s32[], f32[8,128]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %x.1 = f32[8,128] get-tuple-element(%state.1), index=1
+  %reduced = f32[8,128] all-reduce(%x.1), replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %next = (s32[], f32[8,128]) tuple(%i.1, %reduced)
+}
+
+ENTRY %main (start: (s32[], f32[8,128])) -> f32[32,128] {
+  %start = (s32[], f32[8,128]) parameter(0)
+  %loop = (s32[], f32[8,128]) while(%start), condition=%condition, body=%body
+  %x.2 = f32[8,128] get-tuple-element(%loop), index=1
+  ROOT %all = f32[32,128] all-gather(%x.2), replica_groups=mesh['a'=4,'b'=4] {'b'}, dimensions={0}
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    found, size = traffic(PROGRAM), 8 * 128 * 4
+    assert found.collectives == {"all-reduce": 1, "all-gather": 1}
+    assert found.wire == {"all-reduce": 12 * 2 * size * 3 / 4, "all-gather": 3 * size}
+    assert found.memory == 12 * 2 * size + size + 4 * size
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_the_compiler_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--topology", "v5e:4x4", "--batch", "512"])
+    assert ended.value.code == 2
+    assert "pip install 'flax-qformer[tpu]'" in capsys.readouterr().err
+
+
+def run(folder: Path, *arguments: str, config: fq.Blip2Config = BLIP2_VIT_L) -> subprocess.CompletedProcess[str]:
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    program = Path(sys.executable).with_name("flax-qformer")
+    command = [str(program), "plan", "--model", str(folder / "config.json"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_the_full_step_fits_pods_and_its_collectives_do_not_grow(tmp_path: Path) -> None:
+    plans: dict[str, dict[str, Any]] = {}
+    for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:4x4x4", 64)):
+        done = run(tmp_path, "--topology", topology, "--batch", str(32 * chips), "--remat", "--json")
+        assert done.returncode == 0, done.stderr
+        plans[topology] = json.loads(done.stdout)
+        print(topology, plans[topology])
+        assert plans[topology]["chips"] == chips
+        assert plans[topology]["fits"]
+    small, large = (sum(plans[name]["collectives"].values()) for name in ("v5e:4x4", "v5e:16x16"))
+    assert large <= 1.1 * small
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
+    shallow = dataclasses.replace(
+        BLIP2_VIT_L,
+        vision_config=dataclasses.replace(BLIP2_VIT_L.vision_config, num_hidden_layers=2),
+        qformer_config=dataclasses.replace(BLIP2_VIT_L.qformer_config, num_hidden_layers=2),
+    )
+    done = run(tmp_path, "--topology", "v5e:2x2", "--batch", "16384", config=shallow)
+    assert done.returncode == 0, done.stderr
+    assert "missing" in done.stdout
+    assert "--batch" in done.stdout
