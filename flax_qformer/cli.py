@@ -44,7 +44,7 @@ TRAIN_PACKAGES = ("datasets", "grain", "tensorboardX", "tyro", "yaml")
 """What pip installs with `flax-qformer[train]`."""
 
 
-DATA_OPTIONS = ("image_column", "embedding_dtype", "shard_size", "num_workers", "process")
+DATA_OPTIONS = ("image_column", "embedding_dtype", "shard_size", "num_workers", "mesh", "process", "distributed")
 """Those of `embed` that go with --data alone."""
 
 
@@ -122,6 +122,8 @@ def _embed_data(options: argparse.Namespace) -> None:
     _check_train_packages()
     from .embedding import EmbedSettings, embed_data
 
+    if options.distributed:
+        join_processes()
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(EmbedSettings)}
     given |= {"text": options.text and options.text[0], "model": str(options.model)}
     given |= {"output": options.output or Path("embeddings"), "process": options.process and tuple(options.process)}
@@ -382,6 +384,13 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--embedding-dtype", choices=("float16", "float32"), help="what is written (default: float32)")
     data.add_argument("--shard-size", type=_positive, metavar="N", help="rows in a Parquet file (default: 1024)")
     data.add_argument("--num-workers", type=int, metavar="N", help="processes that decode (default: 4)")
+    data.add_argument("--mesh", metavar="AXES", help="layout of each process's devices (default: data=-1)")
+    data.add_argument(
+        "--distributed",
+        action="store_true",
+        default=None,
+        help="one of several processes, which share the work: find the others, as in training",
+    )
     data.add_argument(
         "--process",
         type=int,

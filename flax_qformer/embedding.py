@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from .checkpoint import as_dtype, from_pretrained
@@ -29,6 +29,7 @@ from .pretraining.data import Images, image_batches, open_images
 from .pretraining.sources import DataSettings
 from .processor import Processor
 from .qformer import Blip2QFormerModel
+from .sharding import BATCH, make_mesh, on, parse_mesh
 from .source import DEFAULT_MODEL
 from .stopping import Stopped, noted_signals
 from .writing import check_writable, new_file
@@ -56,6 +57,7 @@ class EmbedSettings:
       embedding_dtype: what is written, float16 or float32.
       shard_size: rows in a shard.
       batch_size: images that run together, made to divide among the devices.
+      mesh: how the devices of each process are laid out, as for training.
       process: the number of this process and how many there are; by default as JAX counts them.
     """
 
@@ -71,6 +73,7 @@ class EmbedSettings:
     embedding_dtype: str = "float32"
     shard_size: int = 1024
     batch_size: int = 64
+    mesh: str = "data=-1"
     num_workers: int = 4
     process: tuple[int, int] | None = None
 
@@ -165,11 +168,12 @@ def _make(
     shards: Mapping[Path, range], images: Images, settings: EmbedSettings, notes: Mapping[str, Any]
 ) -> dict[Path, int]:
     """Write shards; how many errors are in each."""
-    devices = jax.local_devices()
+    mesh = make_mesh(**parse_mesh(settings.mesh), devices=jax.local_devices())
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
     # It depends on no shard: a batch of another size would be rounded otherwise.
-    size = math.ceil(min(settings.batch_size, settings.shard_size, len(images)) / len(devices)) * len(devices)
+    size = math.ceil(min(settings.batch_size, settings.shard_size, len(images)) / split) * split
     batches = {path: [rows[i : i + size] for i in range(0, len(rows), size)] for path, rows in shards.items()}
-    parts = _embed(images, [rows for some in batches.values() for rows in some], size, settings)
+    parts = _embed(images, [rows for some in batches.values() for rows in some], size, settings, mesh)
     written: dict[Path, Future[int]] = {}
     with (
         noted_signals() as came,
@@ -195,24 +199,24 @@ def _make(
     return errors
 
 
-def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedSettings) -> Generator[Part]:
+def _embed(
+    images: Images, batches: Sequence[range], size: int, settings: EmbedSettings, mesh: Mesh
+) -> Generator[Part]:
     """The rows of each batch, of `size` or fewer; the model is loaded at once."""
     model, params = from_pretrained(
-        settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config
+        settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config, mesh=mesh
     )
     processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
     tokens = processor(text=[settings.text] * size, truncate=settings.truncate) if settings.text else {}
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    split = NamedSharding(mesh, BATCH)
     tokens = jax.device_put(tokens, split)
 
     apply: Any = model.apply
 
     @jax.jit
     def run(params: Any, pixel_values: jax.Array, tokens: dict[str, jax.Array]) -> jax.Array:
-        output = apply({"params": params}, pixel_values, **tokens)
+        with on(mesh):
+            output = apply({"params": params}, pixel_values, **tokens)
         return output.query_embeddings.astype(settings.embedding_dtype)
 
     def parts() -> Generator[Part]:

@@ -7,7 +7,7 @@ widths. The program stays that of one chip: XLA puts the collectives in, and the
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -40,14 +40,17 @@ state as well; what no row names (biases of the width, LayerNorms) is on every c
 Tree = TypeVar("Tree")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices as a mesh; one of the numbers may be -1, for as many as are left.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Devices as a mesh, by default all of all processes; one of the numbers may be -1, for as many as are left.
 
     Raises:
       InputError: the numbers do not multiply to the number of devices.
     """
-    sizes, count = dict(zip(AXES, (data, fsdp, tensor), strict=True)), jax.device_count()
-    return jax.make_mesh(fit_mesh(sizes, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices() if devices is None else devices
+    sizes = fit_mesh(dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
