@@ -1,0 +1,105 @@
+"""Layers in a loop give what layers one by one give."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import cases
+import flax_qformer as fq
+from conftest import COMPILE_FAST, checkpointing, write_upstream
+
+GEOMETRIES = ("frequency_1", "frequency_2")
+
+
+def models(geometry: str, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
+    """The model with and without the loop, and the parameters without."""
+    config = dataclasses.replace(fq.Blip2Config.from_dict(cases.GEOMETRIES[geometry]), **changes)
+    write_upstream(folder, config)
+    model, params = fq.from_pretrained(folder)
+    return model, fq.Blip2QFormerModel(dataclasses.replace(config, scan_layers=True)), params
+
+
+def inputs(geometry: str) -> dict[str, np.ndarray]:
+    found = cases.batch(geometry)
+    return {
+        "pixel_values": found["pixel_values"],
+        "input_ids": found["input_ids"],
+        "attention_mask": found["attention_mask"],
+        "head_mask": found["head_mask_2d"],
+    }
+
+
+def used(gradients: Any) -> dict[str, np.ndarray]:
+    """Those that are not all zeros, by name: not every parameter has a part in a forward pass."""
+    flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(gradients, sep=".").items()}
+    return {name: leaf for name, leaf in flat.items() if leaf.any()}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_values_attentions_states_and_gradients(geometry: str, tmp_path: Path) -> None:
+    model, scanned, params = models(geometry, tmp_path)
+    batch = inputs(geometry)
+
+    def run(model: fq.Blip2QFormerModel, params: Any) -> tuple[Any, Any]:
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            output = model.apply({"params": params}, **batch, output_attentions=True, output_hidden_states=True)
+            return (output.query_embeddings**2).sum(), output
+
+        return jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(params)
+
+    gradients, output = run(model, params)
+    for each in (scanned, fq.Blip2QFormerModel(checkpointing(scanned.config, True))):
+        looped, looped_output = run(each, fq.stack_layers(params))
+        for a, b in zip(jax.tree.leaves(output), jax.tree.leaves(looped_output), strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-6 * max(1, float(jnp.abs(a).max())))
+        error, name = cases.gradient_error(used(fq.unstack_layers(looped)), used(gradients))
+        assert error <= 1e-5, name
+
+
+def test_each_turn_of_the_loop_drops_others(tmp_path: Path) -> None:
+    config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_1"])
+    dropping = dataclasses.replace(config.qformer_config, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
+    _, model, params = models("frequency_1", tmp_path, qformer_config=dropping)
+    batch = inputs("frequency_1")
+    outputs = [
+        model.apply(
+            {"params": fq.stack_layers(params)},
+            **batch,
+            output_hidden_states=True,
+            deterministic=False,
+            rngs={"dropout": jax.random.key(seed)},
+        )
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(outputs[0].query_embeddings, outputs[1].query_embeddings)
+    assert not np.array_equal(outputs[0].query_embeddings, outputs[2].query_embeddings)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_trees_go_there_and_back(geometry: str, tmp_path: Path) -> None:
+    _, scanned, params = models(geometry, tmp_path)
+    stacked = fq.stack_layers(params)
+    jax.tree.map(np.testing.assert_array_equal, fq.unstack_layers(stacked), params)
+    shapes = jax.eval_shape(scanned.init, jax.random.key(0), inputs(geometry)["pixel_values"], np.zeros((3, 2), int))
+    assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, stacked)
+    fq.save_pretrained(tmp_path / "saved", scanned, stacked)
+    jax.tree.map(np.testing.assert_array_equal, fq.from_pretrained(tmp_path / "saved")[1], params)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "changes", "message"),
+    [
+        ("frequency_1", {"pruned_heads": {0: [1]}}, "pruned"),
+        ("frequency_3", {}, "no groups of 3"),
+    ],
+)
+def test_layers_that_differ_cannot_be_scanned(geometry: str, changes: Any, message: str) -> None:
+    config = fq.Blip2Config.from_dict(cases.GEOMETRIES[geometry] | changes)
+    with pytest.raises(fq.InputError, match=message):
+        dataclasses.replace(config, scan_layers=True)
