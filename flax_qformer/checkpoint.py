@@ -32,7 +32,7 @@ from .pretraining.model import Blip2ForPreTraining
 from .processes import from_first, is_first, wait_for_all
 from .processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 from .qformer import Blip2QFormerModel
-from .sharding import sharding_of
+from .sharding import held_bytes, sharding_of
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
 from .surgery import unstack_layers
 from .writing import check_absent, check_apart, check_space, new_folder
@@ -112,6 +112,9 @@ def from_pretrained(
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     place = on_one_device if mesh is None else partial(sharding_of, mesh=mesh)
     loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite, place)
+    if mesh is not None:
+        here, whole = held_bytes(loaded.params)
+        log.info("process %d read %.1f of %.1f MB of parameters", jax.process_index(), here / 1e6, whole / 1e6)
     model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
     return model, loaded.params
 

@@ -112,6 +112,13 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*whole))
 
 
+def held_bytes(params: Any) -> tuple[int, int]:
+    """How much of a tree this process's devices hold, what several hold counted once, and how much there is."""
+    leaves = jax.tree.leaves(params)
+    parts = ({str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves)
+    return sum(sum(sizes.values()) for sizes in parts), sum(leaf.nbytes for leaf in leaves)
+
+
 def fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     rest = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)

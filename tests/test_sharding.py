@@ -1,9 +1,11 @@
 """Many devices give what one gives."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 
 import flax_qformer as fq
 from flax_qformer.sharding import parse_mesh
+from flax_qformer.source import DEFAULT_MODEL
 
-SCRIPT = Path(__file__).parent / "sharded_step.py"
+SCRIPT, LOADING = (Path(__file__).parent / name for name in ("sharded_step.py", "placed_loading.py"))
 SPLITS = [
     f"data={data},fsdp={fsdp},tensor={8 // data // fsdp}"
     for data in (1, 2, 4, 8)
@@ -59,15 +62,79 @@ def test_splits_of_eight_devices(splits: Sequence[str], one_device: np.ndarray, 
         check(found[split], one_device, split != "data=8,fsdp=1,tensor=1")
 
 
-def test_two_processes(one_device: np.ndarray, tmp_path: Path) -> None:
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def job(*command: object, devices: int = 2, output: int = subprocess.PIPE) -> list[subprocess.Popen[str]]:
+    """Two processes that find one another, each with devices of its own."""
+    common = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
+    common["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
+    return [
+        subprocess.Popen(
+            list(map(str, command)),
+            env=os.environ | common | {"JAX_PROCESS_ID": str(process)},
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+
+
+def test_two_processes(one_device: np.ndarray, tmp_path: Path) -> None:
+    port = free_port()
     splits = ["data=8", "data=2,fsdp=2,tensor=2"]
     finish(*(start(4, tmp_path / "found.npz", str(process), port, *splits) for process in range(2)))
     found = np.load(tmp_path / "found.npz")
     check(found["data=8"], one_device, split=False)
     check(found["data=2,fsdp=2,tensor=2"], one_device)
+
+
+def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
+    processes = job(sys.executable, LOADING, DEFAULT_MODEL, tmp_path / "model")
+    for process in processes:
+        told, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        # Gloo speaks on standard output as well.
+        numbers = next(line for line in told.splitlines() if line.replace(" ", "").isdecimal())
+        read, here, whole = map(int, numbers.split())
+        print(f"read {read} bytes for {here} of {whole}")
+        # The index of the files, and the ends of chunks.
+        assert read < here + 0.15 * whole
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    subprocess.run([sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"], check=True)
+
+    def train(run: Path) -> list[subprocess.Popen[str]]:
+        sizes = "--batch-size 8 --steps 12 --warmup 2 --save-every 4 --log-every 1 --max-text-length 12 --num-workers 0"
+        split = "--distributed --mesh data=-1,fsdp=2 --held-out 0 --dtype float32"
+        program = Path(sys.executable).with_name("flax-qformer")
+        return job(program, "train", "--data", tmp_path / "data", "--output", run, *sizes.split(), *split.split())
+
+    lost, whole = tmp_path / "lost", tmp_path / "whole"
+    first, second = train(lost)
+    while not (lost / "checkpoints" / "4.json").exists():
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.1)
+    second.kill()
+    second.communicate()
+    _, told = first.communicate(timeout=300)
+    assert first.returncode == 2, told
+    assert "another process of the job has ended" in told.splitlines()[-1]
+    for run in (lost, whole):
+        for process in train(run):
+            _, told = process.communicate(timeout=600)
+            assert process.returncode == 0, told
+    steps = [json.loads(line)["step"] for line in (lost / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    (_, one), (_, other) = (fq.from_pretrained(run / "model") for run in (lost, whole))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize(
@@ -87,5 +154,5 @@ def test_unfit_meshes_are_refused(text: str, message: str) -> None:
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     mesh = fq.make_mesh()
-    with pytest.raises(fq.InputError, match=f"{jax.device_count()} does"):
-        fq.shard_batch({"input_ids": np.zeros((jax.device_count() + 1, 3))}, mesh)
+    with pytest.raises(fq.InputError, match=f"{2 * jax.device_count()} does"):
+        fq.shard_batch({"input_ids": np.zeros((2 * jax.device_count() + 1, 3))}, mesh)
