@@ -322,9 +322,7 @@ def _load_pytorch(
     # What is missing as a whole is drawn; from a checkpoint with neither part, nothing is missing.
     wanted = [PARTS[model_class]] if not parts or PARTS[model_class] in parts else []
     try:
-        params, left_out = convert(
-            tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place
-        )
+        params, left_out = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place)
     except InputError as error:
         about = "; the published geometry is assumed, `flax-qformer convert --config FILE` (config=FILE) takes another"
         raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None

@@ -29,7 +29,7 @@ from .pretraining.data import Images, image_batches, open_images
 from .pretraining.sources import DataSettings
 from .processor import Processor
 from .qformer import Blip2QFormerModel
-from .sharding import BATCH, make_mesh, on, parse_mesh
+from .sharding import BATCH, named_mesh, on
 from .source import DEFAULT_MODEL
 from .stopping import Stopped, noted_signals
 from .writing import check_writable, new_file
@@ -168,7 +168,7 @@ def _make(
     shards: Mapping[Path, range], images: Images, settings: EmbedSettings, notes: Mapping[str, Any]
 ) -> dict[Path, int]:
     """Write shards; how many errors are in each."""
-    mesh = make_mesh(**parse_mesh(settings.mesh), devices=jax.local_devices())
+    mesh = named_mesh(settings.mesh, jax.local_devices())
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     # It depends on no shard: a batch of another size would be rounded otherwise.
     size = math.ceil(min(settings.batch_size, settings.shard_size, len(images)) / split) * split
@@ -199,9 +199,7 @@ def _make(
     return errors
 
 
-def _embed(
-    images: Images, batches: Sequence[range], size: int, settings: EmbedSettings, mesh: Mesh
-) -> Generator[Part]:
+def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedSettings, mesh: Mesh) -> Generator[Part]:
     """The rows of each batch, of `size` or fewer; the model is loaded at once."""
     model, params = from_pretrained(
         settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config, mesh=mesh

@@ -293,8 +293,8 @@ class Blip2QFormerEncoder(Block):
 
         def run(group: Blip2QFormerEncoder, x: jax.Array, row: Any) -> tuple:
             head_masks, caches = row
-            pasts = None if caches is None else [jax.tree.map(lambda leaf, i=i: leaf[i], caches) for i in range(size)]
-            states, *others = group(x, image, bias, image_bias, head_masks, pasts, num_queries, deterministic)
+            past = caches and tuple(jax.tree.map(lambda leaf, i=i: leaf[i], caches) for i in range(size))
+            states, *others = group(x, image, bias, image_bias, head_masks, past, num_queries, deterministic)
             return states[-1], (states[1:], *others)
 
         def rows(tree: Any) -> Any:

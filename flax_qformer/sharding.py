@@ -40,17 +40,23 @@ state as well; what no row names (biases of the width, LayerNorms) is on every c
 Tree = TypeVar("Tree")
 
 
-def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
-    """Devices as a mesh, by default all of all processes; one of the numbers may be -1, for as many as are left.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """All devices as a mesh; one of the numbers may be -1, for as many as are left.
 
     Raises:
       InputError: the numbers do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = fit_mesh(dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return _mesh(dict(zip(AXES, (data, fsdp, tensor), strict=True)), jax.devices())
+
+
+def named_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
+    """These devices as the mesh that `data=-1,fsdp=4,tensor=2` names."""
+    return _mesh(parse_mesh(text), devices)
+
+
+def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    fitting = fit_mesh(sizes, len(devices))
+    return jax.make_mesh(fitting, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

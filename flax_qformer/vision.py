@@ -128,8 +128,8 @@ class Blip2Encoder(Block):
 
     def _scan(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
         def run(layer: Blip2Encoder, x: jax.Array, _: None) -> tuple:
-            (_, x), (weights,) = layer(x, deterministic)
-            return x, (x, weights)
+            states, (weights,) = layer(x, deterministic)
+            return states[-1], (states[-1], weights)
 
         length = self.config.num_hidden_layers
         layer = Blip2Encoder(dataclasses.replace(self.config, num_hidden_layers=1), name="layers", **self.policy)

@@ -110,7 +110,8 @@ def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    subprocess.run([sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"], check=True)
+    drawing = [sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"]
+    subprocess.run(drawing, check=True)
 
     def train(run: Path) -> list[subprocess.Popen[str]]:
         sizes = "--batch-size 8 --steps 12 --warmup 2 --save-every 4 --log-every 1 --max-text-length 12 --num-workers 0"

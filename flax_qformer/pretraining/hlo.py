@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -56,7 +56,7 @@ class _Instruction:
 def traffic(text: str) -> Traffic:
     """Read `compiled.as_text()`."""
     computations, entry = _parse(text)
-    memory, wire, count = 0.0, Counter[str](), Counter[str]()
+    memory, wire, count = 0.0, defaultdict[str, float](float), Counter[str]()
     for computation, times in _runs(computations, entry, 1):
         known = computation.by_name()
         for one in computation.instructions:
@@ -118,8 +118,8 @@ def _trips(loop: _Instruction, computations: dict[str, _Computation]) -> int:
     if known:
         return int(known[1])
     condition = computations[str(loop.called("condition"))]
-    limits = [int(one.literal) for one in condition.instructions if one.opcode == "constant" and one.literal.isdecimal()]
-    return max(limits, default=1)
+    constants = (one.literal for one in condition.instructions if one.opcode == "constant")
+    return max((int(literal) for literal in constants if literal.isdecimal()), default=1)
 
 
 def _sent(one: _Instruction, kind: str, known: dict[str, _Instruction]) -> float:

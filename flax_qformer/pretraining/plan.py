@@ -147,9 +147,10 @@ def plan(
     module = Blip2ForPreTraining(dataclasses.replace(config, **parts), dtype=as_dtype(dtype))
     optimizer = make_optimizer(config, 1e-4)
     state, inputs = _state(module, optimizer, train, pod), _inputs(module, batch, text_length, pod)
-    traced = make_train_step(module, optimizer, mesh=pod).trace(state, inputs)
+    step: Any = make_train_step(module, optimizer, mesh=pod)
+    traced = step.trace(state, inputs)
     kept = _bytes((state.trained, state.frozen)), _bytes(state.opt_state)
-    described = {
+    described: dict[str, Any] = {
         "topology": topology,
         "chips": pod.size,
         "mesh": dict(pod.shape),

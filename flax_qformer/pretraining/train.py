@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from flax_qformer.pretraining.sources import DataSettings, Source
 from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.processes import any_process, is_first, of_all, wait_for_all
 from flax_qformer.processor import Processor
-from flax_qformer.sharding import check_divides, make_mesh, parse_mesh, shard_batch, shard_params
+from flax_qformer.sharding import check_divides, named_mesh, shard_batch, shard_params
 from flax_qformer.source import locate
 from flax_qformer.stopping import Stopped, noted_signals
 from flax_qformer.surgery import stack_layers
@@ -52,7 +53,7 @@ def train(settings: TrainSettings) -> str:
     output = Path(settings.output)
     checkpoints = Checkpoints(output / "checkpoints", settings.keep)
     _check_output(output, checkpoints, settings)
-    mesh = make_mesh(**parse_mesh(settings.mesh))
+    mesh = named_mesh(settings.mesh, jax.devices())
     check_divides(settings.batch_size, mesh, "--batch-size")
     data = open_source(settings)
     held_out = _open_held_out(settings)
