@@ -514,7 +514,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=_positive, required=True, metavar="N", help="images in a step, over all chips")
     command.add_argument("--model", default=DEFAULT_MODEL, help="folder, hub id or config.json (default: a small one)")
     command.add_argument(
-        "--mesh", default="data=1,fsdp=-1", metavar="SIZES", help="how to split over the chips (default: %(default)s)"
+        "--mesh", default="data=-1", metavar="SIZES", help="how to split over the chips (default: %(default)s)"
     )
     command.add_argument("--remat", action="store_true", help="recompute each layer in the backward pass")
     command.add_argument(

@@ -21,6 +21,7 @@ from .layers import (
     mask_bias,
     recomputed,
     scanned,
+    whole,
 )
 from .vision import Blip2VisionModel, VisionOutput
 
@@ -62,7 +63,8 @@ class _Table(Block):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids: (...) -> (..., width)."""
-        table = self.param("embedding", INITIALIZER, self.shape, self.param_dtype)
+        # Rows of a table that is split by width would come split by width too, not by batch.
+        table = whole(self.param("embedding", INITIALIZER, self.shape, self.param_dtype))
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(self.dtype)
 

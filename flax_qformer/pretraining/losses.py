@@ -25,25 +25,24 @@ def contrastive_loss(logits: jax.Array, image_id: jax.Array | None = None) -> ja
       logits: (batch, batch), images by texts: similarities over the temperature.
       image_id: (batch,) pairs with the same number share the target equally.
     """
-    targets = _same_image(len(logits), image_id).astype(jnp.float32)
-    targets /= targets.sum(axis=1, keepdims=True)
-    image_to_text = _cross_entropy(logits, targets).mean()
-    text_to_image = _cross_entropy(logits.T, targets).mean()
-    return (image_to_text + text_to_image) / 2
+    same = _same_image(len(logits), image_id).astype(jnp.float32)
+    # Of whole columns, not of the transposed: its rows would have to move between the chips.
+    texts, images = (_cross_entropy(logits, same / same.sum(axis, keepdims=True), axis).mean() for axis in (1, 0))
+    return (texts + images) / 2
 
 
 def negative_logits(logits: jax.Array, image_id: jax.Array | None = None) -> jax.Array:
-    """Logits (batch, batch) of drawing each column as the negative of a row: its own image is out of the question."""
+    """Logits (batch, batch) of drawing a column as a row's negative, or a row as a column's: never of the same image."""
     return jnp.where(_same_image(len(logits), image_id), SAME_IMAGE, logits)
 
 
 def matching_loss(logits: jax.Array) -> jax.Array:
     """ITM: the cross-entropy of telling pairs that match from pairs that do not.
 
-    logits: (3 * batch, 2), of which the first third match; class 1 is a match.
+    logits: (batch, 3, 2): of each three pairs the first matches; class 1 is a match.
     """
-    labels = jnp.arange(len(logits)) < len(logits) // 3
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels.astype(jnp.int32)[:, None], axis=1).mean()
+    scores = jax.nn.log_softmax(logits)
+    return -jnp.stack([scores[:, 0, 1], scores[:, 1, 0], scores[:, 2, 0]]).mean()
 
 
 def generation_loss(logits: jax.Array, input_ids: jax.Array, pad_token_id: int) -> jax.Array:
@@ -65,7 +64,7 @@ def _same_image(size: int, image_id: jax.Array | None) -> jax.Array:
     return image_id[:, None] == image_id[None, :]
 
 
-def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Of smoothed targets; both (..., classes) -> (...)."""
-    smoothed = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / logits.shape[-1]
-    return -(smoothed * jax.nn.log_softmax(logits)).sum(axis=-1)
+def _cross_entropy(logits: jax.Array, targets: jax.Array, axis: int = -1) -> jax.Array:
+    """Of smoothed targets; the classes lie along an axis, over which is summed."""
+    smoothed = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / logits.shape[axis]
+    return -(smoothed * jax.nn.log_softmax(logits, axis)).sum(axis)

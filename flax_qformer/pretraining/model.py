@@ -137,16 +137,16 @@ class Blip2ForPreTraining(QFormer):
         logits = similarities(image_features, text_features) / self.temp.astype(jnp.float32)
 
         if negative_image_index is None:
-            negative_image_index = self._draw(negative_logits(logits.T, image_id))
+            negative_image_index = self._draw(negative_logits(logits, image_id), axis=0)
         if negative_text_index is None:
-            negative_text_index = self._draw(negative_logits(logits, image_id))
-        # Positives, negative images, negative texts.
+            negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
+        # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
         itm_logits = self._match(
-            jnp.concatenate([image, image[negative_image_index], image]),
-            jnp.concatenate([input_ids, input_ids, input_ids[negative_text_index]]),
-            jnp.concatenate([attention_mask, attention_mask, attention_mask[negative_text_index]]),
+            _three(image, image[negative_image_index], image),
+            _three(input_ids, input_ids, input_ids[negative_text_index]),
+            _three(attention_mask, attention_mask, attention_mask[negative_text_index]),
             deterministic,
-        )
+        ).reshape(-1, 3, 2)
 
         caption_ids = input_ids.at[:, 0].set(self.config.qformer_config.start_token_id)
         itg_logits = self._continue(caption_ids, attention_mask, queries.past_key_values or (), deterministic)
@@ -164,7 +164,7 @@ class Blip2ForPreTraining(QFormer):
             logits_per_image=logits,
             negative_image_index=negative_image_index,
             negative_text_index=negative_text_index,
-            itm_logits=itm_logits,
+            itm_logits=itm_logits.swapaxes(0, 1).reshape(-1, 2),
             itg_logits=itg_logits,
         )
 
@@ -299,11 +299,19 @@ class Blip2ForPreTraining(QFormer):
         x = x.astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-    def _draw(self, logits: jax.Array) -> jax.Array:
+    def _draw(self, logits: jax.Array, axis: int) -> jax.Array:
         if self.is_initializing():
-            return jnp.argmax(logits, axis=1)
+            return jnp.argmax(logits, axis)
         if not self.has_rng("negatives"):
             raise InputError(
                 'negatives are drawn: give rngs={"negatives": key}, or negative_image_index and negative_text_index'
             )
-        return jax.random.categorical(self.make_rng("negatives"), jax.lax.stop_gradient(logits))
+        scores = jax.lax.stop_gradient(logits) + jax.random.gumbel(self.make_rng("negatives"), logits.shape)
+        # An argmax in two reductions, which chips do on their own parts; for one they would exchange theirs.
+        places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+        return jnp.where(scores == scores.max(axis, keepdims=True), places, logits.shape[axis]).min(axis)
+
+
+def _three(*arrays: jax.Array) -> jax.Array:
+    """Three arrays of (batch, ...) to (3 * batch, ...), row by row."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from flax_qformer.pretraining.hashing import hashed
 from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.pretraining.optimizer import Group, merge, partition
 from flax_qformer.sharding import on, shardings
@@ -78,7 +79,7 @@ def pretraining_loss(
     batch: the arguments of `Blip2ForPreTraining.__call__`: pixel_values, input_ids, attention_mask, perhaps image_id.
     """
     dropout, negatives = jax.random.split(key)
-    rngs = {"dropout": dropout, "negatives": negatives}
+    rngs = {"dropout": hashed(dropout), "negatives": negatives}
     params: Any = {"params": merge(trained, frozen)}
     output: Any = model.apply(params, **dict[str, Any](batch), deterministic=False, rngs=rngs)
     return output.loss, output
