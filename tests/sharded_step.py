@@ -11,7 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 import flax_qformer as fq
 from flax_qformer.pretraining import pretraining_loss
-from flax_qformer.sharding import parse_mesh
+from flax_qformer.sharding import on, parse_mesh
 
 CONFIG = fq.Blip2Config.from_dict(
     {
@@ -31,8 +31,6 @@ CONFIG = fq.Blip2Config.from_dict(
             "intermediate_size": 64,
             "max_position_embeddings": 16,
             "cross_attention_frequency": 2,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
         },
         "num_query_tokens": 3,
         "image_text_hidden_size": 16,
@@ -47,23 +45,28 @@ def main(file: str, *arguments: str) -> None:
         process, port = numbers
         jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
     model, batch = fq.Blip2ForPreTraining(CONFIG), make_batch()
-    params = jax.jit(model.init)(jax.random.key(0), batch["pixel_values"], batch["input_ids"])["params"]
-    params = jax.tree.map(lambda leaf: 20 * np.asarray(leaf) if leaf.ndim > 2 else np.asarray(leaf), params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["pixel_values"], batch["input_ids"])["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+    params["temp"] = np.float32(0.5)
     half = len(batch["input_ids"]) // jax.process_count()
     mine = slice(jax.process_index() * half, (jax.process_index() + 1) * half)
 
-    @jax.jit(compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
-    def run(params: dict, batch: dict) -> tuple:
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+    @jax.jit(static_argnames="mesh", compiler_options=options)
+    def run(params: dict, batch: dict, mesh: jax.sharding.Mesh) -> tuple:
         def loss(params: dict) -> jax.Array:
             return pretraining_loss(model, params, {}, batch, jax.random.key(1))[0]
 
-        return jax.value_and_grad(loss)(params)
+        with on(mesh):
+            return jax.value_and_grad(loss)(params)
 
     found = {}
     for text in arguments[len(numbers) :]:
         mesh = fq.make_mesh(**parse_mesh(text))
         placed = fq.shard_params(params, mesh)
-        loss, gradients = run(placed, fq.shard_batch({name: array[mine] for name, array in batch.items()}, mesh))
+        loss, gradients = run(placed, fq.shard_batch({name: array[mine] for name, array in batch.items()}, mesh), mesh)
         split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
         gradients = jax.tree.leaves(process_allgather(gradients, tiled=True))
         found[text] = np.concatenate([[float(loss), split], *(leaf.ravel() for leaf in gradients)])

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ def run(folder: Path, *arguments: str, config: fq.Blip2Config = BLIP2_VIT_L) -> 
 def test_the_full_step_fits_pods_and_its_collectives_do_not_grow(tmp_path: Path) -> None:
     plans: dict[str, dict[str, Any]] = {}
     for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:4x4x4", 64)):
+        began = time.monotonic()
         done = run(tmp_path, "--topology", topology, "--batch", str(32 * chips), "--remat", "--json")
         assert done.returncode == 0, done.stderr
         plans[topology] = json.loads(done.stdout)
-        print(topology, plans[topology])
+        print(f"in {time.monotonic() - began:.0f} s:", plans[topology])
         assert plans[topology]["chips"] == chips
         assert plans[topology]["fits"]
     small, large = (sum(plans[name]["collectives"].values()) for name in ("v5e:4x4", "v5e:16x16"))

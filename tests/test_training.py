@@ -33,6 +33,7 @@ from flax_qformer import pretraining
 from flax_qformer.cli import main
 from flax_qformer.convert.layouts import parameters
 from flax_qformer.pretraining.checkpoints import Checkpoints
+from flax_qformer.pretraining.hashing import hashed
 from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings
 
@@ -124,6 +125,17 @@ def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
     return config, unflatten_dict(
         {p.path: jnp.ones(p.shape) for p in parameters(config, "diffusers", ["heads"])}, sep="/"
     )
+
+
+def test_dropout_is_drawn_as_from_independent_coins() -> None:
+    key = hashed(jax.random.key(0))
+    kept = np.asarray(jax.random.bernoulli(key, 0.9, (1000, 1000)))
+    assert kept.mean() == pytest.approx(0.9, abs=0.001)
+    keys = jax.random.split(key, 100)
+    coins = np.asarray(jax.vmap(lambda key: jax.random.bernoulli(key, shape=(5000,)))(keys))
+    for draws, limit in ((coins, 5.5 / 5000**0.5), (coins.T[:100], 5.5 / 100**0.5)):
+        correlations = np.corrcoef(draws) - np.eye(len(draws))
+        assert np.abs(correlations).max() < limit
 
 
 def test_groups_of_parameters() -> None:

@@ -1,7 +1,5 @@
 """Random bits for dropout, by a hash: a tenth of the operations of JAX's own generator, and of the code to compile."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.extend.random import define_prng_impl

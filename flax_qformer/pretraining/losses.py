@@ -32,7 +32,7 @@ def contrastive_loss(logits: jax.Array, image_id: jax.Array | None = None) -> ja
 
 
 def negative_logits(logits: jax.Array, image_id: jax.Array | None = None) -> jax.Array:
-    """Logits (batch, batch) of drawing a column as a row's negative, or a row as a column's: never of the same image."""
+    """Logits (batch, batch) of drawing a column as a row's negative, or a row as a column's; never the same image."""
     return jnp.where(_same_image(len(logits), image_id), SAME_IMAGE, logits)
 
 

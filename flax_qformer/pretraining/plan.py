@@ -55,7 +55,7 @@ COMPILER: dict[str, Any] = {
     "xla_tpu_enable_windowed_einsum_for_all_gather": False,
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
-"""Least effort, and no products cut in pieces that overlap with the wire: a third of the time. Schedules are then worse,
+"""Least effort, and no products cut in pieces to overlap with the wire: a third of the time. Schedules are then worse,
 while sizes and what is sent are the same."""
 
 
