@@ -6,8 +6,11 @@ The package's `__init__` files import every model of LAVIS and with them dozens 
 import importlib
 import importlib.util
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -48,6 +51,46 @@ def load() -> tuple[ModuleType, ModuleType, ModuleType]:
     blip2, blip2_qformer, clip_vit = (importlib.import_module(f"lavis.models.{name}") for name in names)
     gather(own_gradients=True)
     return blip2, blip2_qformer, clip_vit
+
+
+def build(modules: tuple[ModuleType, ...], config: dict[str, Any], words: Sequence[str], **options: Any) -> Any:
+    """The model as its `__init__` makes it, with parts of these sizes in place of what it downloads.
+
+    Args:
+      modules: what `load` returns.
+      words: the vocabulary, to which LAVIS adds [DEC].
+      options: further arguments of `Blip2Qformer`.
+    """
+    blip2, blip2_qformer, clip_vit = modules
+    vision, qformer = config["vision_config"], config["qformer_config"]
+    bert = blip2.BertConfig(**qformer | {"vocab_size": len(words)})
+    tower = clip_vit.VisionTransformer(
+        input_resolution=vision["image_size"],
+        patch_size=vision["patch_size"],
+        width=vision["hidden_size"],
+        layers=vision["num_hidden_layers"] + 1,  # 1.0.2 leaves out the last one
+        heads=vision["num_attention_heads"],
+        use_grad_checkpointing=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "vocab.txt"
+        vocabulary.write_text("\n".join(words))
+        tokenizer = blip2.BertTokenizer(str(vocabulary))
+    with (
+        mock.patch.object(blip2.BertTokenizer, "from_pretrained", return_value=tokenizer),
+        mock.patch.object(blip2.BertConfig, "from_pretrained", return_value=bert),
+        mock.patch.object(blip2.BertLMHeadModel, "from_pretrained", lambda *_, config: blip2.BertLMHeadModel(config)),
+        mock.patch.object(blip2, "create_clip_vit_L", return_value=tower),
+    ):
+        return blip2_qformer.Blip2Qformer(
+            vit_model="clip_L",
+            img_size=vision["image_size"],
+            vit_precision="fp32",
+            num_query_token=config["num_query_tokens"],
+            cross_attention_freq=qformer["cross_attention_frequency"],
+            embed_dim=config["image_text_hidden_size"],
+            **options,
+        )
 
 
 def gather(own_gradients: bool) -> None:

@@ -6,7 +6,6 @@ and are no negatives of each other: LAVIS's repository does that, no release doe
 
 import json
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import GenerationConfig
 
 import cases
 
-blip2, blip2_qformer, clip_vit = lavis_files.load()
+MODULES = blip2, blip2_qformer, _ = lavis_files.load()
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] a an the of and on in left right above below small large tiny red green blue "
@@ -142,42 +141,13 @@ def whole(geometry: str) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any]) -> torch.nn.Module:
-    """LAVIS's model as its `__init__` makes it, small ones in place of what it downloads, and with drawn weights."""
-    vision, qformer = config["vision_config"], config["qformer_config"]
-    bert = blip2.BertConfig(**qformer | {"vocab_size": len(WORDS)})  # LAVIS adds [DEC] to the published vocabulary
-    tower = clip_vit.VisionTransformer(
-        input_resolution=vision["image_size"],
-        patch_size=vision["patch_size"],
-        width=vision["hidden_size"],
-        layers=vision["num_hidden_layers"] + 1,  # 1.0.2 leaves out the last one
-        heads=vision["num_attention_heads"],
-        use_grad_checkpointing=False,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = Path(folder) / "vocab.txt"
-        vocabulary.write_text("\n".join(WORDS))
-        tokenizer = blip2.BertTokenizer(str(vocabulary))
-    with (
-        mock.patch.object(blip2.BertTokenizer, "from_pretrained", return_value=tokenizer),
-        mock.patch.object(blip2.BertConfig, "from_pretrained", return_value=bert),
-        mock.patch.object(blip2.BertLMHeadModel, "from_pretrained", lambda *_, config: blip2.BertLMHeadModel(config)),
-        mock.patch.object(blip2, "create_clip_vit_L", return_value=tower),
-    ):
-        model = blip2_qformer.Blip2Qformer(
-            vit_model="clip_L",
-            img_size=vision["image_size"],
-            vit_precision="fp32",
-            freeze_vit=False,
-            num_query_token=config["num_query_tokens"],
-            cross_attention_freq=qformer["cross_attention_frequency"],
-            embed_dim=config["image_text_hidden_size"],
-            max_txt_len=config["max_text_length"],
-        ).eval()
+    """LAVIS's model with drawn weights."""
+    model = lavis_files.build(MODULES, config, WORDS, freeze_vit=False, max_txt_len=config["max_text_length"]).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weight(name, tuple(parameter.shape)))
         # So that captions end here and there, and padding is not one of their words.
-        end = torch.from_numpy(cases.draw(f"end {config['end']}", (qformer["hidden_size"],)))
+        end = torch.from_numpy(cases.draw(f"end {config['end']}", (config["qformer_config"]["hidden_size"],)))
         model.Qformer.bert.embeddings.word_embeddings.weight[WORDS.index("[SEP]")] = end.bfloat16().float()
         model.Qformer.cls.predictions.bias[WORDS.index("[PAD]")] -= 8
     return model
