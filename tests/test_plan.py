@@ -39,20 +39,27 @@ PROGRAM = """HloModule step
   ROOT %next = (s32[], f32[8,128]) tuple(%i.1, %reduced)
 }
 
+%row (whole: f32[8,128]) -> f32[1,128] {
+  %whole = f32[8,128] parameter(0)
+  %same = f32[8,128] bitcast(%whole)
+  ROOT %sliced = f32[1,128] slice(%same), slice={[0:1], [0:128]}
+}
+
 ENTRY %main (start: (s32[], f32[8,128])) -> f32[32,128] {
   %start = (s32[], f32[8,128]) parameter(0)
   %loop = (s32[], f32[8,128]) while(%start), condition=%condition, body=%body
   %x.2 = f32[8,128] get-tuple-element(%loop), index=1
+  %first = f32[1,128] fusion(%x.2), kind=kLoop, calls=%row
   ROOT %all = f32[32,128] all-gather(%x.2), replica_groups=mesh['a'=4,'b'=4] {'b'}, dimensions={0}
 }
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
     found, size = traffic(PROGRAM), 8 * 128 * 4
     assert found.collectives == {"all-reduce": 1, "all-gather": 1}
     assert found.wire == {"all-reduce": 12 * 2 * size * 3 / 4, "all-gather": 3 * size}
-    assert found.memory == 12 * 2 * size + size + 4 * size
+    assert found.memory == 12 * 2 * size + size + 4 * size + 2 * size / 8
 
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None

@@ -10,6 +10,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 # These name a value or hand it on; what they hold is counted where it is made and used.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
+SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclass(frozen=True)
@@ -151,27 +152,37 @@ def _group(attributes: str) -> int:
 
 def _moved(one: _Instruction, known: dict[str, _Instruction], computations: dict[str, _Computation]) -> float:
     """Bytes that an operation reads and writes; of what it only slices or updates in place, the slice."""
-    if one.opcode in ("dynamic-slice", "slice", "gather"):
+    if one.opcode in SLICES:
         return 2 * one.size
     if one.opcode == "dynamic-update-slice":
         return 2 * (known[one.operands[1]].size if one.operands[1] in known else 0.0)
     inner = computations.get(one.called("calls") or "")
     if inner is None:
         return one.size + sum(known[name].size for name in one.operands if name in known)
-    return _written(one, inner) + sum(_read(parameter, inner) for parameter in _parameters(inner))
+    return _written(one, inner) + sum(_read(parameter, inner, computations) for parameter in _parameters(inner))
 
 
 def _parameters(computation: _Computation) -> list[_Instruction]:
-    return [one for one in computation.instructions if one.opcode == "parameter"]
+    return sorted((i for i in computation.instructions if i.opcode == "parameter"), key=lambda i: int(i.literal))
 
 
-def _read(parameter: _Instruction, inner: _Computation) -> float:
-    users = [one for one in inner.instructions if parameter.name in one.operands]
-    if users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one in users):
-        return sum(one.size for one in users)
-    if users and all(one.opcode == "dynamic-update-slice" and one.operands[0] == parameter.name for one in users):
-        return 0.0
-    return parameter.size
+def _read(value: _Instruction, inner: _Computation, computations: dict[str, _Computation]) -> float:
+    """Bytes that a fusion reads of a value in it: slices, if no operation inside takes more."""
+    total = 0.0
+    for user in inner.instructions:
+        for place, name in enumerate(user.operands):
+            if name != value.name:
+                continue
+            nested = computations.get(user.called("calls") or "")
+            if user.opcode in SLICES and place == 0:
+                total += user.size
+            elif user.opcode == "bitcast":
+                total += _read(user, inner, computations)
+            elif nested is not None:
+                total += _read(_parameters(nested)[place], nested, computations)
+            elif user.opcode != "dynamic-update-slice" or place:
+                return value.size
+    return min(total, value.size)
 
 
 def _written(one: _Instruction, inner: _Computation) -> float:

@@ -33,10 +33,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1228e9, 150e9),
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 150e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9),
 }
 """By the name that a topology begins with. Source: the page on each version at cloud.google.com/tpu/docs; the links'
 rate is half of what is given there for both ways together."""
@@ -167,13 +167,13 @@ def plan(
     try:
         compiled = traced.lower().compile(COMPILER)
     except jax.errors.JaxRuntimeError as error:
-        missing = _missing(str(error))
-        if missing is None:
+        temporaries = _temporaries(str(error), chip.memory - sum(kept))
+        if temporaries is None:
             raise InputError(f"the step does not compile for {topology}: {first_line(error)}") from None
-        temporaries = chip.memory + missing - sum(kept)
         advice = tuple(_advice(chip, kept, temporaries, batch, pod, remat))
         nothing: dict[str, Any] = {"memory_traffic": math.nan, "wire": {}, "collectives": {}, "seconds": {}}
-        return Plan(**described, **nothing, temporaries=temporaries, headroom=-missing, fits=False, advice=advice)
+        headroom = chip.memory - sum(kept) - temporaries
+        return Plan(**described, **nothing, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
     memory, moved = compiled.memory_analysis(), traffic(compiled.as_text())
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     seconds = {
@@ -276,10 +276,13 @@ def _short(value: float, unit: str) -> str:
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
-def _missing(error: str) -> float | None:
-    """By how much the compiler says that memory is exceeded."""
-    found = re.search(r"[Ee]xceeded \w+ capacity by ([\d.]+)([KMGT]?)", error)
-    return float(found[1]) * UNITS[found[2]] if found else None
+def _temporaries(error: str, room: float) -> float | None:
+    """What a step that does not fit would need besides what is kept, as the compiler says it; None if it does not."""
+    if needed := re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds", error):
+        return float(needed[1]) * UNITS[needed[2]]
+    if beyond := re.search(r"[Ee]xceeded \w+ capacity by ([\d.]+)([KMGT]?)", error):
+        return room + float(beyond[1]) * UNITS[beyond[2]]
+    return None
 
 
 def _advice(
