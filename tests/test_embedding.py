@@ -87,6 +87,7 @@ def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) 
 def start(arguments: Sequence[str], cache: Path) -> subprocess.Popen[str]:
     """The installed command, which finds what another one compiled."""
     environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -582,6 +582,7 @@ def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     return os.environ | {
         "HF_DATASETS_CACHE": str(folder / "cache"),
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in COMPILE_FAST.items()),
@@ -786,7 +787,7 @@ def test_a_run_that_cannot_be(
     def line(*more: Any) -> str:
         return refused(capsys, *program(folder, tmp_path / "run", *more))
 
-    assert "a batch of 5 does not divide among 2 devices; --batch-size 4 does" in line("--batch-size", 5)
+    assert "--batch-size: 5 does not divide among 2 devices; 4 does" in line("--batch-size", 5)
     assert "no file or folder none" in line("--model", "none/of/these")
     assert "no column that is known" in line("--data", captionless(tmp_path / "captionless"))
     assert "no file or folder here" in line("--data", tmp_path / "nothing")
