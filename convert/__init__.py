@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 from numpy.typing import DTypeLike
 
 from flax_qformer.config import Blip2Config
@@ -34,14 +34,9 @@ from flax_qformer.convert.layouts import (
 from flax_qformer.convert.tensors import StoredTensor, listed
 from flax_qformer.errors import InputError
 
-__all__ = ["check_finite", "check_shapes", "convert", "export", "layout_of", "on_one_device", "parts_of"]
+__all__ = ["check_finite", "check_shapes", "convert", "export", "layout_of", "parts_of"]
 
 PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
-
-
-def on_one_device(path: str, shape: tuple[int, ...]) -> Sharding:
-    """This process's first device, for whatever parameter."""
-    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def convert(
@@ -51,7 +46,7 @@ def convert(
     *,
     dtype: DTypeLike | None = None,
     allow_non_finite: bool = False,
-    place: Callable[[str, tuple[int, ...]], Sharding] = on_one_device,
+    place: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Turn a PyTorch checkpoint into a parameter tree. Every tensor is accounted for.
 
@@ -61,8 +56,8 @@ def convert(
       parts: what the model has besides queries, towers and layers.
       dtype: cast the parameters; by default each keeps its own.
       allow_non_finite: accept infinities and NaN.
-      place: from path and shape to where a parameter goes. Of the files, only what goes to this process's devices is
-        read.
+      place: from path and shape to where a parameter goes, by default to JAX's default device. Of the files, only what
+        goes to this process's devices is read.
 
     Returns:
       Nested dictionaries of arrays, and the names of the tensors that a rule leaves out.
@@ -98,7 +93,7 @@ def convert(
 
     def read(pair: tuple[Parameter, StoredTensor]) -> tuple[jax.Array, bool]:
         parameter, tensor = pair
-        return _read(parameter, tensor, dtype, place(parameter.path, parameter.shape))
+        return _read(parameter, tensor, dtype, place and place(parameter.path, parameter.shape))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         arrays = list(pool.map(read, pairs))
@@ -201,14 +196,15 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
 
 
 def _read(
-    parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None, sharding: Sharding
+    parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None, sharding: Sharding | None
 ) -> tuple[jax.Array, bool]:
     """The parameter on its devices, its axes moved on the way by XLA; and whether what is there is finite."""
     view = tensor.view().transpose(parameter.order).reshape(parameter.shape)
     dtype = view.dtype if dtype is None else dtype
     parts: dict[str, np.ndarray] = {}
     extremes, shards = [], []
-    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
+    indices = {None: ()} if sharding is None else sharding.addressable_devices_indices_map(parameter.shape)
+    for device, index in indices.items():
         # Of several devices with the same part, only the first has it read.
         if str(index) not in parts:
             part = np.asarray(view[index or ()])
@@ -217,5 +213,5 @@ def _read(
                 extremes += [part.min(initial=0).astype(dtype), part.max(initial=0).astype(dtype)]
                 parts[str(index)] = part.astype(dtype, copy=False)
         shards.append(jax.device_put(parts[str(index)], device, may_alias=False))
-    array = jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
+    array = shards[0] if sharding is None else jax.make_array_from_single_device_arrays(view.shape, sharding, shards)
     return array.block_until_ready(), bool(np.isfinite(extremes).all())

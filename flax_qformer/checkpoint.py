@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from .config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
-from .convert import check_finite, check_shapes, convert, export, layout_of, on_one_device, parts_of
+from .convert import check_finite, check_shapes, convert, export, layout_of, parts_of
 from .convert.layouts import BERT_BIAS, Layout, Part, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError, first_line
@@ -34,7 +34,7 @@ from .processor import ImageProcessor, Processor, image_settings_file, tokenizer
 from .qformer import Blip2QFormerModel
 from .sharding import held_bytes, sharding_of
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
-from .surgery import unstack_layers
+from .surgery import stack_layers, unstack_layers
 from .writing import check_absent, check_apart, check_space, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -110,13 +110,13 @@ def from_pretrained(
       InputError: there is no such checkpoint, or it does not fit its config.
     """
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
-    place = on_one_device if mesh is None else partial(sharding_of, mesh=mesh)
+    place = None if mesh is None else partial(sharding_of, mesh=mesh)
     loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite, place)
     if mesh is not None:
         here, whole = held_bytes(loaded.params)
-        log.info("process %d read %.1f of %.1f MB of parameters", jax.process_index(), here / 1e6, whole / 1e6)
+        log.info("the devices here hold %.1f of %.1f MB of parameters", here / 1e6, whole / 1e6)
     model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
-    return model, loaded.params
+    return model, stack_layers(loaded.params) if loaded.config.scan_layers else loaded.params
 
 
 def initialise(
@@ -124,10 +124,12 @@ def initialise(
     model_class: type[Model],
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """A model with all its parameters drawn afresh, in float32; arguments and result as of `from_pretrained`."""
     config = config if isinstance(config, Blip2Config) else Blip2Config.from_json(Path(config))
-    return model_class(config, dtype=as_dtype(dtype)), _drawn(model_class, config, seed=seed)
+    place = None if mesh is None else partial(sharding_of, mesh=mesh)
+    return model_class(config, dtype=as_dtype(dtype)), _drawn(model_class, config, seed=seed, place=place)
 
 
 def read_config(path_or_hub_id: str | os.PathLike[str]) -> Blip2Config:
@@ -283,7 +285,7 @@ def _load(
     config: str | os.PathLike[str] | Blip2Config | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
-    place: Place = on_one_device,
+    place: Place | None = None,
 ) -> _Loaded:
     """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
     if source.params:
@@ -311,7 +313,7 @@ def _load_pytorch(
     config: str | os.PathLike[str] | Blip2Config | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
-    place: Place,
+    place: Place | None,
 ) -> _Loaded:
     tensors = merged(_open(path) for path in source.weights)
     layout, parts = layout_of(tensors), parts_of(tensors)
@@ -335,7 +337,7 @@ def _drawn(
     names: Iterable[str] | None = None,
     dtype: jnp.dtype | None = None,
     seed: int = 0,
-    place: Place = on_one_device,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Fresh parameters, all or those under some names."""
     model, size = model_class(config, param_dtype=dtype or jnp.float32), config.vision_config.image_size
@@ -345,7 +347,7 @@ def _drawn(
         return {name: tree[name] for name in (tree if names is None else names)}
 
     shapes = flatten_dict(jax.eval_shape(draw, jax.random.key(seed)), sep="/")
-    places = unflatten_dict({path: place(path, leaf.shape) for path, leaf in shapes.items()}, sep="/")
+    places = place and unflatten_dict({path: place(path, leaf.shape) for path, leaf in shapes.items()}, sep="/")
     return jax.jit(draw, out_shardings=places)(jax.random.key(seed))
 
 
@@ -386,7 +388,7 @@ def _load_ours(
     config: Blip2Config,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
-    place: Place,
+    place: Place | None,
 ) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
@@ -397,7 +399,7 @@ def _load_ours(
     stored_class = Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel
     _check(shapes, config, stored_class)
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place(name, leaf.shape))
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place and place(name, leaf.shape))
         for name, leaf in stored.items()
     }
     with _reading(folder):

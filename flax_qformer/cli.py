@@ -64,11 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except InputError as error:
         print(f"flax-qformer {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        if jax.distributed.is_initialized():
-            # The job's other processes may wait for this one, and an orderly end would wait for them.
-            sys.stderr.flush()
-            os._exit(2)
-        sys.exit(2)
+        _leave(2)
     except Stopped as stop:
         print(f"flax-qformer {options.command}: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signal)
@@ -79,9 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(128 + signal.SIGPIPE)
         about = error.filename or "cannot go on"
         print(f"flax-qformer {options.command}: {about}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit at once: the job's other processes may wait for this one, and an orderly end would wait for them."""
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def embed(options: argparse.Namespace) -> None:

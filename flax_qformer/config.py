@@ -219,6 +219,13 @@ class Blip2Config(_Config):
         if reason:
             raise InputError(f"the layers cannot be scanned: {reason}; leave scan_layers off")
 
+    def scanned(self) -> Self:
+        """With `scan_layers` if the layers can run in a loop, else as it is."""
+        try:
+            return dataclasses.replace(self, scan_layers=True)
+        except InputError:
+            return self
+
     def kept_heads(self, layer: int) -> tuple[int, ...]:
         """Self-attention heads that a Q-Former layer still has, numbered as in the unpruned model."""
         pruned = dict(self.pruned_heads).get(layer, ())

@@ -27,6 +27,7 @@ from .checkpoint import as_dtype, from_pretrained
 from .errors import InputError, first_line
 from .pretraining.data import Images, image_batches, open_images
 from .pretraining.sources import DataSettings
+from .processes import any_process
 from .processor import Processor
 from .qformer import Blip2QFormerModel
 from .sharding import BATCH, named_mesh, on
@@ -115,6 +116,8 @@ def embed_data(settings: EmbedSettings) -> str:
     missing = {path: part for path, part in shards.items() if path not in errors}
     if missing:
         check_writable(next(iter(missing)))
+    # A job's processes load a model together.
+    if any_process(bool(missing)):
         errors |= _make(missing, images, settings, notes)
     share = f" of {len(starts)}, the share of process {index} of {count}" if count > 1 else ""
     failed = sum(errors[path] for path in shards)

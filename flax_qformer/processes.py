@@ -18,6 +18,10 @@ VARIABLES = {
 """Arguments of `jax.distributed.initialize`, where no cluster tells them."""
 
 
+PATIENCE = 7 * 24 * 3600
+"""Seconds that a process which is done waits for the others; one that dies is noticed much sooner."""
+
+
 def join_processes() -> None:
     """Find the job's other processes; before anything else is asked of jax.
 
@@ -27,7 +31,7 @@ def join_processes() -> None:
     values: dict[str, Any] = {name: os.environ[key] for name, key in VARIABLES.items() if key in os.environ}
     try:
         values |= {name: int(values[name]) for name in ("num_processes", "process_id") if name in values}
-        jax.distributed.initialize(**values)
+        jax.distributed.initialize(**values, shutdown_timeout_seconds=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the job's other processes are not to be found ({first_line(error)}); Cloud TPU, GKE and Slurm tell where "

@@ -77,7 +77,17 @@ def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
 
 def shard_params(params: Tree, mesh: Mesh) -> Tree:
     """Spread a tree of parameters, or of anything with their paths in it, over a mesh."""
-    return jax.device_put(params, shardings(params, mesh))
+    if jax.process_count() == 1:
+        return jax.device_put(params, shardings(params, mesh))
+
+    def spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        # All processes have the whole, and each gives what is its own.
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(spread, params, shardings(params, mesh))
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -88,8 +98,24 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """
     sharding = NamedSharding(mesh, BATCH)
     for name, array in batch.items():
-        check_divides(len(array) * jax.process_count(), mesh, name)
+        check_divides(len(array) * batch_part(mesh)[1], mesh, name)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch this process gives, and of how many: processes that `tensor` joins give the same.
+
+    Raises:
+      InputError: the parts overlap.
+    """
+    held: dict[int, set[int]] = {}
+    number = mesh.shape["data"] * mesh.shape["fsdp"]
+    for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((number,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != number or len(set(map(len, parts))) > 1:
+        raise InputError("the mesh gives processes unequal parts of a batch; let tensor divide a process's devices")
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def check_divides(size: int, mesh: Mesh, what: str) -> None:

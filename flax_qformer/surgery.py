@@ -150,6 +150,8 @@ def stack_layers(params: Params) -> dict[str, Any]:
             {f"{prefix}{k}": encoder[f"{prefix}{first + k}"] for k in range(size)}
             for first in range(0, len(encoder), size)
         ]
+        if len({str(jax.tree.map(jnp.shape, group)) for group in groups}) > 1:
+            raise InputError("the layers cannot be stacked: a pruned model's differ from one another")
         return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)}
 
     def change(encoder: Params, prefix: str) -> Params:

@@ -1,6 +1,6 @@
 """Loss and gradients of one batch on meshes, into a file: `python sharded_step.py FILE [PROCESS PORT] MESH...`.
 
-Of two processes, each gives half of the batch.
+Of two processes, each gives half of the batch, or all of it where `tensor` joins them.
 """
 
 import sys
@@ -11,7 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 import flax_qformer as fq
 from flax_qformer.pretraining import pretraining_loss
-from flax_qformer.sharding import on, parse_mesh
+from flax_qformer.sharding import batch_part, on, parse_mesh
 
 CONFIG = fq.Blip2Config.from_dict(
     {
@@ -49,9 +49,6 @@ def main(file: str, *arguments: str) -> None:
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
     params["temp"] = np.float32(0.5)
-    half = len(batch["input_ids"]) // jax.process_count()
-    mine = slice(jax.process_index() * half, (jax.process_index() + 1) * half)
-
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
     @jax.jit(static_argnames="mesh", compiler_options=options)
@@ -65,8 +62,10 @@ def main(file: str, *arguments: str) -> None:
     found = {}
     for text in arguments[len(numbers) :]:
         mesh = fq.make_mesh(**parse_mesh(text))
-        placed = fq.shard_params(params, mesh)
-        loss, gradients = run(placed, fq.shard_batch({name: array[mine] for name, array in batch.items()}, mesh), mesh)
+        placed = fq.shard_params(jax.device_put(params), mesh)
+        index, count = batch_part(mesh)
+        part = {name: np.split(array, count)[index] for name, array in batch.items()}
+        loss, gradients = run(placed, fq.shard_batch(part, mesh), mesh)
         split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
         gradients = jax.tree.leaves(process_allgather(gradients, tiled=True))
         found[text] = np.concatenate([[float(loss), split], *(leaf.ravel() for leaf in gradients)])

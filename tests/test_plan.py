@@ -39,6 +39,12 @@ PROGRAM = """HloModule step
   ROOT %next = (s32[], f32[8,128]) tuple(%i.1, %reduced)
 }
 
+%all-reduce-scatter (own: f32[8,128]) -> f32[1,128] {
+  %own = f32[8,128] parameter(0)
+  %added = f32[8,128] all-reduce(%own), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+  ROOT %mine = f32[1,128] slice(%added), slice={[0:1], [0:128]}
+}
+
 %row (whole: f32[8,128]) -> f32[1,128] {
   %whole = f32[8,128] parameter(0)
   %same = f32[8,128] bitcast(%whole)
@@ -49,6 +55,8 @@ ENTRY %main (start: (s32[], f32[8,128])) -> f32[32,128] {
   %start = (s32[], f32[8,128]) parameter(0)
   %loop = (s32[], f32[8,128]) while(%start), condition=%condition, body=%body
   %x.2 = f32[8,128] get-tuple-element(%loop), index=1
+  %every = f32[64,128] all-gather(%x.2), replica_groups=mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'a'}
+  %part = f32[1,128] fusion(%x.2), kind=kCustom, calls=%all-reduce-scatter
   %first = f32[1,128] fusion(%x.2), kind=kLoop, calls=%row
   ROOT %all = f32[32,128] all-gather(%x.2), replica_groups=mesh['a'=4,'b'=4] {'b'}, dimensions={0}
 }
@@ -57,9 +65,14 @@ ENTRY %main (start: (s32[], f32[8,128])) -> f32[32,128] {
 
 def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
     found, size = traffic(PROGRAM), 8 * 128 * 4
-    assert found.collectives == {"all-reduce": 1, "all-gather": 1}
-    assert found.wire == {"all-reduce": 12 * 2 * size * 3 / 4, "all-gather": 3 * size}
-    assert found.memory == 12 * 2 * size + size + 4 * size + 2 * size / 8
+    assert found.collectives == {"all-reduce": 1, "all-gather": 2, "reduce-scatter": 1}
+    assert found.wire == {
+        "all-reduce": 12 * 2 * size * 3 / 4,
+        "all-gather": 3 * size + 7 * size,
+        "reduce-scatter": size * 7 / 8,
+    }
+    # The loop, the two gathers, the sum that is sliced, the slice.
+    assert found.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
 
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None

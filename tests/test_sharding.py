@@ -85,7 +85,7 @@ def job(*command: object, devices: int = 2, output: int = subprocess.PIPE) -> li
 
 @pytest.mark.slow
 def test_two_processes(one_device: np.ndarray, tmp_path: Path) -> None:
-    port, splits = free_port(), ("data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
+    port, splits = free_port(), ("data=8", "data=2,fsdp=2,tensor=2", "tensor=8")
     finish(*(start(4, tmp_path / "found.npz", str(process), port, *splits) for process in range(2)))
     found = np.load(tmp_path / "found.npz")
     assert set(found) == set(splits)

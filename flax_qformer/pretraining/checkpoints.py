@@ -39,7 +39,8 @@ class Checkpoints:
         """
         import orbax.checkpoint.experimental.v1 as ocp
 
-        if step in self.steps():
+        # Not all processes may see yet what the first has written.
+        if any_process(is_first() and step in self.steps()):
             return
         folder, arrays = self._path(step), _named(state)
         try:
@@ -55,8 +56,11 @@ class Checkpoints:
                 partial.write_text(json.dumps({"sum": _sum_of(content), "content": content}))
                 partial.rename(self._folder / f"{step}.json")
         except Exception as error:
+            if _is_of_another_process(error):
+                raise
             # orbax reports a disk that fills up meanwhile in types of its own.
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_first():
+                shutil.rmtree(folder, ignore_errors=True)
             saved = self.steps()
             raise InputError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} "
@@ -76,13 +80,18 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in steps:
+            found, reason = None, ""
             try:
-                return self._read(step, state)
+                found = self._read(step, state)
             except InputError:
                 raise
             except Exception as error:
+                if _is_of_another_process(error):
+                    raise
                 reason = " ".join(str(error).split())
-                logger.warning("the checkpoint of step %d is damaged (%s): trying the one before", step, reason)
+            if found and not any_process(bool(reason)):
+                return found
+            logger.warning("the checkpoint of step %d is damaged (%s): trying the one before", step, reason)
         if steps:
             raise InputError(f"all checkpoints in {self._folder} are damaged; start anew with --overwrite")
         return None
@@ -153,6 +162,11 @@ class Checkpoints:
         }
         loaded = ocp.load(self._path(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in wanted]), manifest["notes"]
+
+
+def _is_of_another_process(error: Exception) -> bool:
+    """Whether it may say that another process of the job has ended, and nothing about the files."""
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _named(state: Any) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ def hashed(key: jax.Array) -> jax.Array:
 
     What it draws does not depend on the number of chips, and each makes its own part.
     """
-    return jax.random.wrap_key_data(jax.random.bits(key, 2), impl=_HASH)
+    return jax.random.wrap_key_data(jax.random.bits(key, 2, "uint32"), impl=_HASH)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -40,7 +40,10 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _words(key, place)
+    words = _words(key, place)
+    if bit_width > 32:
+        return words.astype(jnp.uint64) << 32 | _mix(words)
+    return (words >> (32 - bit_width)).astype(f"uint{bit_width}")
 
 
 _HASH = define_prng_impl(

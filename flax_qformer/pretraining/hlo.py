@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from flax_qformer.errors import InputError
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 # These name a value or hand it on; what they hold is counted where it is made and used.
@@ -61,12 +63,9 @@ def traffic(text: str) -> Traffic:
     for computation, times in _runs(computations, entry, 1):
         known = computation.by_name()
         for one in computation.instructions:
-            kind = one.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                sent = _sent(one, kind, known)
-                if sent:
-                    wire[kind] += times * sent
-                    count[kind] += 1
+            for kind, sent in _collectives(one, known, computations):
+                wire[kind] += times * sent
+                count[kind] += 1
             if one.opcode not in FREE and not one.opcode.endswith("-done"):
                 memory += times * _moved(one, known, computations)
     return Traffic(memory, dict(wire), dict(count))
@@ -83,20 +82,20 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             continue
         found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", line)
         if found:
-            inside, _, attributes = _split(found[4])
+            inside, attributes = _split(found[4])
             operands = tuple(re.findall(r"%([\w.\-]+)", inside))
             current.instructions.append(_Instruction(found[1], found[2], found[3], inside, operands, attributes))
     return computations, entry
 
 
-def _split(rest: str) -> tuple[str, str, str]:
+def _split(rest: str) -> tuple[str, str]:
     """What is inside an opcode's parentheses, and what follows them."""
     depth = 1
     for place, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
         if not depth:
-            return rest[:place], ")", rest[place + 1 :]
-    return rest, "", ""
+            return rest[:place], rest[place + 1 :]
+    return rest, ""
 
 
 def _runs(computations: dict[str, _Computation], name: str, times: int) -> Iterator[tuple[_Computation, int]]:
@@ -123,18 +122,30 @@ def _trips(loop: _Instruction, computations: dict[str, _Computation]) -> int:
     return max((int(literal) for literal in constants if literal.isdecimal()), default=1)
 
 
+def _collectives(
+    one: _Instruction, known: dict[str, _Instruction], computations: dict[str, _Computation]
+) -> Iterator[tuple[str, float]]:
+    """Kind and bytes sent of an operation, or of those in a fusion: a TPU's holds an all-reduce that is sliced."""
+    inner = computations.get(one.called("calls") or "") if one.opcode == "fusion" else None
+    for sender in inner.instructions if inner else (one,):
+        kind = sender.opcode.removesuffix("-start")
+        if kind == "all-reduce" and inner and one.size < sender.size:
+            kind = "reduce-scatter"
+        if kind in COLLECTIVES and (sent := _sent(sender, kind, inner.by_name() if inner else known)):
+            yield kind, sent
+
+
 def _sent(one: _Instruction, kind: str, known: dict[str, _Instruction]) -> float:
-    size = _group(one.attributes)
-    if size < 2:
-        return 0.0
     given = sum(known[name].size for name in one.operands if name in known)
+    if kind == "collective-permute":
+        return given
+    size = _group(one.attributes)
     share = (size - 1) / size
     return {
         "all-gather": given * (size - 1),
         "all-reduce": 2 * given * share,
         "reduce-scatter": given * share,
         "all-to-all": given * share,
-        "collective-permute": given,
     }[kind]
 
 
@@ -144,10 +155,10 @@ def _group(attributes: str) -> int:
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(counted[1])
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+    if named := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    return 2
+    raise InputError(f"this libtpu writes collectives in an unknown way ({attributes[:80]}); take another")
 
 
 def _moved(one: _Instruction, known: dict[str, _Instruction], computations: dict[str, _Computation]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from flax_qformer.checkpoint import as_dtype, read_config
 from flax_qformer.errors import InputError, first_line
@@ -82,7 +82,7 @@ class Plan:
     temporaries: float
     headroom: float
     flops: float
-    memory_traffic: float
+    memory_traffic: float | None
     wire: dict[str, float]
     collectives: dict[str, int]
     seconds: dict[str, float]
@@ -99,7 +99,7 @@ class Plan:
             ("products", _short(self.flops, "FLOP")),
         ]
         if self.fits:
-            rows.append(("to and from memory", _short(self.memory_traffic, "B")))
+            rows.append(("to and from memory", _short(self.memory_traffic or 0, "B")))
             rows += [
                 (f"{self.collectives[kind]} {kind}", _short(self.wire[kind], "B sent")) for kind in sorted(self.wire)
             ]
@@ -110,7 +110,7 @@ class Plan:
             least = max(self.seconds.values())
             lines.append(f"at best {self.batch / least:,.0f} images/s: {self.bound} binds, {1e3 * least:.1f} ms a step")
         else:
-            lines.append(f"does not fit; what would: {'; '.join(self.advice) or 'more chips'}")
+            lines.append(f"does not fit; try {'; or '.join(self.advice) or 'more chips'}")
         return "\n".join(lines)
 
     @property
@@ -146,7 +146,7 @@ def plan(
     chip = _chip(topology)
     pod = _pod(topology, mesh)
     check_divides(batch, pod, "--batch")
-    config = dataclasses.replace(read_config(model), scan_layers=True)
+    config = read_config(model).scanned()
     parts = {name: getattr(config, name) for name in ("qformer_config", "vision_config")}
     parts = {name: dataclasses.replace(part, gradient_checkpointing=remat) for name, part in parts.items()}
     module = Blip2ForPreTraining(dataclasses.replace(config, **parts), dtype=as_dtype(dtype))
@@ -171,7 +171,7 @@ def plan(
         if temporaries is None:
             raise InputError(f"the step does not compile for {topology}: {first_line(error)}") from None
         advice = tuple(_advice(chip, kept, temporaries, batch, pod, remat))
-        nothing: dict[str, Any] = {"memory_traffic": math.nan, "wire": {}, "collectives": {}, "seconds": {}}
+        nothing: dict[str, Any] = {"memory_traffic": None, "wire": {}, "collectives": {}, "seconds": {}}
         headroom = chip.memory - sum(kept) - temporaries
         return Plan(**described, **nothing, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
     memory, moved = compiled.memory_analysis(), traffic(compiled.as_text())
@@ -260,11 +260,7 @@ def _inputs(module: Blip2ForPreTraining, batch: int, text_length: int, pod: Mesh
 def _bytes(tree: Any) -> float:
     """Of a tree's shards on one chip."""
     return float(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-            if leaf.sharding.spec is not PartitionSpec
-        )
+        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     )
 
 
@@ -288,7 +284,7 @@ def _temporaries(error: str, room: float) -> float | None:
 def _advice(
     chip: Chip, kept: tuple[float, float], temporaries: float, batch: int, pod: Mesh, remat: bool
 ) -> Iterator[str]:
-    """What would fit, if temporaries grow with the batch."""
+    """What to try: temporaries mostly grow with the batch."""
     parts = pod.shape["data"] * pod.shape["fsdp"]
     if not remat:
         yield "--remat, which keeps one layer's activations at a time"
@@ -296,4 +292,5 @@ def _advice(
     if fitting:
         yield f"--batch {fitting}"
     if pod.shape["data"] > 1 and temporaries < chip.memory:
-        yield f"--mesh fsdp={pod.shape['data'] * pod.shape['fsdp']}, which splits the parameters over all chips"
+        tensor = f",tensor={pod.shape['tensor']}" if pod.shape["tensor"] > 1 else ""
+        yield f"--mesh fsdp=-1{tensor}, which splits the parameters over all chips"

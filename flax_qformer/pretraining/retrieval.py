@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_qformer.errors import InputError
 from flax_qformer.pretraining.losses import similarities
 from flax_qformer.pretraining.model import Blip2ForPreTraining
-from flax_qformer.sharding import BATCH
+from flax_qformer.sharding import BATCH, on
 
 RANKS = (1, 5, 10)
 
@@ -23,7 +23,10 @@ class Retrieval:
         self._batch_size = batch_size
         self._split = None if mesh is None else NamedSharding(mesh, BATCH)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        apply: Any = model.apply
+
+        def apply(*arguments: Any, **details: Any) -> Any:
+            with on(mesh):
+                return model.apply(*arguments, **details)
 
         def image(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
             states = apply({"params": params}, pixels, method="encode_image").last_hidden_state
@@ -83,7 +86,9 @@ class Retrieval:
         return figures
 
     def _place(self, *arrays: np.ndarray) -> Sequence[Any]:
-        return arrays if self._split is None else jax.device_put(arrays, self._split)
+        if self._split is None:
+            return arrays
+        return [jax.make_array_from_callback(array.shape, self._split, array.__getitem__) for array in arrays]
 
     def _all_similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
         rows = [self._similarities(images[i : i + 256], texts) for i in range(0, len(images), 256)]

@@ -30,7 +30,7 @@ from flax_qformer.pretraining.sources import DataSettings, Source
 from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.processes import any_process, is_first, of_all, wait_for_all
 from flax_qformer.processor import Processor
-from flax_qformer.sharding import check_divides, named_mesh, shard_batch, shard_params
+from flax_qformer.sharding import batch_part, check_divides, named_mesh, shard_batch, shard_params
 from flax_qformer.source import locate
 from flax_qformer.stopping import Stopped, noted_signals
 from flax_qformer.surgery import stack_layers
@@ -58,7 +58,8 @@ def train(settings: TrainSettings) -> str:
     data = open_source(settings)
     held_out = _open_held_out(settings)
     model, params, processor = _load(settings, mesh)
-    batches = Batches(data, processor, settings, process_index=jax.process_index(), process_count=jax.process_count())
+    index, count = batch_part(mesh)
+    batches = Batches(data, processor, settings, process_index=index, process_count=count)
     schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(
         model.config,
@@ -258,7 +259,7 @@ def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dic
     source, dtype = locate(settings.model), as_dtype(settings.dtype)
     if source.config and not source.params and not source.weights:
         logger.warning("%s has no weights: all are drawn afresh", source.name)
-        model, params = initialise(source.config, Blip2ForPreTraining, dtype, settings.seed)
+        model, params = initialise(source.config, Blip2ForPreTraining, dtype, settings.seed, mesh)
     else:
         model, params = from_pretrained(settings.model, dtype, jnp.float32, model_class=Blip2ForPreTraining, mesh=mesh)
     config = model.config
@@ -271,7 +272,11 @@ def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dic
         vision = dataclasses.replace(vision, gradient_checkpointing=True)
     config = dataclasses.replace(config, qformer_config=qformer, vision_config=vision)
     if settings.scan_layers:
-        config, params = dataclasses.replace(config, scan_layers=True), stack_layers(params)
+        config = config.scanned()
+        if config.scan_layers:
+            params = stack_layers(params)
+        else:
+            logger.warning("the layers are not alike, so that they cannot be scanned: compiling takes longer")
     processor = Processor.from_pretrained(settings.model, config=config, tokenizer=settings.tokenizer)
     return model.clone(config=config), params, processor
 
