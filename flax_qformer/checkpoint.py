@@ -398,8 +398,11 @@ def _load_ours(
         shapes = {name: leaf.shape for name, leaf in stored.items()}
     stored_class = Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel
     _check(shapes, config, stored_class)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # orbax asks for one
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place and place(name, leaf.shape))
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, dtype or leaf.dtype, sharding=here if place is None else place(name, leaf.shape)
+        )
         for name, leaf in stored.items()
     }
     with _reading(folder):
