@@ -110,7 +110,8 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     """
     held: dict[int, set[int]] = {}
     number = mesh.shape["data"] * mesh.shape["fsdp"]
-    for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((number,)).items():
+    where: dict[Any, tuple[slice, ...]] = dict(NamedSharding(mesh, BATCH).devices_indices_map((number,)))
+    for device, (rows,) in where.items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     if sum(map(len, parts)) != number or len(set(map(len, parts))) > 1:

@@ -10,7 +10,7 @@ def hashed(key: jax.Array) -> jax.Array:
 
     What it draws does not depend on the number of chips, and each makes its own part.
     """
-    return jax.random.wrap_key_data(jax.random.bits(key, 2, "uint32"), impl=_HASH)
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=_HASH)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -28,7 +28,7 @@ def _seed(number: jax.Array) -> jax.Array:
     return _fold_in(jnp.zeros(2, jnp.uint32), number)
 
 
-def _fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
+def _fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
     return _words(key, 2 * jnp.asarray(number).astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32))
 
 

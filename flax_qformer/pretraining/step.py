@@ -119,7 +119,7 @@ def make_train_step(
             is_updated = (state.step + 1) % accumulation == 0
             ema = optax.incremental_update(trained, ema, jnp.where(is_updated, 1 - ema_decay, 0.0))
         metrics = {name: getattr(output, name) for name in LOSSES}
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.global_norm(trained)}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(trained)}
         state = replace(state, trained=trained, opt_state=opt_state, ema=ema, step=state.step + 1)
         return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
