@@ -22,6 +22,7 @@ a an the of and with on in at to is are this that one two three some photo pictu
 left right above below over under behind beside between near front top bottom middle side
 small big large tiny huge long short tall round flat old new young dark light bright striped dotted plain
 red green blue yellow orange purple pink brown black white gray grey cyan magenta
+maroon olive lime teal navy lavender beige salmon
 circle square triangle rectangle star cross ring heart diamond ellipse line arrow shape
 dog cat bird horse cow sheep fish bear rabbit mouse lion tiger elephant duck frog turtle bee butterfly
 man woman boy girl child baby person people face hand

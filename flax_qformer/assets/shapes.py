@@ -29,6 +29,14 @@ COLOURS = {
     "cyan": ((0, 190, 210), (70, 255, 255)),
     "gray": ((110, 110, 110), (150, 150, 150)),
     "magenta": ((200, 0, 160), (255, 50, 220)),
+    "maroon": ((95, 0, 0), (135, 25, 35)),
+    "olive": ((110, 110, 0), (150, 145, 35)),
+    "lime": ((150, 235, 0), (195, 255, 60)),
+    "teal": ((0, 105, 105), (40, 145, 145)),
+    "navy": ((0, 0, 80), (25, 35, 120)),
+    "lavender": ((175, 150, 235), (205, 175, 255)),
+    "beige": ((220, 195, 125), (240, 215, 150)),
+    "salmon": ((230, 125, 105), (250, 150, 125)),
 }
 """Name -> least and largest RGB."""
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -143,8 +151,11 @@ class Scene:
         places = [f"{thing.describe(*parts())} {_place(thing)}" for thing in (self.things * 2)[:2]]
         if len(self.things) == 1:
             return names + places
+        first, second = self.things
+        telling = [named for named in PARTS if first.describe(*named) != second.describe(*named)]
         orders = (rng.permutation(2) for _ in range(num_pairs))
-        return names + places + [self._say(self.things[i], self.things[j], parts()) for i, j in orders]
+        pairs = [self._say(self.things[i], self.things[j], telling[rng.integers(len(telling))]) for i, j in orders]
+        return names + places + pairs
 
     @staticmethod
     def _say(a: Thing, b: Thing, parts: tuple[bool, bool, bool] = PARTS[0]) -> str:

@@ -22,7 +22,7 @@ python -m flax_qformer.assets.make "$folder/start"
 python -m flax_qformer.assets.shapes "$folder/one" --objects 1 --images 20000 --seed 1
 python -m flax_qformer.assets.shapes "$folder/two" --objects 2 --images 20000 --seed 2
 python -m flax_qformer.assets.shapes "$folder/pairs" --objects 2 --images 20000 --seed 3 --pairs 12
-run one "$folder/start" --steps 4000 --batch-size 8 --seed 0
-run two "$folder/run_one/model" --steps 9000 --batch-size 8 --seed 1
-run pairs "$folder/run_two/model" --steps 5000 --batch-size 32 --seed 1 --dropout 0.1 --ema-decay 0.999
+run one "$folder/start" --steps 5000 --batch-size 8 --seed 0
+run two "$folder/run_one/model" --steps 12000 --batch-size 8 --seed 1
+run pairs "$folder/run_two/model" --steps 6000 --batch-size 32 --seed 1 --dropout 0.1 --ema-decay 0.999
 flax-qformer export "$folder/run_pairs/model" "$assets/default" --layout diffusers --overwrite
