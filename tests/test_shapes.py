@@ -1,5 +1,6 @@
 """The data that the default model learns from."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -31,10 +32,19 @@ def test_a_drawn_folder_is_read_and_drawn_alike(objects, pairs, captions, tmp_pa
 
 def test_held_out_combinations_are_not_drawn():
     rng = np.random.default_rng(0)
-    scenes = [shapes.draw_scene(rng) for _ in range(300)]
+    scenes = [shapes.draw_scene(rng) for _ in range(1000)]
     assert {(thing.size, thing.colour, thing.shape) for scene in scenes for thing in scene.things} == shapes.SEEN
     captions = " | ".join(caption for scene in scenes for caption in scene.captions(rng))
     assert not [combination for combination in shapes.HELD_OUT if " ".join(combination) in captions]
+
+
+def test_colours_without_a_name_are_no_named_ones():
+    rng = np.random.default_rng(2)
+    for scene in (shapes.draw_scene(rng, unnamed=1.0) for _ in range(100)):
+        assert not any(word in caption.split() for word in shapes.COLOURS for caption in scene.captions(rng))
+        for thing, limits in itertools.product(scene.things, shapes.COLOURS.values()):
+            low, high = np.array(limits)
+            assert not np.all((low <= thing.rgb) & (thing.rgb <= high))
 
 
 def test_pixels_boxes_and_captions_agree():

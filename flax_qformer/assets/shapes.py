@@ -44,13 +44,16 @@ SIZES = {"small": 20, "large": 35}
 """Name -> side of the box in pixels."""
 Combination: TypeAlias = tuple[str, str, str]
 """Size, colour and shape."""
-HELD_OUT: frozenset[Combination] = frozenset(
-    (size, colour, SHAPES[(i + 2 * k) % len(SHAPES)])
-    for i, colour in enumerate(COLOURS)
-    for k, size in enumerate(SIZES)
+ALL: frozenset[Combination] = frozenset(itertools.product(SIZES, COLOURS, SHAPES))
+HELD_OUT = frozenset(
+    (size, colour, shape)
+    for (i, size), (j, colour), (k, shape) in itertools.product(*map(enumerate, (SIZES, COLOURS, SHAPES)))
+    if (5 * i + j + 3 * k) % 10 < 3
 )
-"""Of each colour a small shape and a large one."""
-SEEN: frozenset[Combination] = frozenset(itertools.product(SIZES, COLOURS, SHAPES)) - HELD_OUT
+"""Three of ten: of each colour two or three, no shape in both sizes."""
+SEEN = ALL - HELD_OUT
+UNNAMED = 0.3
+"""How many things have a colour without a name: shapes and sizes are then learned for themselves."""
 
 BACKGROUND = ((215, 215, 215), (255, 255, 255))
 SIDE = 80
@@ -65,7 +68,7 @@ PARTS = ((True, True, True), (False, True, True), (True, False, True), (True, Tr
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape: its box begins at `left` and `top`, in pixels."""
+    """A coloured shape: its box begins at `left` and `top`, in pixels. A colour may have no name, ""."""
 
     size: str
     colour: str
@@ -76,7 +79,7 @@ class Thing:
 
     def describe(self, size: bool = True, colour: bool = True, shape: bool = True) -> str:
         """What it is, or parts of that: "a small red circle", "a small shape"."""
-        words = [self.size] * size + [self.colour] * colour + [self.shape if shape else "shape"]
+        words = [self.size] * size + [self.colour] * (colour and bool(self.colour)) + [self.shape if shape else "shape"]
         return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
     @property
@@ -171,6 +174,7 @@ def draw_scene(
     rng: np.random.Generator,
     combinations: frozenset[Combination] = SEEN,
     num_things: int = 2,
+    unnamed: float = 0.0,
 ) -> Scene:
     """A random scene.
 
@@ -178,19 +182,34 @@ def draw_scene(
       combinations: what to choose from.
       num_things: one or two. Two differ in colour or shape and do not touch; one lies clearly beside or above the
         other.
+      unnamed: how many things have a colour without a name.
     """
     background = _between(rng, BACKGROUND)
     pool = sorted(combinations)
     while True:
-        things = tuple(_thing(rng, pool[rng.integers(len(pool))]) for _ in range(num_things))
+        things = tuple(_thing(rng, pool[rng.integers(len(pool))], unnamed) for _ in range(num_things))
         if num_things == 1 or _are_apart(*things):
             return Scene(background, things)
 
 
-def _thing(rng: np.random.Generator, combination: Combination) -> Thing:
+def _thing(rng: np.random.Generator, combination: Combination, unnamed: float) -> Thing:
     size, colour, shape = combination
+    rgb = _between(rng, COLOURS[colour])
+    if rng.random() < unnamed:
+        colour, rgb = "", _unnamed_colour(rng)
     left, top = (STEP * int(number) for number in rng.integers((SIDE - SIZES[size]) // STEP + 1, size=2))
-    return Thing(size, colour, shape, _between(rng, COLOURS[colour]), left, top)
+    return Thing(size, colour, shape, rgb, left, top)
+
+
+def _unnamed_colour(rng: np.random.Generator) -> tuple[int, ...]:
+    """Far from all colours with a name, and from the background."""
+    while True:
+        rgb = _between(rng, ((0, 0, 0), (255, 255, 255)))
+        if all(
+            any(not low - 15 <= c <= high + 15 for c, low, high in zip(rgb, *limits, strict=True))
+            for limits in (*COLOURS.values(), BACKGROUND)
+        ):
+            return rgb
 
 
 def _offset(a: Thing, b: Thing) -> tuple[float, float]:
@@ -227,7 +246,7 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     with (options.folder / "metadata.jsonl").open("w") as file:
         for i in range(options.images):
-            scene, name = draw_scene(rng, num_things=options.objects), f"{i:06}.png"
+            scene, name = draw_scene(rng, num_things=options.objects, unnamed=UNNAMED), f"{i:06}.png"
             scene.draw().save(options.folder / name)
             file.write(json.dumps({"file_name": name, "captions": scene.captions(rng, options.pairs)}) + "\n")
 
