@@ -79,7 +79,8 @@ class Thing:
 
     def describe(self, size: bool = True, colour: bool = True, shape: bool = True) -> str:
         """What it is, or parts of that: "a small red circle", "a small shape"."""
-        words = [self.size] * size + [self.colour] * (colour and bool(self.colour)) + [self.shape if shape else "shape"]
+        parts = (self.size if size else "", self.colour if colour else "", self.shape if shape else "shape")
+        words = [part for part in parts if part]
         return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
     @property
