@@ -207,7 +207,7 @@ def _read(
     for device, index in indices.items():
         # Of several devices with the same part, only the first has it read.
         if str(index) not in parts:
-            part = np.asarray(view[index or ()])
+            part = np.asarray(view[index])
             with np.errstate(all="ignore"):
                 # A minimum or maximum is NaN if anything is, and the cast keeps their order; these make no temporary.
                 extremes += [part.min(initial=0).astype(dtype), part.max(initial=0).astype(dtype)]

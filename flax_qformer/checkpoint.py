@@ -29,10 +29,10 @@ from .convert.layouts import BERT_BIAS, Layout, Part, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError, first_line
 from .pretraining.model import Blip2ForPreTraining
-from .processes import from_first, is_first, wait_for_all
+from .processes import from_first, is_first, tells_of_lost_process, wait_for_all
 from .processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 from .qformer import Blip2QFormerModel
-from .sharding import held_bytes, sharding_of
+from .sharding import held_bytes, shard_params, sharding_of
 from .source import PARAMS, TOKENIZER_FILES, Source, locate
 from .surgery import stack_layers, unstack_layers
 from .writing import check_absent, check_apart, check_space, new_folder
@@ -116,7 +116,10 @@ def from_pretrained(
         here, whole = held_bytes(loaded.params)
         log.info("the devices here hold %.1f of %.1f MB of parameters", here / 1e6, whole / 1e6)
     model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
-    return model, stack_layers(loaded.params) if loaded.config.scan_layers else loaded.params
+    if not loaded.config.scan_layers:
+        return model, loaded.params
+    stacked = stack_layers(loaded.params)
+    return model, stacked if mesh is None else shard_params(stacked, mesh)
 
 
 def initialise(
@@ -459,6 +462,8 @@ def _saving(folder: Path, arrays: Iterable[Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if tells_of_lost_process(error):
+            raise
         raise OSError(str(error)) from error
 
 

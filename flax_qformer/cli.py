@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from .pretraining.losses import similarities
 from .pretraining.model import Blip2ForPreTraining
 from .pretraining.settings import EvaluateSettings, TrainSettings, yaml_arguments
 from .pretraining.sources import DataSettings
-from .processes import is_first, join_processes
+from .processes import is_first, join_processes, tells_of_lost_process
 from .processor import Processor, open_image, pair_up
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
@@ -40,7 +41,7 @@ TEXT_MULTIPLE = 16
 """Texts are padded to a multiple of this many tokens, so that most lengths share one compiled program."""
 
 
-TRAIN_PACKAGES = ("datasets", "grain", "tensorboardX", "tyro", "yaml")
+TRAIN_PACKAGES = ("datasets", "grain", "pyarrow", "tensorboardX", "tyro", "yaml")
 """What pip installs with `flax-qformer[train]`."""
 
 
@@ -78,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(2)
     except KeyboardInterrupt:
         _leave(130)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _leave(1)
 
 
 def _leave(status: int) -> NoReturn:
@@ -231,7 +237,7 @@ def train(settings: TrainSettings) -> None:
         if is_first():
             print(summary)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if not tells_of_lost_process(error):
             raise
         raise InputError(
             f"another process of the job has ended ({first_line(error)}); start all of them again: the run goes on "

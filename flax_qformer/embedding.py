@@ -27,7 +27,7 @@ from .checkpoint import as_dtype, from_pretrained
 from .errors import InputError, first_line
 from .pretraining.data import Images, image_batches, open_images
 from .pretraining.sources import DataSettings
-from .processes import any_process
+from .processes import any_process, is_first
 from .processor import Processor
 from .qformer import Blip2QFormerModel
 from .sharding import BATCH, named_mesh, on
@@ -182,7 +182,7 @@ def _make(
         noted_signals() as came,
         contextlib.closing(parts),
         ThreadPoolExecutor(1) as writer,
-        tqdm(total=_total(shards), unit="image", dynamic_ncols=True) as progress,
+        tqdm(total=_total(shards), unit="image", dynamic_ncols=True, disable=not is_first()) as progress,
     ):
         for path, some in batches.items():
             shard: list[Part] = []

@@ -17,7 +17,6 @@ VARIABLES = {
 }
 """Arguments of `jax.distributed.initialize`, where no cluster tells them."""
 
-
 PATIENCE = 7 * 24 * 3600
 """Seconds that a process which is done waits for the others; one that dies is noticed much sooner."""
 
@@ -41,6 +40,12 @@ def join_processes() -> None:
         logging.getLogger("flax_qformer").setLevel(logging.ERROR)
 
 
+def tells_of_lost_process(error: Exception) -> bool:
+    """Whether it may say that another process of the job has ended, and nothing about this one."""
+    is_own = str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and not is_own
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and speaks for all."""
     return jax.process_index() == 0
@@ -60,7 +65,9 @@ def of_all(numbers: dict[str, int]) -> list[dict[str, int]]:
     """Each process's numbers, by process."""
     if jax.process_count() == 1:
         return [numbers]
-    rows = multihost_utils.process_allgather(np.array(list(numbers.values()), np.int64))
+    # In halves: JAX would cut what has 64 bits.
+    halves = multihost_utils.process_allgather(np.array(list(numbers.values()), np.int64).view(np.uint32))
+    rows = np.ascontiguousarray(halves).view(np.int64)
     return [dict(zip(numbers, row.tolist(), strict=True)) for row in rows]
 
 

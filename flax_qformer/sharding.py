@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"self_attn/qkv/bias", (None, "tensor", None)),
     (r"attention/(query|key|value)/kernel", ("fsdp", "tensor", None)),
     (r"attention/(query|key|value)/bias", ("tensor", None)),
-    (r"(self_attn/projection|attention/output/dense)/kernel", ("tensor", None, "fsdp")),
+    (r"(self_attn/projection|(cross)?attention/output/dense)/kernel", ("tensor", None, "fsdp")),
     (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/kernel", ("fsdp", "tensor")),
     (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/bias", ("tensor",)),
     (r"(fc2|output(_query)?/dense|proj_layer/dense2)/kernel", ("tensor", "fsdp")),
@@ -96,9 +96,9 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     Raises:
       InputError: it does not divide.
     """
-    sharding = NamedSharding(mesh, BATCH)
+    sharding, (_, count) = NamedSharding(mesh, BATCH), batch_part(mesh)
     for name, array in batch.items():
-        check_divides(len(array) * batch_part(mesh)[1], mesh, name)
+        check_divides(len(array) * count, mesh, name)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}
 
 
@@ -124,7 +124,7 @@ def check_divides(size: int, mesh: Mesh, what: str) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % parts:
         nearest = max(1, round(size / parts)) * parts
-        raise InputError(f"{what}: {size} does not divide among {parts} devices; {nearest} does")
+        raise InputError(f"{what}: {size} does not divide into {parts} parts (data x fsdp); {nearest} does")
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -139,8 +139,10 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole."""
     axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
-    # Stacked layers have an axis of depth in front; a scalar or a row of a factored state has fewer than the row.
-    axes = (None,) * (len(shape) - len(axes)) + axes if len(shape) >= len(axes) else ()
+    if len(axes) > len(shape):  # a factored optimizer's state
+        axes = ()
+    # Stacked layers have an axis of depth in front.
+    axes = (None,) * (len(shape) - len(axes)) + axes
     whole = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
     return NamedSharding(mesh, PartitionSpec(*whole))
 

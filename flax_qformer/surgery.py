@@ -185,9 +185,9 @@ def unstack_layers(params: Params) -> dict[str, Any]:
 
 def _with_encoders(params: Params, change: Callable[[Params, str], Params]) -> dict[str, Any]:
     tree = dict(params)
-    if "encoder" in tree:
+    if tree.get("encoder"):
         tree["encoder"] = change(tree["encoder"], "layer_")
-    if "visual_encoder" in tree:
-        tower = tree["visual_encoder"]
+    tower = tree.get("visual_encoder", {})
+    if tower.get("encoder"):  # one without layers has none
         tree["visual_encoder"] = {**tower, "encoder": change(tower["encoder"], "layers_")}
     return tree

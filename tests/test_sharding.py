@@ -11,10 +11,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 import flax_qformer as fq
-from flax_qformer.sharding import parse_mesh
+from flax_qformer.sharding import parse_mesh, sharding_of
 from flax_qformer.source import DEFAULT_MODEL
 
 SCRIPT, LOADING = (Path(__file__).parent / name for name in ("sharded_step.py", "placed_loading.py"))
@@ -136,6 +137,37 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
     assert steps == sorted(set(steps))
     (_, one), (_, other) = (fq.from_pretrained(run / "model") for run in (lost, whole))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.slow
+def test_a_job_embeds_what_one_process_does(tmp_path: Path) -> None:
+    drawing = [sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"]
+    subprocess.run(drawing, check=True)
+    program = Path(sys.executable).with_name("flax-qformer")
+    command = [program, "embed", "--data", tmp_path / "data", "--shard-size", "8", "--batch-size", "4", "--output"]
+    for process in job(*command, tmp_path / "job", "--distributed", "--mesh", "fsdp=2"):
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+    subprocess.run([*command, tmp_path / "one"], check=True)
+    found, expected = (
+        np.stack(pd.read_parquet(tmp_path / name).sort_values("row")["embeddings"]) for name in ("job", "one")
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("encoder/layer_0/crossattention/attention/query/kernel", (64, 8, 8), ("fsdp", "tensor", None)),
+        ("encoder/layer_0/crossattention/output/dense/kernel", (8, 8, 64), ("tensor", None, "fsdp")),
+        ("encoder/layers/layer_0/output/dense/kernel", (2, 256, 64), (None, "tensor", "fsdp")),
+        ("visual_encoder/encoder/layers_0/self_attn/qkv/kernel", (64, 3, 8, 8), ("fsdp", None, "tensor", None)),
+        ("opt_state/v_row/encoder/layer_0/output/dense/kernel", (64,), (None,)),
+        ("encoder/layer_0/output/LayerNorm/scale", (64,), (None,)),
+    ],
+)
+def test_heads_lie_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[str | None, ...]) -> None:
+    assert tuple(sharding_of(path, shape, fq.make_mesh()).spec) == spec
 
 
 @pytest.mark.parametrize(

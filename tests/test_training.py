@@ -787,7 +787,7 @@ def test_a_run_that_cannot_be(
     def line(*more: Any) -> str:
         return refused(capsys, *program(folder, tmp_path / "run", *more))
 
-    assert "--batch-size: 5 does not divide among 2 devices; 4 does" in line("--batch-size", 5)
+    assert "--batch-size: 5 does not divide into 2 parts (data x fsdp); 4 does" in line("--batch-size", 5)
     assert "no file or folder none" in line("--model", "none/of/these")
     assert "no column that is known" in line("--data", captionless(tmp_path / "captionless"))
     assert "no file or folder here" in line("--data", tmp_path / "nothing")

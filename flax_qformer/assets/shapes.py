@@ -47,7 +47,9 @@ Combination: TypeAlias = tuple[str, str, str]
 ALL: frozenset[Combination] = frozenset(itertools.product(SIZES, COLOURS, SHAPES))
 HELD_OUT = frozenset(
     (size, colour, shape)
-    for (i, size), (j, colour), (k, shape) in itertools.product(*map(enumerate, (SIZES, COLOURS, SHAPES)))
+    for i, size in enumerate(SIZES)
+    for j, colour in enumerate(COLOURS)
+    for k, shape in enumerate(SHAPES)
     if (5 * i + j + 3 * k) % 10 < 3
 )
 """Three of ten: of each colour two or three, no shape in both sizes."""

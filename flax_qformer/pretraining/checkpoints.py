@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from flax_qformer.errors import InputError
-from flax_qformer.processes import any_process, is_first, wait_for_all
+from flax_qformer.processes import any_process, from_first, is_first, tells_of_lost_process, wait_for_all
 from flax_qformer.writing import check_space
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Checkpoints:
                 partial.write_text(json.dumps({"sum": _sum_of(content), "content": content}))
                 partial.rename(self._folder / f"{step}.json")
         except Exception as error:
-            if _is_of_another_process(error):
+            if tells_of_lost_process(error):
                 raise
             # orbax reports a disk that fills up meanwhile in types of its own.
             if is_first():
@@ -78,19 +78,23 @@ class Checkpoints:
         Raises:
           InputError: all are damaged, or hold the state of another model.
         """
-        steps = self.steps()
+        # Processes may see a shared disk differently; they go on from the same step, or not at all.
+        steps = [int(step) for step in from_first(" ".join(map(str, self.steps()))).split()]
         for step in steps:
-            found, reason = None, ""
-            try:
-                found = self._read(step, state)
-            except InputError:
-                raise
-            except Exception as error:
-                if _is_of_another_process(error):
+            reason = self._damage(step)
+            if not any_process(bool(reason)):
+                found = None
+                try:
+                    found = self._load(step, state)
+                except InputError:
                     raise
-                reason = " ".join(str(error).split())
-            if found and not any_process(bool(reason)):
-                return found
+                except Exception as error:
+                    if tells_of_lost_process(error):
+                        raise
+                    reason = " ".join(str(error).split())
+                if not any_process(found is None):
+                    return found
+            reason = reason or "another process cannot read it"
             logger.warning("the checkpoint of step %d is damaged (%s): trying the one before", step, reason)
         if steps:
             raise InputError(f"all checkpoints in {self._folder} are damaged; start anew with --overwrite")
@@ -137,17 +141,20 @@ class Checkpoints:
             raise ValueError(f"{step}.json is not as it was written")
         return content
 
-    def _read(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+    def _damage(self, step: int) -> str:
+        """What is wrong with a checkpoint's files, if anything; the first process reads all bytes for all."""
+        try:
+            files = self._manifest(step)["files"]
+            found = _sums(self._path(step)) if is_first() else files
+        except (ValueError, OSError) as error:
+            return str(error)
+        wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
+        return f"{wrong[0]} is {'not as it was written' if wrong[0] in found else 'missing'}" if wrong else ""
+
+    def _load(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         import orbax.checkpoint.experimental.v1 as ocp
 
         manifest = self._manifest(step)
-        files = manifest["files"]
-        # The first process reads all bytes for all.
-        found = _sums(self._path(step)) if is_first() else files
-        wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
-        if any_process(bool(wrong)):
-            wrong = wrong or ["a file"]
-            raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] not in found else 'not as it was written'}")
         was, now = manifest["arrays"], _forms(state)
         other = sorted(name for name in was | now if was.get(name) != now.get(name))
         if other:
@@ -162,11 +169,6 @@ class Checkpoints:
         }
         loaded = ocp.load(self._path(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in wanted]), manifest["notes"]
-
-
-def _is_of_another_process(error: Exception) -> bool:
-    """Whether it may say that another process of the job has ended, and nothing about the files."""
-    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _named(state: Any) -> dict[str, jax.Array]:

@@ -40,10 +40,7 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    words = _words(key, place)
-    if bit_width > 32:
-        return words.astype(jnp.uint64) << 32 | _mix(words)
-    return (words >> (32 - bit_width)).astype(f"uint{bit_width}")
+    return (_words(key, place) >> (32 - bit_width)).astype(f"uint{bit_width}")
 
 
 _HASH = define_prng_impl(

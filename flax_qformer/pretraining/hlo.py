@@ -167,6 +167,8 @@ def _moved(one: _Instruction, known: dict[str, _Instruction], computations: dict
         return 2 * one.size
     if one.opcode == "dynamic-update-slice":
         return 2 * (known[one.operands[1]].size if one.operands[1] in known else 0.0)
+    if one.opcode == "copy-start":  # gives back what it copies, too
+        return 2 * sum(known[name].size for name in one.operands if name in known)
     inner = computations.get(one.called("calls") or "")
     if inner is None:
         return one.size + sum(known[name].size for name in one.operands if name in known)

@@ -33,7 +33,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 150e9),
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9),
@@ -70,7 +70,8 @@ class Plan:
       flops: of the products of a step, with those that are computed again.
       memory_traffic: read from and written to the chip's memory.
       wire: bytes sent, by kind of collective; `collectives` is how many stand in the program.
-      seconds: the least that each of compute, memory and interconnect allows; the step takes at least the longest.
+      seconds: the least that each of compute, memory and interconnect allows for this program; the step takes at least
+        the longest. With more effort of the compiler, less may go to memory.
     """
 
     topology: str
@@ -147,9 +148,11 @@ def plan(
     pod = _pod(topology, mesh)
     check_divides(batch, pod, "--batch")
     config = read_config(model).scanned()
-    parts = {name: getattr(config, name) for name in ("qformer_config", "vision_config")}
-    parts = {name: dataclasses.replace(part, gradient_checkpointing=remat) for name, part in parts.items()}
-    module = Blip2ForPreTraining(dataclasses.replace(config, **parts), dtype=as_dtype(dtype))
+    if remat:
+        parts = {name: getattr(config, name) for name in ("qformer_config", "vision_config")}
+        parts = {name: dataclasses.replace(part, gradient_checkpointing=True) for name, part in parts.items()}
+        config = dataclasses.replace(config, **parts)
+    module = Blip2ForPreTraining(config, dtype=as_dtype(dtype))
     optimizer = make_optimizer(config, 1e-4)
     state, inputs = _state(module, optimizer, train, pod), _inputs(module, batch, text_length, pod)
     step: Any = make_train_step(module, optimizer, mesh=pod)

@@ -95,12 +95,15 @@ def train(settings: TrainSettings) -> str:
 
         def evaluate() -> None:
             """Unless it was done before the run stopped here."""
-            if held_out is None or log.is_evaluated(done):
+            if any_process(held_out is None or log.is_evaluated(done)):
                 return
+            assert held_out is not None
             examples = _examples(held_out, processor, settings, settings.evaluate_on)
             try:
                 log.write(done, retrieval.evaluate(state.averaged_params, examples, settings.rerank))
             except InputError as error:
+                if jax.process_count() > 1:  # the others are in the midst of it
+                    raise
                 logger.warning("no evaluation: %s", error)
 
         started, steps_since = time.perf_counter(), 0
