@@ -34,7 +34,7 @@ def attention_maps(cross_attentions: Sequence[jax.Array], config: Blip2Config) -
 
 
 def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: str = "") -> "Figure":
-    """Draw an image, and beside it rows of maps over it.
+    """Draw an image, and beside it rows of maps over it: the mean of all queries, then each.
 
     Args:
       image: the picture that was read.
@@ -49,12 +49,13 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
     image = to_rgb(image)
     image.thumbnail((SIZE, SIZE))
     grey = image.convert("L")
-    queries = len(next(iter(rows.values())))
+    rows = {label: np.concatenate([maps.mean(axis=0, keepdims=True), maps]) for label, maps in rows.items()}
+    panels = len(next(iter(rows.values())))
     aspect = min(image.height / image.width, 4)  # of a panel; a narrower image stands in its middle
     figure = Figure(
-        figsize=(1.3 * (queries + 2.2), (1.3 * aspect + 0.25) * max(len(rows), 2) + 0.4), layout="constrained"
+        figsize=(1.3 * (panels + 2.2), (1.3 * aspect + 0.25) * max(len(rows), 2) + 0.4), layout="constrained"
     )
-    grid = figure.add_gridspec(max(len(rows), 2), queries + 2)
+    grid = figure.add_gridspec(max(len(rows), 2), panels + 2)
     original = figure.add_subplot(grid[:, :2])
     original.imshow(image)
     original.set_axis_off()
@@ -62,15 +63,15 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
         original.set_title(title, parse_math=False)
     extent = (0, image.width, image.height, 0)
     for i, (label, maps) in enumerate(rows.items()):
-        for query, one in enumerate(maps):
-            axes = figure.add_subplot(grid[i, query + 2])
+        for panel, one in enumerate(maps):
+            axes = figure.add_subplot(grid[i, panel + 2])
             strength = one / max(one.max(), 1e-12)
             axes.imshow(grey, cmap="gray", vmin=-255, vmax=255, extent=extent)
             axes.imshow(strength, cmap="hot", alpha=strength, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
             axes.set_xticks([])
             axes.set_yticks([])
             if i == 0:
-                axes.set_title(f"query {query}", fontsize=8)
-            if query == 0:
+                axes.set_title(f"query {panel - 1}" if panel else "all queries", fontsize=8)
+            if panel == 0:
                 axes.set_ylabel(label, fontsize=8)
     return figure

@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what the user can put right ends it with one line and exit status 2."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flax_qformer").setLevel(logging.INFO)
+    # These tell in lines of their own what an error then says.
+    for library in ("DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     options, rest = _parser().parse_known_args(arguments)
     _keep_compiled()
     try:

@@ -4,6 +4,7 @@ The policy: parameters live in `param_dtype`, products run in `dtype` and accumu
 and softmax are float32 whatever the dtype.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,9 @@ from .sharding import BATCH
 
 INITIALIZER = nn.initializers.normal(0.02)
 """BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
+
+SCORES_AT_ONCE = 2**20
+"""Attention scores that a CPU computes together."""
 
 # What upstream adds to the self-attention scores of a masked position.
 SELF_ATTENTION_MASK = -10000.0
@@ -193,11 +197,35 @@ def dot_product_attention(
         context = jnp.einsum(f"bhqk,{keys}->bhqd", used, value, preferred_element_type=jnp.float32) / total
         return context.astype(dtype).swapaxes(1, 2), (powers / total).astype(dtype)
 
+    def context_alone(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attend(query, key, value)[0]
+
     context, weights = attend(query, key, value)
-    if bias is None and head_mask is None and dropout is None and key.ndim == 4 and _cudnn_takes(query):
+    if bias is None and head_mask is None and dropout is None and key.ndim == 4:
         # From the arguments anew, so that no gradient goes the other way.
-        context = jax.lax.platform_dependent(query, key, value, cuda=_cudnn, default=lambda *qkv: attend(*qkv)[0])
+        ways: dict[str, Callable[..., jax.Array]] = {"cpu": functools.partial(_in_parts, context_alone)}
+        if _cudnn_takes(query):
+            ways["cuda"] = _cudnn
+        context = jax.lax.platform_dependent(query, key, value, **ways, default=context_alone)
     return context, weights
+
+
+def _in_parts(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Attend for some heads of some images at a time.
+
+    The scores of many heads are more memory than a C library keeps from one use to the next, and to get it anew from
+    the system, page by page, takes longer than the attention. In the backward pass each part is computed again.
+
+    arrays: query, key, value, each (batch, tokens, heads, head_dim).
+    """
+    batch, num_queries, heads, head_dim = arrays[0].shape
+    most = SCORES_AT_ONCE // (num_queries * arrays[1].shape[1])
+    size = max((n for n in range(1, batch * heads + 1) if batch * heads % n == 0 and n <= most), default=1)
+    if size == batch * heads or jax.sharding.get_abstract_mesh().size > 1:
+        return attend(*arrays)
+    parts = [x.swapaxes(1, 2).reshape(-1, size, x.shape[1], 1, head_dim) for x in arrays]
+    context = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), tuple(parts))
+    return context.reshape(batch, heads, num_queries, head_dim).swapaxes(1, 2)
 
 
 def _cudnn_takes(query: jax.Array) -> bool:

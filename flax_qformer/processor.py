@@ -269,7 +269,9 @@ class Processor:
         longest = qformer.max_position_embeddings
         if max_length is not None:
             if max_length > longest:
-                raise InputError(f"texts of {max_length} tokens are asked for, but the model reads at most {longest}")
+                raise InputError(
+                    f"max_length (--max-text-length) is {max_length}, but the model reads at most {longest} tokens"
+                )
             truncate, longest = True, max_length
         limit = longest if truncate else None
         tokens = self.tokenizer(texts, truncation=truncate, max_length=limit, verbose=False)["input_ids"]
@@ -311,7 +313,7 @@ def open_image(file: Path | bytes, name: str | None = None) -> PIL.Image.Image:
             with PIL.Image.open(content) as image:
                 return PIL.ImageOps.exif_transpose(image)
         except PIL.UnidentifiedImageError:
-            raise InputError(f"{name} is not an image that Pillow knows") from None
+            raise InputError(f"{name} is not an image that Pillow knows; save it as PNG or JPEG") from None
         # Pillow's decoders raise whatever they meet in a broken file.
         except Exception as error:
             raise InputError(f"{name} is damaged or cut off ({first_line(error)}); fetch the image again") from None
@@ -323,8 +325,8 @@ def _open_file(path: Path, name: str) -> BinaryIO:
             return path.open("rb")
     except OSError as error:
         raise InputError(f"the image {name} cannot be read ({error.strerror})") from None
-    hint = "; nothing is downloaded here: fetch it first" if re.match("https?:/", name) else ""
-    raise InputError(f"there is no image {name}{hint}")
+    hint = "nothing is downloaded here: fetch it first" if re.match("https?:/", name) else "check the name"
+    raise InputError(f"there is no image {name}; {hint}")
 
 
 def pair_up(num_images: int, texts: list[str]) -> list[str]:

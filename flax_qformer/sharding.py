@@ -162,6 +162,6 @@ def fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     elif rest or known != count or min(sizes.values()) < 1:
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise InputError(
-            f"a mesh of {given} does not fit {count} devices; their product must be {count}, one may be -1"
+            f"a mesh of {given} does not fit {count} devices; their product must be {count}, and one of them may be -1"
         )
     return tuple(sizes.values())

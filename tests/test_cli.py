@@ -163,7 +163,7 @@ def test_photos_are_drawn_small_and_as_the_model_sees_them(mode: str) -> None:
     figure = fq.draw_attention(image, {"row": np.ones((3, 2, 2), np.float32)})
     drawn, *panels = (axes.images[0].get_array() for axes in figure.axes)
     assert drawn.shape == (360, 480, 3)
-    assert [panel.shape for panel in panels] == [(360, 480)] * 3
+    assert [panel.shape for panel in panels] == [(360, 480)] * 4
     assert image.size == (1200, 900)
 
 

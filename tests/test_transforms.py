@@ -13,6 +13,7 @@ from flax import nnx
 import cases
 import flax_qformer as fq
 from conftest import COMPILE_FAST, checkpointing, write_upstream
+from flax_qformer import layers
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 
 CONFIG = fq.Blip2Config.from_dict(
@@ -117,6 +118,22 @@ def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, b
         return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(params)
 
     assert jax.tree.all(jax.tree.map(partial(np.allclose, rtol=1e-4, atol=1e-5), *map(value_and_grad, (True, False))))
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 35])
+def test_attention_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (cases.draw(name, (2, tokens, 3, 4)) for name, tokens in (("q", 5), ("k", 7), ("v", 7)))
+
+    def context_and_gradients(parts: bool) -> Any:
+        attended = jax.jit(lambda *arrays: layers.dot_product_attention(*arrays)[0])
+        assert ("while" in attended.lower(query, key, value).as_text()) == parts
+        context, pull = jax.vjp(attended, query, key, value)
+        return context, *pull(jnp.cos(context))
+
+    whole = context_and_gradients(parts=False)
+    monkeypatch.setattr(layers, "SCORES_AT_ONCE", at_once)
+    for part, expected in zip(context_and_gradients(parts=True), whole, strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_checkpointing_saves_memory() -> None:

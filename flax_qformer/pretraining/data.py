@@ -148,9 +148,11 @@ class Batches:
         Raises:
           InputError: the data, the seed or the number of processes is another.
         """
+        meaning = {"rows": "the number of examples (--data, --held-out)", "seed": "--seed"}
         for name, value in self._must_match().items():
             if state[name] != value:
-                raise InputError(f"{name} was {state[name]} and is now {value}; set it back to go on, or start anew")
+                what = meaning.get(name, name)
+                raise InputError(f"{what} was {state[name]} and is now {value}; set it back to go on, or start anew")
         self.close()
         self._position, self._skipped = state["position"], state["skipped"]
 
@@ -198,13 +200,14 @@ def evaluation_batches(
     """
     grain = _grain()
     prepare = partial(_prepare, image_processor=processor.image_processor)
-    elements = _run(grain, grain.MapDataset.source(source).map(prepare), settings.num_workers, settings.batch_size)
+    dataset = grain.MapDataset.source(source).map(prepare)
+    running = [_run(grain, dataset, settings.num_workers, settings.batch_size)]
     tokenize = partial(processor, max_length=settings.max_text_length)
     examples: list[dict[str, Any]] = []
     used = skipped = 0
     try:
         for _ in range(len(source)):
-            element = _next_element(elements)
+            element = _next_element(running[0])
             if "error" in element:
                 skipped += 1
                 if skipped <= LOGGED_SKIPS:
@@ -221,7 +224,7 @@ def evaluation_batches(
             filled = examples + examples[-1:] * (settings.batch_size - len(examples))
             yield _collate(filled, tokenize), [example["caption"] for example in examples]
     finally:
-        elements.close()
+        _close(running)
     if skipped:
         logger.warning("%d of %d examples of %s were left out", skipped, len(source), source.name)
 

@@ -71,7 +71,10 @@ class Retrieval:
             tokens.append(np.stack([batch["input_ids"][:count], batch["attention_mask"][:count]]))
             ids.append((batch["image_id"][new], batch["image_id"][:count]))
         if len(seen) < 2:
-            raise InputError(f"{len(seen)} images are too few to search among")
+            raise InputError(
+                f"{len(seen)} images are too few to search among; add images, hold out more by --held-out, or "
+                "take those for training as well by --everything"
+            )
         image_ids, text_ids = (np.concatenate(part) for part in zip(*ids, strict=True))
         scores = self._all_similarities(np.concatenate(images), np.concatenate(texts))
         belongs = image_ids[:, None] == text_ids[None, :]

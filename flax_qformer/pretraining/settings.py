@@ -1,7 +1,7 @@
 """The settings of the training program: one dataclass, for the command line and for a YAML file."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,9 @@ class EvaluateSettings(DataSettings):
     Attributes:
       model: folder, checkpoint file or hub id of a stage-1 model.
       tokenizer: folder or hub id, where the checkpoint brings none.
-      everything: use all examples, not only those held out from training.
-      evaluate_on: how many examples at most.
+      everything: use all examples, not only those that training with the same settings holds out.
+      evaluate_on: how many examples at most; a text is to find its own image, so that texts which fit several count
+        as missed when they find another.
       rerank: candidates of each query that ITM orders anew; 0 for none.
       dtype: what is computed in: float32, bfloat16 or float16.
     """
@@ -134,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the name") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
@@ -142,7 +143,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     known = {field.name for kind in (TrainSettings, EvaluateSettings) for field in dataclasses.fields(kind)}
     unknown = [str(name) for name in values if name not in known]
     if unknown:
-        raise InputError(f"{path} names settings that there are not: {', '.join(unknown)}")
+        raise InputError(
+            f"{path} names settings that there are not: {', '.join(unknown)}; flax-qformer train --help lists them"
+        )
     return values
 
 
@@ -175,16 +178,21 @@ def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> 
             raise InputError(f"{name} is {getattr(settings, name)}; it must be {least} or more")
 
 
+def changed(before: Mapping[str, Any], now: DataSettings, names: Collection[str] | None = None) -> list[str]:
+    """What became of the settings that a run was saved with: of these names, by default of all."""
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(now).items()}
+    return [
+        f"{name} was {before[name]} and is now {value}"
+        for name, value in values.items()
+        if (names is None or name in names) and name in before and before[name] != value
+    ]
+
+
 def check_resumable(before: Mapping[str, Any], now: DataSettings) -> None:
     """Raise InputError where settings changed that the saved state depends on."""
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(now).items()}
-    changed = [
-        f"{name} was {before[name]} and is now {values[name]}"
-        for name in FIXED
-        if name in before and before[name] != values[name]
-    ]
-    if changed:
+    unfit = changed(before, now, FIXED)
+    if unfit:
         raise InputError(
-            f"the run cannot go on with other settings: {'; '.join(changed)}. Set them back, name another --output, "
+            f"the run cannot go on with other settings: {'; '.join(unfit)}. Set them back, name another --output, "
             "or start anew with --overwrite"
         )

@@ -59,7 +59,7 @@ class DataSettings:
             (self.held_out >= 0, f"held_out is {self.held_out}; it must not be below 0"),
             (self.batch_size > 0, f"batch_size is {self.batch_size}; it must be above 0"),
             (self.max_text_length > 1, f"max_text_length is {self.max_text_length}; it must be above 1"),
-            (0 < low <= high <= 1, f"crop_scale is {low} {high}; it must be two numbers from 0 to 1, the lesser first"),
+            (0 < low <= high <= 1, f"crop_scale is {low} {high}; it must be two numbers in (0, 1], the lesser first"),
             (self.num_workers >= 0, f"num_workers is {self.num_workers}; it must not be below 0"),
             (0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to {2**32 - 1}"),
         ):
@@ -211,7 +211,8 @@ def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
         # datasets raises what its readers do, and wraps it in errors that say nothing.
         reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
         if path.exists():
-            raise InputError(f"{path} cannot be read ({reason}); mend or remove that file") from None
+            file = (path.is_dir() and _metadata(path)) or path
+            raise InputError(f"{file} cannot be read ({reason}); mend or remove it") from None
         raise InputError(
             f"{settings.data} is no file or folder here, and the hub does not give it ({reason}); check the name and "
             "the connection, or give a folder"
@@ -226,7 +227,9 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
     datasets = _datasets()
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"the folder {folder} may not be read; change its permissions")
-    if _metadata(folder):
+    if metadata := _metadata(folder):
+        if metadata.stat().st_size == 0:
+            raise InputError(f"{metadata} is empty; write a row for each image, with file_name and a caption")
         return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=_patterns(folder))
     # img2dataset puts Parquet files without images beside its tars.
     if tars := sorted(folder.rglob("*.tar")):
@@ -330,7 +333,7 @@ def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for path in paths:
         current = ""
         example: dict[str, Any] = {}
-        with tarfile.open(path) as tar:
+        with _open_tar(path) as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
@@ -352,6 +355,14 @@ def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
                     example[suffix] = content.decode("utf-8", errors="replace")
         if example:
             yield {**example, "__key__": current}
+
+
+def _open_tar(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path)
+    except tarfile.ReadError:
+        # Its text is the list of what was tried.
+        raise InputError(f"{path} is no tar, or damaged; fetch it again or remove it") from None
 
 
 def _json(content: bytes) -> Any:

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flax_qformer.checkpoint import as_dtype, from_pretrained, initialise, save_pretrained
 from flax_qformer.errors import InputError
@@ -25,7 +27,7 @@ from flax_qformer.pretraining.data import Batches, evaluation_batches, open_sour
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule
 from flax_qformer.pretraining.retrieval import Retrieval
-from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, check_resumable, to_yaml
+from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, changed, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
 from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.processes import any_process, is_first, of_all, wait_for_all
@@ -60,6 +62,10 @@ def train(settings: TrainSettings) -> str:
     model, params, processor = _load(settings, mesh)
     index, count = batch_part(mesh)
     batches = Batches(data, processor, settings, process_index=index, process_count=count)
+    if settings.warmup >= settings.steps and is_first():
+        logger.warning(
+            "the warm-up of %d steps outlasts the run: it ends below the learning rate; lower --warmup", settings.warmup
+        )
     schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
     optimizer = make_optimizer(
         model.config,
@@ -87,6 +93,7 @@ def train(settings: TrainSettings) -> str:
     checkpoints.tidy(done)
     with batches, noted_signals() as came, Log(output, done) as log:
         if notes:
+            _tell(done, notes.get("settings", {}), settings)
             batches.set_state(notes["data"][jax.process_index() % len(notes["data"])])
 
         def save() -> None:
@@ -107,9 +114,12 @@ def train(settings: TrainSettings) -> str:
                 logger.warning("no evaluation: %s", error)
 
         started, steps_since = time.perf_counter(), 0
-        with tqdm(
-            total=settings.steps, initial=done, unit="step", dynamic_ncols=True, disable=not is_first()
-        ) as progress:
+        with (
+            logging_redirect_tqdm(),
+            tqdm(
+                total=settings.steps, initial=done, unit="step", dynamic_ncols=True, disable=not is_first()
+            ) as progress,
+        ):
             while True:
                 if any_process(bool(came)):
                     save()
@@ -132,8 +142,9 @@ def train(settings: TrainSettings) -> str:
                 if unfit:
                     saved = checkpoints.steps()
                     kept = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
+                    clipping = "lower --clip-norm" if settings.clip_norm else "set --clip-norm"
                     raise InputError(
-                        f"{unfit[0]} is not finite at step {done + 1}; {kept}; lower --learning-rate or --clip-norm"
+                        f"{unfit[0]} is not finite at step {done + 1}; {kept}; lower --learning-rate or {clipping}"
                     )
                 done, steps_since = done + 1, steps_since + 1
                 progress.update()
@@ -239,6 +250,17 @@ def _check_output(output: Path, checkpoints: Checkpoints, settings: TrainSetting
             check_resumable(checkpoints.notes().get("settings", {}), settings)
 
 
+def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None:
+    """Say where a run goes on, and with what other settings."""
+    if not is_first():
+        return
+    others = changed(before, settings)
+    if done >= settings.steps:
+        logger.warning("the run has its %d steps already; to take more, raise --steps", done)
+    elif others:
+        logger.warning("from step %d on, %s", done, "; ".join(others))
+
+
 def _begin(output: Path, settings: TrainSettings) -> None:
     """Make the run's folder, or empty it of another run."""
     with _writing(output):
@@ -255,7 +277,8 @@ def _writing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {output} ({error.strerror}); free space, or name another --output") from None
+        remedy = "free space, or name" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name"
+        raise InputError(f"cannot write {output} ({error.strerror}); {remedy} another --output") from None
 
 
 def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
