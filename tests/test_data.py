@@ -180,7 +180,7 @@ def test_form_of_a_batch(tmp_path: Path, processor: fq.Processor) -> None:
     long = batch["attention_mask"].all(axis=1)
     assert long.any()
     np.testing.assert_array_equal(batch["input_ids"][long][0], expected["input_ids"])
-    with pytest.raises(fq.InputError, match="texts of 65 tokens.*at most 64"):
+    with pytest.raises(fq.InputError, match="is 65, but the model reads at most 64"):
         Batches(open_source(chosen), processor, replace(chosen, max_text_length=65))
 
 
@@ -374,7 +374,9 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither metadata.jsonl or metadata.csv")
     (data / "metadata.jsonl").write_text("{garbage")
-    refused(data, "cannot be read .*JSON")
+    refused(data, "metadata.jsonl cannot be read .*JSON")
+    (data / "metadata.jsonl").write_text("")
+    refused(data, "metadata.jsonl is empty")
     for name in ("bad.tar", "bad.parquet"):
         (tmp_path / name).write_text("garbage")
         refused(tmp_path / name, f"{name} cannot be read")

@@ -830,7 +830,7 @@ def test_a_run_is_not_lost(
     before = files()
     for more, message in (
         (["--train", "heads"], "train was ['qformer', 'heads'] and is now ['heads']"),
-        (["--accumulation", 1, "--seed", 4], "accumulation was 2 and is now 1; seed was 0 and is now 4. Set them back"),
+        (["--accumulation", 1, "--seed", 4], "seed was 0 and is now 4; accumulation was 2 and is now 1. Set them back"),
         (["--overwrite", "--data", tmp_path / "nothing"], "no file or folder here"),
         (["--overwrite", "--model", tmp_path / "nothing"], "no file or folder"),
     ):

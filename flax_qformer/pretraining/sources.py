@@ -362,7 +362,7 @@ def _open_tar(path: Path) -> tarfile.TarFile:
         return tarfile.open(path)
     except tarfile.ReadError:
         # Its text is the list of what was tried.
-        raise InputError(f"{path} is no tar, or damaged; fetch it again or remove it") from None
+        raise InputError(f"{path} cannot be read (it is no tar, or damaged); fetch it again or remove it") from None
 
 
 def _json(content: bytes) -> Any:
