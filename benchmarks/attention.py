@@ -92,6 +92,14 @@ def in_layers(attend: Way) -> Way:
     return run
 
 
+def at_once(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """As `dot_product_attention` on a CPU, without its parts."""
+    scores = jnp.einsum("bhqd,bkhd->bhqk", query.swapaxes(1, 2), key, preferred_element_type=jnp.float32)
+    powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    context = jnp.einsum("bhqk,bkhd->bhqd", powers.astype(query.dtype), value, preferred_element_type=jnp.float32)
+    return (context / powers.sum(axis=-1, keepdims=True)).astype(query.dtype).swapaxes(1, 2)
+
+
 def softmax_first(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     scores = jnp.einsum("bhqd,bkhd->bhqk", query.swapaxes(1, 2), key, preferred_element_type=jnp.float32)
     context = jnp.einsum("bhqk,bkhd->bhqd", jax.nn.softmax(scores).astype(query.dtype), value)
@@ -104,7 +112,8 @@ CROSS: dict[str, Way] = {
     "all keys in one product": one_product,
 }
 SELF: dict[str, Way] = {
-    "self: sum divided at the end": in_layers(lambda *qkv: dot_product_attention(*qkv)[0]),
+    "self: in parts": in_layers(lambda *qkv: dot_product_attention(*qkv)[0]),
+    "all heads and images at once": in_layers(at_once),
     "softmax, then product": in_layers(softmax_first),
     "jax.nn.dot_product_attention": in_layers(partial(jax.nn.dot_product_attention, scale=1.0)),
 }
