@@ -1,5 +1,10 @@
-"""Our side of `training_step.py`, in a process of its own for its memory; as `torch_training.py`."""
+"""Our side of `training_step.py`, in a process of its own for its memory; as `torch_training.py`.
 
+Layers are scanned and the compiler is told to spare memory, as `flax-qformer train` does.
+"""
+
+import ctypes
+import dataclasses
 import json
 import sys
 import time
@@ -11,6 +16,7 @@ import numpy as np
 import flax_qformer as fq
 from flax_qformer.checkpoint import initialise
 from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step
+from flax_qformer.pretraining.step import LEAST_MEMORY
 
 
 def main() -> None:
@@ -18,10 +24,12 @@ def main() -> None:
     with np.load(sys.argv[2]) as file:
         batch = jax.device_put(dict(file))
     optimizer = make_optimizer(model.config, 1e-4, clip_norm=0.0)
+    model, params = model.clone(config=dataclasses.replace(model.config, scan_layers=True)), fq.stack_layers(params)
     state = TrainState.create(params, optimizer)
     del params
-    step = make_train_step(model, optimizer)
+    step = make_train_step(model, optimizer, compiler_options=LEAST_MEMORY)
     for _ in sys.stdin:
+        ctypes.CDLL(None).malloc_trim(0)  # what compiling left
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         state, metrics = step(state, batch)

@@ -3,6 +3,7 @@
 LAVIS trains the LayerNorm behind its frozen tower; here it is frozen as well, so that both sides do the same.
 """
 
+import ctypes
 import json
 import sys
 import time
@@ -38,6 +39,7 @@ def main() -> None:
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, betas=(0.9, 0.98)
     )
     for _ in sys.stdin:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         optimizer.zero_grad()

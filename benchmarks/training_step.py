@@ -3,8 +3,9 @@
     python benchmarks/training_step.py --lavis-python PYTHON
 
 PYTHON is that of an environment of `tests/oracle/requirements-lavis.txt`. Weights are drawn, float32, with dropout and
-AdamW on both sides. Both run in processes of their own, in turn; medians are printed, and the most memory that each
-process held during a step, which only Linux tells.
+AdamW on both sides; ours scans its layers, as `flax-qformer train` does. Both run in processes of their own, in turn;
+medians are printed, and the most memory that each process held during a step. That only Linux tells, and glibc is asked
+before each step to give back what is free (`malloc_trim`), such as what compiling left.
 """
 
 import argparse

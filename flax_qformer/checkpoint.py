@@ -372,7 +372,7 @@ def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None)
             "(config=FILE)"
         )
     if not os.path.isfile(path):
-        raise InputError(f"there is no config {path}")
+        raise InputError(f"there is no config {path}; check the name")
     return Blip2Config.from_json(path)
 
 

@@ -275,6 +275,8 @@ def plan(options: argparse.Namespace) -> None:
 
     # Chips that are here are not needed, and may be another program's.
     jax.config.update("jax_platforms", "cpu")
+    # Programs of that compiler cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     told = plan(
         options.model,
         options.topology,

@@ -16,6 +16,7 @@ from flax.core.scope import LazyRng, Scope
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from .errors import InputError
 from .sharding import BATCH
 
 INITIALIZER = nn.initializers.normal(0.02)
@@ -142,6 +143,14 @@ def recomputed(layer: Block, activations: tuple, rest: tuple = (), static: tuple
 
 def _copied(counters: dict[Any, Any]) -> dict[Any, Any]:
     return {name: _copied(value) if isinstance(value, dict) else value for name, value in counters.items()}
+
+
+def check_stacked(encoder: Block, is_scanned: bool) -> None:
+    """Raise InputError where an encoder's parameters are stacked and it runs no loop, or the other way round."""
+    names = encoder.variables.get("params", {})
+    if names and ("layers" in names) != is_scanned:
+        form, remedy = ("apart", "fq.stack_layers") if is_scanned else ("stacked", "fq.unstack_layers")
+        raise InputError(f"the parameters' layers are {form}, and scan_layers is {is_scanned}; take {remedy}(params)")
 
 
 def scanned(encoder: Block, length: int, x: jax.Array, each: Any, run: Callable[[Any, jax.Array, Any], tuple]) -> tuple:

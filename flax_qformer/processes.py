@@ -30,11 +30,14 @@ def join_processes() -> None:
     values: dict[str, Any] = {name: os.environ[key] for name, key in VARIABLES.items() if key in os.environ}
     try:
         values |= {name: int(values[name]) for name in ("num_processes", "process_id") if name in values}
+        if ":" not in values.get("coordinator_address", ":"):
+            raise ValueError(f"{values['coordinator_address']} has no port")
         jax.distributed.initialize(**values, shutdown_timeout_seconds=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the job's other processes are not to be found ({first_line(error)}); Cloud TPU, GKE and Slurm tell where "
-            f"they are, elsewhere set {', '.join(VARIABLES.values())} in each"
+            "they are, elsewhere set JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, JAX_NUM_PROCESSES, and "
+            "JAX_PROCESS_ID, which counts from 0"
         ) from None
     if not is_first():
         logging.getLogger("flax_qformer").setLevel(logging.ERROR)

@@ -17,6 +17,7 @@ from .layers import (
     SELF_ATTENTION_MASK,
     Block,
     attention_without_keys,
+    check_stacked,
     dot_product_attention,
     mask_bias,
     recomputed,
@@ -260,6 +261,7 @@ class Blip2QFormerEncoder(Block):
         cross-attention, and the keys and values.
         """
         c = self.config.qformer_config
+        check_stacked(self, self.config.scan_layers)
         if self.config.scan_layers:
             return self._scan(x, image, bias, image_bias, head_mask, past, num_queries, deterministic)
         states, attentions, cross_attentions, caches = [x], [], [], []

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .errors import InputError
@@ -55,17 +56,20 @@ def named_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
-    fitting = fit_mesh(sizes, len(devices))
-    return jax.make_mesh(fitting, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    fitting = _fit_mesh(sizes, len(devices))
+    # Unlike `jax.make_mesh`, on every version of TPU: an axis need not lie along whole axes of the pod.
+    placed = mesh_utils.create_device_mesh(fitting, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
     """The sizes that `data=-1,fsdp=4,tensor=2` names, for `make_mesh`; those that it leaves out are 1."""
+    parts = [part for part in text.split(",") if part]
     try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(",") if part)}
+        sizes = {name: int(size) for name, size in (part.split("=") for part in parts)}
     except ValueError:
         sizes = {"": 0}
-    if not sizes.keys() <= set(AXES):
+    if not sizes.keys() <= set(AXES) or len(sizes) < len(parts):
         raise InputError(f"the mesh is {text!r}; write it as data=-1,fsdp=4,tensor=2, leaving out what is 1")
     return dict.fromkeys(AXES, 1) | sizes
 
@@ -154,7 +158,7 @@ def held_bytes(params: Any) -> tuple[int, int]:
     return sum(sum(sizes.values()) for sizes in parts), sum(leaf.nbytes for leaf in leaves)
 
 
-def fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
+def _fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     rest = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(rest) == 1 and known > 0 and count % known == 0:

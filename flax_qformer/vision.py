@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .activations import ACTIVATIONS
 from .config import Blip2VisionConfig
 from .errors import InputError
-from .layers import INITIALIZER, Block, dot_product_attention, recomputed, scanned
+from .layers import INITIALIZER, Block, check_stacked, dot_product_attention, recomputed, scanned
 
 
 @flax.struct.dataclass
@@ -113,6 +113,7 @@ class Blip2Encoder(Block):
     def __call__(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
         """x: (batch, tokens, width) -> the states before the first and after each layer, and the weights of each."""
         c = self.config
+        check_stacked(self, self.scan_layers)
         if self.scan_layers:
             return self._scan(x, deterministic)
         states, attentions = [x], []

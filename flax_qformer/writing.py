@@ -131,9 +131,13 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"cannot write {target} ({error.strerror or error}); free space, or name another place"
-        ) from None
+        raise unwritable(target, error, "another place") from None
+
+
+def unwritable(target: Path, error: OSError, other: str) -> InputError:
+    """What to raise for it; `other` is what to name instead."""
+    remedy = "free space, or name" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name"
+    return InputError(f"cannot write {target} ({error.strerror or error}); {remedy} {other}")
 
 
 @contextlib.contextmanager

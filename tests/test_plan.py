@@ -75,6 +75,12 @@ def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
     assert found.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
 
 
+SHALLOW = dataclasses.replace(
+    BLIP2_VIT_L,
+    vision_config=dataclasses.replace(BLIP2_VIT_L.vision_config, num_hidden_layers=2),
+    qformer_config=dataclasses.replace(BLIP2_VIT_L.qformer_config, num_hidden_layers=2),
+)
+
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs pip install 'flax-qformer[tpu]'")
 
@@ -113,12 +119,26 @@ def test_the_full_step_fits_pods_and_its_collectives_do_not_grow(tmp_path: Path)
 @pytest.mark.slow
 @needs_compiler
 def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
-    shallow = dataclasses.replace(
-        BLIP2_VIT_L,
-        vision_config=dataclasses.replace(BLIP2_VIT_L.vision_config, num_hidden_layers=2),
-        qformer_config=dataclasses.replace(BLIP2_VIT_L.qformer_config, num_hidden_layers=2),
-    )
-    done = run(tmp_path, "--topology", "v5e:2x2", "--batch", "16384", config=shallow)
+    done = run(tmp_path, "--topology", "v5e:2x2", "--batch", "16384", config=SHALLOW)
     assert done.returncode == 0, done.stderr
     assert "missing" in done.stdout
     assert "--batch" in done.stdout
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v5e:4x4", "data=-1,fsdp=4,tensor=2"), ("v5p:4x4x4", "data=-1,fsdp=8")]
+)
+def test_axes_of_a_mesh_need_not_be_those_of_the_pod(topology: str, mesh: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "--topology", topology, "--batch", "64", "--mesh", mesh, config=SHALLOW)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("topology", ["v5e:4x4x4", "v5e:5x5", "v5p:0x4x4"])
+def test_pods_that_there_are_not(topology: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "--topology", topology, "--batch", "64", config=SHALLOW)
+    assert done.returncode == 2
+    assert "take one such as" in done.stderr.splitlines()[-1]

@@ -87,9 +87,12 @@ def test_dropout_in_the_loop(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_trees_go_there_and_back(geometry: str, tmp_path: Path) -> None:
-    _, scanned, params = models(geometry, tmp_path)
+    plain, scanned, params = models(geometry, tmp_path)
     stacked = fq.stack_layers(params)
     jax.tree.map(np.testing.assert_array_equal, fq.unstack_layers(stacked), params)
+    for model, tree, message in ((scanned, params, "fq.stack_layers"), (plain, stacked, "fq.unstack_layers")):
+        with pytest.raises(fq.InputError, match=message):
+            model.apply({"params": tree}, **inputs(geometry))
     shapes = jax.eval_shape(scanned.init, jax.random.key(0), inputs(geometry)["pixel_values"], np.zeros((3, 2), int))
     assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, stacked)
     fq.save_pretrained(tmp_path / "saved", scanned, stacked)

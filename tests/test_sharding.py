@@ -174,10 +174,11 @@ def test_heads_lie_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[s
     ("text", "message"),
     [
         ("data=3", "their product must be"),
-        ("data=-1,fsdp=-1", "one may be -1"),
+        ("data=-1,fsdp=-1", "one of them may be -1"),
         ("fsdp=0", "their product must be"),
         ("data", "write it as"),
         ("pipe=2", "write it as"),
+        ("data=1,data=1", "write it as"),
     ],
 )
 def test_unfit_meshes_are_refused(text: str, message: str) -> None:

@@ -19,24 +19,28 @@ from flax_qformer.pretraining.hlo import traffic
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 from flax_qformer.pretraining.optimizer import Group, make_optimizer
 from flax_qformer.pretraining.step import TrainState, make_train_step
-from flax_qformer.sharding import AXES, BATCH, check_divides, fit_mesh, parse_mesh, shardings
+from flax_qformer.sharding import BATCH, check_divides, named_mesh, shardings
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Peaks of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s to memory, bytes/s sent to other chips."""
+    """Peaks of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s to memory, bytes/s sent to other chips.
+
+    `pod` is the shape of a small one.
+    """
 
     flops: float
     memory: float
     memory_rate: float
     link_rate: float
+    pod: str
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9),
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, "4x4x4"),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, "4x4"),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, "4x4x4"),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, "4x4"),
 }
 """By the name that a topology begins with. Source: the page on each version at cloud.google.com/tpu/docs; the links'
 rate is half of what is given there for both ways together."""
@@ -104,12 +108,12 @@ class Plan:
             rows += [
                 (f"{self.collectives[kind]} {kind}", _short(self.wire[kind], "B sent")) for kind in sorted(self.wire)
             ]
-            rows += [(f"time for {name}", f"{1e3 * least:.1f} ms") for name, least in self.seconds.items()]
+            rows += [(f"time for {name}", f"{1e3 * least:.3g} ms") for name, least in self.seconds.items()]
         lines = [f"{self.topology}, {self.chips} chips as {mesh}; {self.batch} images a step; on each chip:"]
         lines += [f"  {name:24} {value:>14}" for name, value in rows]
         if self.fits:
             least = max(self.seconds.values())
-            lines.append(f"at best {self.batch / least:,.0f} images/s: {self.bound} binds, {1e3 * least:.1f} ms a step")
+            lines.append(f"at best {self.batch / least:,.0f} images/s: {self.bound} binds, {1e3 * least:.3g} ms a step")
         else:
             lines.append(f"does not fit; try {'; or '.join(self.advice) or 'more chips'}")
         return "\n".join(lines)
@@ -219,8 +223,10 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 
 def _chip(topology: str) -> Chip:
     name = topology.split(":")[0]
-    if name not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+    if name not in CHIPS or not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*)+", topology):
         raise InputError(f"{topology!r} is no topology; take one such as v5e:16x16, of {', '.join(CHIPS)}")
+    if topology.count("x") != CHIPS[name].pod.count("x"):
+        raise InputError(f"{name} has no pods such as {topology}; take one such as {name}:{CHIPS[name].pod}")
     return CHIPS[name]
 
 
@@ -232,8 +238,9 @@ def _pod(topology: str, mesh: str) -> Mesh:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{topology} is not known here ({first_line(error)})") from None
-    return topologies.make_mesh(described, fit_mesh(parse_mesh(mesh), len(described.devices)), AXES)
+        pod = f"{topology.split(':')[0]}:{_chip(topology).pod}"
+        raise InputError(f"there is no pod {topology} ({first_line(error)}); take one such as {pod}") from None
+    return named_mesh(mesh, described.devices)
 
 
 def _state(module: Blip2ForPreTraining, optimizer: Any, train: tuple[Group, ...], pod: Mesh) -> TrainState:

@@ -219,7 +219,7 @@ def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
         ) from None
     splits = {name: _undecoded(rows) for name, rows in splits.items() if len(rows)}
     if not splits:
-        raise InputError(f"{settings.data} has no rows; add images and captions to it")
+        raise InputError(f"{settings.data} has no rows; add images{' and captions' if captions else ''} to it")
     return splits
 
 

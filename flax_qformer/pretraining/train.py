@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -29,13 +28,14 @@ from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule
 from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, changed, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
-from flax_qformer.pretraining.step import TrainState, make_train_step
+from flax_qformer.pretraining.step import LEAST_MEMORY, TrainState, make_train_step
 from flax_qformer.processes import any_process, is_first, of_all, wait_for_all
 from flax_qformer.processor import Processor
 from flax_qformer.sharding import batch_part, check_divides, named_mesh, shard_batch, shard_params
 from flax_qformer.source import locate
 from flax_qformer.stopping import Stopped, noted_signals
 from flax_qformer.surgery import stack_layers
+from flax_qformer.writing import unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,12 @@ def train(settings: TrainSettings) -> str:
     state = TrainState.create(params, optimizer, settings.train, ema=settings.ema_decay > 0, seed=settings.seed)
     state = shard_params(state, mesh)
     step = make_train_step(
-        model, optimizer, ema_decay=settings.ema_decay, accumulation=settings.accumulation, mesh=mesh
+        model,
+        optimizer,
+        ema_decay=settings.ema_decay,
+        accumulation=settings.accumulation,
+        mesh=mesh,
+        compiler_options=LEAST_MEMORY if jax.default_backend() == "cpu" else None,
     )
     retrieval = Retrieval(model, settings.batch_size, mesh)
 
@@ -277,8 +282,7 @@ def _writing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "free space, or name" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name"
-        raise InputError(f"cannot write {output} ({error.strerror}); {remedy} another --output") from None
+        raise unwritable(output, error, "another --output") from None
 
 
 def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
