@@ -3,6 +3,7 @@
 import copy
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,3 +248,10 @@ def sample(name: str, gradient: np.ndarray) -> np.ndarray:
     if name.endswith("embeddings.weight"):
         gradient = gradient[np.abs(gradient).max(axis=1) > 0]
     return np.ascontiguousarray(gradient.ravel()[:: max(1, gradient.size // 2000) | 1])
+
+
+def save(file: Path, answers: dict[str, np.ndarray]) -> None:
+    """Keep what upstream answered; what it computed in float64 in float32."""
+    floats = {name: value.astype(np.float32) for name, value in answers.items() if value.dtype == np.float64}
+    np.savez_compressed(file, **answers | floats)
+    print(f"{file.stem}: {len(answers)} arrays")

@@ -93,6 +93,14 @@ def build(modules: tuple[ModuleType, ...], config: dict[str, Any], words: Sequen
         )
 
 
+def compute_in_float64() -> None:
+    """Make the modules that `build` makes next compute in float64, also where LAVIS casts to float32."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    for name in ("blip2_models.blip2", "clip_vit"):
+        sys.modules[f"lavis.models.{name}"].LayerNorm.forward = torch.nn.LayerNorm.forward
+
+
 def gather(own_gradients: bool) -> None:
     """Whether features gathered from all processes carry gradients: LAVIS's do not, once there is a process group."""
     base_model = sys.modules["lavis.models.base_model"]

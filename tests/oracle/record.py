@@ -1,4 +1,8 @@
-"""Record upstream's answers: `python tests/oracle/record.py FOLDER`, in an environment of `requirements.txt`."""
+"""Record upstream's answers: `python tests/oracle/record.py FOLDER`, in an environment of `requirements.txt`.
+
+Upstream computes in float64, on float32 weights and inputs, and the answers are kept in float32: no processor's own
+rounding is in them.
+"""
 
 import sys
 from pathlib import Path
@@ -18,7 +22,7 @@ DEFAULT_MODEL = Path(__file__).parents[2] / "flax_qformer" / "assets" / "default
 
 
 def build(config: dict[str, Any]) -> Blip2QFormerModel:
-    """Upstream's model with drawn weights. The tokenizer is the embedded model's: upstream insists on one."""
+    """Upstream's model with drawn weights, in the default dtype. Upstream insists on a tokenizer: the embedded one."""
     model = Blip2QFormerModel(Blip2Config(**config, tokenizer=str(DEFAULT_MODEL))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,7 +82,7 @@ def run(
 
 def record_geometry(geometry: str) -> dict[str, np.ndarray]:
     model = build(cases.GEOMETRIES[geometry])
-    arrays = {name: torch.from_numpy(value) for name, value in cases.batch(geometry).items()}
+    arrays = {name: tensor(value) for name, value in cases.batch(geometry).items()}
     pixels = arrays["pixel_values"].permute(0, 3, 1, 2)
     ids, mask = arrays["input_ids"], arrays["attention_mask"]
     answers: dict[str, np.ndarray] = {}
@@ -100,7 +104,7 @@ def record_geometry(geometry: str) -> dict[str, np.ndarray]:
         keep(answers, "head_mask_2d", run(model, ids, image, mask, head_mask=arrays["head_mask_2d"]), short)
 
     output = run(model, ids, model.visual_encoder(pixels).last_hidden_state, mask)
-    loss = cases.loss(output, torch.from_numpy)
+    loss = cases.loss(output, tensor)
     loss.backward()
     answers["loss"] = loss.detach().numpy()
     keep(answers, "gradients", {name: parameter.grad for name, parameter in model.named_parameters()})
@@ -130,11 +134,11 @@ def record_default() -> dict[str, np.ndarray]:
     heads = ("vision_proj.", "text_proj.", "itm_head.", "cls.", "temp")
     assert all(name.startswith(heads) for name in info["unexpected_keys"]), info
     assert not info["missing_keys"] + info["mismatched_keys"], info
-    model.eval()
+    model.to(torch.get_default_dtype()).eval()
     processor = BlipImageProcessor.from_pretrained(DEFAULT_MODEL)
     texts = list(cases.TEXTS)
     images = [cases.image("RGB", 40 + 10 * i, 90) for i in range(len(texts))]
-    pixels = processor.preprocess(images, return_tensors="pt")["pixel_values"]
+    pixels = tensor(processor.preprocess(images, return_tensors="np")["pixel_values"])
     answers: dict[str, np.ndarray] = {}
     with torch.no_grad():
         keep(answers, "default", dict(model(texts, pixels)))
@@ -194,7 +198,7 @@ def record_files(folder: Path) -> None:
 
 
 def record_activations() -> dict[str, np.ndarray]:
-    x = torch.linspace(-12, 12, 241)
+    x = tensor(np.linspace(-12, 12, 241, dtype=np.float32))
     return {"x": x.numpy(), **{name: ACT2FN[name](x).numpy() for name in ACT2FN}}
 
 
@@ -212,6 +216,12 @@ def record_positions() -> dict[str, np.ndarray]:
     return answers
 
 
+def tensor(value: np.ndarray) -> torch.Tensor:
+    """Floating point in the default dtype."""
+    found = torch.from_numpy(value)
+    return found.to(torch.get_default_dtype()) if found.is_floating_point() else found
+
+
 def keep(
     answers: dict[str, np.ndarray], label: str, values: dict[str, Any], names: tuple[str, ...] | None = None
 ) -> None:
@@ -226,13 +236,13 @@ def main() -> None:
     torch.manual_seed(0)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
+    record_files(folder / "torch")
+    torch.set_default_dtype(torch.float64)
     records = {geometry: record_geometry(geometry) for geometry in cases.GEOMETRIES}
     records |= {"default": record_default(), "processor": record_processor(), "activations": record_activations()}
     records |= {"positions": record_positions()}
     for name, answers in records.items():
-        np.savez_compressed(folder / f"{name}.npz", **answers)
-        print(f"{name}: {len(answers)} arrays")
-    record_files(folder / "torch")
+        cases.save(folder / f"{name}.npz", answers)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Record LAVIS's stage-1 answers: `python tests/oracle/record_pretraining.py FOLDER`, with `requirements-lavis.txt`.
 
 Each answer is LAVIS 1.0.2's own, except that negatives are given, and that images which share an id share their targets
-and are no negatives of each other: LAVIS's repository does that, no release does.
+and are no negatives of each other: LAVIS's repository does that, no release does. It computes in float64 and is kept in
+float32, so that no processor's own rounding is in it.
 """
 
 import json
@@ -319,10 +320,10 @@ def keep(answers: dict[str, np.ndarray], label: str, values: dict[str, Any]) -> 
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
+    lavis_files.compute_in_float64()
     records = {geometry: record(geometry) for geometry in GEOMETRIES} | {"nucleus": record_nucleus()}
     for name, answers in records.items():
-        np.savez_compressed(folder / f"pretraining_{name}.npz", **answers)
-        print(f"pretraining_{name}: {len(answers)} arrays")
+        cases.save(folder / f"pretraining_{name}.npz", answers)
 
 
 if __name__ == "__main__":
