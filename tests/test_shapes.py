@@ -12,14 +12,15 @@ from flax_qformer.pretraining.data import DataSettings
 from flax_qformer.pretraining.sources import open_source
 
 
-@pytest.mark.parametrize(("objects", "pairs", "captions"), [("1", "3", 4), ("2", "3", 9), ("2", "12", 18)])
-def test_a_drawn_folder_is_read_and_drawn_alike(objects, pairs, captions, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "captions"),
+    [("--objects 1 --pairs 3", 4), ("--objects 2 --pairs 3", 9), ("--pairs 12", 18), ("--pairs 8 --bare", 18)],
+)
+def test_a_drawn_folder_is_read_and_drawn_alike(options, captions, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
-        monkeypatch.setattr(
-            sys, "argv", ["shapes", str(folder), "--images", "12", "--objects", objects, "--pairs", pairs]
-        )
+        monkeypatch.setattr(sys, "argv", ["shapes", str(folder), "--images", "12", *options.split()])
         shapes.main()
     assert [file.read_bytes() for file in sorted(folders[0].iterdir())] == [
         file.read_bytes() for file in sorted(folders[1].iterdir())
@@ -28,13 +29,14 @@ def test_a_drawn_folder_is_read_and_drawn_alike(objects, pairs, captions, tmp_pa
     assert len(source) == 12
     assert all(len(set(row["caption"])) > captions / 2 for row in map(source.__getitem__, range(12)))
     assert all(len(row["caption"]) == captions for row in map(source.__getitem__, range(12)))
+    assert any(not caption.startswith("a") for caption in source[0]["caption"]) == ("--bare" in options)
 
 
 def test_held_out_combinations_are_not_drawn():
     rng = np.random.default_rng(0)
     scenes = [shapes.draw_scene(rng) for _ in range(1000)]
     assert {(thing.size, thing.colour, thing.shape) for scene in scenes for thing in scene.things} == shapes.SEEN
-    captions = " | ".join(caption for scene in scenes for caption in scene.captions(rng))
+    captions = " | ".join(caption for scene in scenes for caption in scene.captions(rng, bare=True))
     assert not [combination for combination in shapes.HELD_OUT if " ".join(combination) in captions]
 
 

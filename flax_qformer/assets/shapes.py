@@ -141,19 +141,21 @@ class Scene:
         first, *others = self.things
         return self._say(first, others[0]) if others else first.describe()
 
-    def captions(self, rng: np.random.Generator, num_pairs: int = 3) -> list[str]:
+    def captions(self, rng: np.random.Generator, num_pairs: int = 3, bare: bool = False) -> list[str]:
         """What training draws from: names of each thing, where it is, and of two, where one is, seen from the other.
 
         Descriptions are partial: where they leave the colour out, only shapes, sizes and places tell images apart.
 
         Args:
           num_pairs: captions of two things together.
+          bare: names also come without their article.
         """
 
         def parts() -> tuple[bool, bool, bool]:
             return PARTS[rng.integers(len(PARTS))]
 
         names = [text for thing in self.things for text in (thing.describe(), thing.describe(size=False))]
+        names += [name.partition(" ")[2] for name in names] if bare else []
         places = [f"{thing.describe(*parts())} {_place(thing)}" for thing in (self.things * 2)[:2]]
         if len(self.things) == 1:
             return names + places
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--objects", type=int, default=2, choices=(1, 2), help="in an image")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="captions of two objects together")
+    parser.add_argument("--bare", action="store_true", help="names also without their article")
     parser.add_argument("--images", type=int, default=20000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     options = parser.parse_args()
@@ -251,7 +254,8 @@ def main() -> None:
         for i in range(options.images):
             scene, name = draw_scene(rng, num_things=options.objects, unnamed=UNNAMED), f"{i:06}.png"
             scene.draw().save(options.folder / name)
-            file.write(json.dumps({"file_name": name, "captions": scene.captions(rng, options.pairs)}) + "\n")
+            captions = scene.captions(rng, options.pairs, options.bare)
+            file.write(json.dumps({"file_name": name, "captions": captions}) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 # installed. DIR keeps the data and the runs. `python benchmarks/shapes.py` then prints what the model has learned.
 #
 # The first run sees images of one object, where a word can mean nothing else; the second of two, where there is a choice
-# to look for what is named. Their batches are small, for many steps. The third and the fourth read more captions of both
-# objects, in larger batches: images that differ in little are rare, and tell shapes and sizes.
+# to look for what is named. Their batches are small, for many steps. The others read more captions of both objects, in
+# larger batches: images that differ in little are rare, and tell shapes and sizes. The last also reads names as one types
+# them, "red circle".
 set -euo pipefail
 
 folder=${1:?usage: bash train_default.sh DIR}
@@ -23,8 +24,10 @@ python -m flax_qformer.assets.shapes "$folder/one" --objects 1 --images 20000 --
 python -m flax_qformer.assets.shapes "$folder/two" --objects 2 --images 20000 --seed 2
 python -m flax_qformer.assets.shapes "$folder/pairs" --objects 2 --images 20000 --seed 3 --pairs 12
 python -m flax_qformer.assets.shapes "$folder/more" --objects 2 --images 20000 --seed 4 --pairs 6
+python -m flax_qformer.assets.shapes "$folder/bare" --objects 2 --images 20000 --seed 5 --pairs 8 --bare
 run one "$folder/start" --steps 5000 --batch-size 8 --seed 0
 run two "$folder/run_one/model" --steps 12000 --batch-size 8 --seed 1
 run pairs "$folder/run_two/model" --steps 6000 --batch-size 32 --seed 1 --dropout 0.1 --ema-decay 0.999
 run more "$folder/run_pairs/model" --steps 6000 --batch-size 32 --seed 2 --dropout 0.1 --ema-decay 0.999
-flax-qformer export "$folder/run_more/model" "$assets/default" --layout diffusers --overwrite
+run bare "$folder/run_more/model" --steps 6000 --batch-size 32 --seed 3 --dropout 0.1 --ema-decay 0.999
+flax-qformer export "$folder/run_bare/model" "$assets/default" --layout diffusers --overwrite
