@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 CHUNK_BYTES = 1 << 20
 """Of what is written as one piece, and so is read as one: a chip's part of a parameter needs few more."""
+
+LAVIS_TOWER = "clip_vit_L.pth"
+"""LAVIS's file of the frozen tower, by the name that it downloads it under."""
 
 AnyModel = Blip2QFormerModel | Blip2ForPreTraining
 Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding]
@@ -270,15 +273,18 @@ class _Loaded:
     config: Blip2Config
     params: dict[str, Any]
     layout: str
-    num_left_out: int = 0
+    left_out: Sequence[str] = ()
 
     def summary(self) -> str:
         leaves = jax.tree.leaves(self.params)
         dtypes = Counter(leaf.dtype.name for leaf in leaves)
         size = sum(leaf.size for leaf in leaves)
+        # Of a table of positions, which is a constant, the last part tells; of parts of a model the first.
+        kinds = {name.removeprefix("blip.").split(".")[-1 if "position_ids" in name else 0] for name in self.left_out}
+        named = f" ({', '.join(sorted(kinds))})" if kinds else ""
         return (
             f"read {len(leaves)} tensors, {size:,} parameters in {' and '.join(dtypes)} ({self.layout} names); "
-            f"{self.num_left_out} tensors left out by rule"
+            f"{len(self.left_out)} tensors left out by rule{named}"
         )
 
 
@@ -326,12 +332,14 @@ def _load_pytorch(
     used = (BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION) if assumed else _config(source, config)
     # What is missing as a whole is drawn; from a checkpoint with neither part, nothing is missing.
     wanted = [PARTS[model_class]] if not parts or PARTS[model_class] in parts else []
+    if layout == "lavis" and not any("visual_encoder." in name for name in tensors):
+        tensors |= _lavis_tower(source, used)
     try:
         params, left_out = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place)
     except InputError as error:
         about = "; the published geometry is assumed, `flax-qformer convert --config FILE` (config=FILE) takes another"
         raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
-    return _Loaded(model_class, used, params, layout, len(left_out))
+    return _Loaded(model_class, used, params, layout, left_out)
 
 
 def _drawn(
@@ -358,6 +366,20 @@ def _open(path: Path) -> dict[str, StoredTensor]:
     tensors = open_tensors(path)
     # LAVIS's folder keeps proj_layer in a file of its own, without the prefix.
     return {f"proj_layer.{name}": t for name, t in tensors.items()} if path.parent.name == "proj_layer" else tensors
+
+
+def _lavis_tower(source: Source, config: Blip2Config) -> dict[str, StoredTensor]:
+    """The vision tower, from LAVIS's own file of it: its checkpoints leave out what was frozen."""
+    file = source.weights[0].with_name(LAVIS_TOWER)
+    if not file.is_file():
+        raise InputError(
+            f"{source.name} has no vision tower, which LAVIS leaves out where it was frozen; put LAVIS's {LAVIS_TOWER} "
+            "beside it"
+        )
+    # The file has CLIP's last block and projection as well.
+    wanted = {parameter.name for parameter in parameters(config, "lavis", [])}
+    tower = {f"visual_encoder.{name}": tensor for name, tensor in open_tensors(file).items()}
+    return {name: tensor for name, tensor in tower.items() if name in wanted}
 
 
 def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None) -> Blip2Config:

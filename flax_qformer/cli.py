@@ -493,7 +493,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="draw from words this likely together (default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
     command.add_argument(
         "--max-length", type=_positive, default=30, metavar="N", help="most tokens of a caption (default: %(default)s)"
     )
@@ -591,4 +591,10 @@ def _add_overwrite(command: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**32 - 1}")
     return int(text)

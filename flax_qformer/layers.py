@@ -25,6 +25,9 @@ INITIALIZER = nn.initializers.normal(0.02)
 SCORES_AT_ONCE = 2**20
 """Attention scores that a CPU computes together."""
 
+TOKENS_AT_ONCE = 16
+"""Image tokens of the whole batch that a chip holds at once, to take those of other chips' images."""
+
 # What upstream adds to the self-attention scores of a masked position.
 SELF_ATTENTION_MASK = -10000.0
 # What it adds in cross-attention: the lowest number of the dtype that the scores are in.
@@ -87,6 +90,22 @@ def keep_batch(x: jax.Array) -> jax.Array:
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
+
+
+def rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[index]`; on a mesh a few tokens at a time, since every chip gets them of the whole batch to choose from.
+
+    x: (batch, tokens, width), index: (batch,).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(mesh.shape[axis] == 1 for axis in BATCH[0] if axis in mesh.auto_axes):
+        return x[index]
+    batch, tokens, width = x.shape
+    pieces = math.ceil(tokens / TOKENS_AT_ONCE)
+    x = jnp.pad(x, ((0, 0), (0, pieces * TOKENS_AT_ONCE - tokens), (0, 0)))
+    x = x.reshape(batch, pieces, TOKENS_AT_ONCE, width).swapaxes(0, 1)
+    chosen = jax.lax.map(lambda piece: keep_batch(keep_batch(piece)[index]), x)
+    return chosen.swapaxes(0, 1).reshape(batch, -1, width)[:, :tokens]
 
 
 def whole(x: jax.Array) -> jax.Array:

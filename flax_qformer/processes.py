@@ -78,7 +78,7 @@ def from_first(text: str) -> str:
     """The first process's text, a path for example."""
     if jax.process_count() == 1:
         return text
-    padded = np.zeros(4096, np.uint8)
+    padded = np.zeros(1 << 16, np.uint8)
     encoded = np.frombuffer(os.fsencode(text), np.uint8)
     padded[: len(encoded)] = encoded
     return os.fsdecode(multihost_utils.broadcast_one_to_all(padded).tobytes().rstrip(b"\0"))

@@ -132,7 +132,13 @@ def check_divides(size: int, mesh: Mesh, what: str) -> None:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where each array of a tree goes."""
+    """Where each array of a tree goes.
+
+    Raises:
+      InputError: the mesh has other axes.
+    """
+    if mesh.axis_names != AXES:
+        raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf), mesh)

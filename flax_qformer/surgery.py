@@ -56,6 +56,8 @@ def prune_heads(
     merged = {layer: {*before.get(layer, ()), *heads.get(layer, ())} for layer in {*before, *heads}}
     pruned = dataclasses.replace(config, pruned_heads=tuple((layer, tuple(gone)) for layer, gone in merged.items()))
     flat = _flat(params)
+    if any(path.startswith("encoder/layers/") for path in flat):
+        raise InputError("the parameters' layers are stacked, and pruned ones differ; take fq.unstack_layers(params)")
     for layer in heads:
         kept = pruned.kept_heads(layer)
         places = jnp.array([place for place, head in enumerate(config.kept_heads(layer)) if head in kept], int)

@@ -346,12 +346,28 @@ def test_splits_of_the_source(tmp_path: Path) -> None:
     for folder, sizes in ((data, (6, 3, 9)), (tmp_path / "tars", (1, 1, 2))):
         chosen = settings(folder, held_out=0.5)
         assert tuple(len(open_source(chosen, split)) for split in ("train", "held_out", "all")) == sizes
+    # Nor is a table left out where another's name is that of a split.
+    for name, number in (("cats", 4), ("test", 2), ("validation-00000-of-00001", 1)):
+        columns = {"image": [png(i) for i in range(number)], "text": ["dog"] * number}
+        write_parquet(tmp_path / "tables" / f"{name}.parquet", columns)
+    tables = settings(tmp_path / "tables")
+    assert [len(open_source(tables, split)) for split in ("train", "held_out", "all")] == [4, 1, 7]
     # The name of an image makes no split.
     rows = [{"file_name": name, "text": name} for name in ("a.png", "a test.png", "train.png", "b/validation/1.png")]
     assert len(open_source(settings(write_folder(tmp_path / "names", rows)))) == 4
     write_folder(data, [{"file_name": "test/1.png", "text": "dog"}])
     with pytest.raises(fq.InputError, match="has metadata for the folders test together"):
         open_source(settings(data))
+
+
+def test_images_without_a_row_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_folder(tmp_path / "data", plain_rows(4))
+    assert len(open_source(settings(data))) == 4
+    assert not caplog.text
+    for name in ("x.png", "0/y.png"):
+        (data / name).write_bytes(png(9))
+    open_source(settings(data))
+    assert f"2 images in {data} have no row in the metadata and are not used" in caplog.text
 
 
 def test_data_that_is_none(tmp_path: Path) -> None:
@@ -380,12 +396,25 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     for name in ("bad.tar", "bad.parquet"):
         (tmp_path / name).write_text("garbage")
         refused(tmp_path / name, f"{name} cannot be read")
+    rows: Any = {"a.png": png(0), "a.txt": b"dog"}, {"image": [png(0)], "text": ["dog"]}
+    for write, suffix, content in zip((write_tar, write_parquet), ("tar", "parquet"), rows, strict=True):
+        folder = tmp_path / f"cut_{suffix}"
+        for i in range(3):
+            write(folder / f"{i}.{suffix}", content)
+        (folder / f"1.{suffix}").write_bytes((folder / f"1.{suffix}").read_bytes()[:2000])
+        refused(folder, f"{folder}/1.{suffix} cannot be read")
+    lists = {"image": [png(0)], "text": ["dog"], "image_id": [[1, 2]]}
+    write_parquet(tmp_path / "lists.parquet", lists)
+    refused(tmp_path / "lists.parquet", "column image_id holds list")
     refused(tmp_path / "none.txt", "no file or folder here")
     (tmp_path / "none.txt").touch()
     refused(tmp_path / "none.txt", "no .tar and no .parquet")
     refused("nobody/nothing", "no file or folder here, and the hub does not give it .*check the name")
     with pytest.raises(fq.InputError, match="crop_scale is 0.9 0.5"):
         settings(data, crop_scale=(0.9, 0.5))
+    for held_out in (-0.1, 1.5, float("inf"), float("nan")):
+        with pytest.raises(fq.InputError, match="held_out is"):
+            settings(data, held_out=held_out)
 
 
 def test_a_source_reads_rows_on_demand(tmp_path: Path) -> None:

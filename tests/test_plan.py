@@ -3,18 +3,22 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import flax_qformer as fq
 from flax_qformer.cli import main
 from flax_qformer.config import BLIP2_VIT_L
 from flax_qformer.pretraining.hlo import traffic
+from flax_qformer.pretraining.plan import flops
 
 PROGRAM = """HloModule step
 
@@ -75,6 +79,16 @@ def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
     assert found.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
 
 
+def test_products_count_if_they_are_used() -> None:
+    def program(x: jax.Array, flag: jax.Array) -> jax.Array:
+        x @ x.T
+        y = jax.lax.cond(flag, lambda: x @ x, lambda: (x @ x) @ x)
+        return jax.lax.fori_loop(0, 5, lambda _, y: y @ x, y)
+
+    traced = jax.make_jaxpr(program)(jnp.ones((8, 8)), True)
+    assert flops(traced.jaxpr) == (2 + 5) * 2 * 8**3
+
+
 SHALLOW = dataclasses.replace(
     BLIP2_VIT_L,
     vision_config=dataclasses.replace(BLIP2_VIT_L.vision_config, num_hidden_layers=2),
@@ -114,6 +128,8 @@ def test_the_full_step_fits_pods_and_its_collectives_do_not_grow(tmp_path: Path)
         assert plans[topology]["fits"]
     small, large = (sum(plans[name]["collectives"].values()) for name in ("v5e:4x4", "v5e:16x16"))
     assert large <= small
+    # Neither does what a chip needs: of other chips' images it holds a few tokens at a time.
+    assert plans["v5e:16x16"]["temporaries"] < 1.3 * plans["v5e:4x4"]["temporaries"]
 
 
 @pytest.mark.slow
@@ -137,8 +153,8 @@ def test_axes_of_a_mesh_need_not_be_those_of_the_pod(topology: str, mesh: str, t
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("topology", ["v5e:4x4x4", "v5e:5x5", "v5p:0x4x4"])
+@pytest.mark.parametrize("topology", ["v5e:4x4x4", "v5e:5x5", "v5p:0x4x4", "v4:4x4x4", "v5e:16x32"])
 def test_pods_that_there_are_not(topology: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", topology, "--batch", "64", config=SHALLOW)
     assert done.returncode == 2
-    assert "take one such as" in done.stderr.splitlines()[-1]
+    assert re.search("take one such as|the largest is v5e:16x16", done.stderr.splitlines()[-1])

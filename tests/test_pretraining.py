@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import cases
 import flax_qformer as fq
-from conftest import COMPILE_FAST
+from conftest import COMPILE_FAST, same
 from flax_qformer.convert import export
 from flax_qformer.pretraining.generation import nucleus
 from torch_files import torch_save
@@ -182,6 +182,21 @@ def test_checkpoints_come_back_whole(case: Case, tmp_path: Path) -> None:
     for name, value in case.state.items():
         assert (again[name].dtype, again[name].shape) == (value.dtype, value.shape), name
         assert again[name].tobytes() == value.tobytes(), name
+
+
+def test_a_frozen_tower_comes_from_its_own_file(one: Case, tmp_path: Path) -> None:
+    """LAVIS saves only what it trained; the tower that it downloads has a block more, and a projection."""
+    tower = {name: value for name, value in one.state.items() if name.startswith("visual_encoder.")}
+    torch_save({"model": {name: one.state[name] for name in one.state.keys() - tower.keys()}}, tmp_path / "trained.pth")
+    (tmp_path / "config.json").write_text(json.dumps(one.config))
+    with pytest.raises(fq.InputError, match=r"no vision tower.*put LAVIS's clip_vit_L.pth beside it"):
+        fq.from_pretrained(tmp_path / "trained.pth")
+    rest = {"proj": np.zeros((4, 4), np.float32), "transformer.resblocks.2.ln_1.weight": np.zeros(4, np.float32)}
+    own = {name.removeprefix("visual_encoder."): value for name, value in tower.items()}
+    torch_save(own | rest, tmp_path / "clip_vit_L.pth")
+    model, params = fq.from_pretrained(tmp_path / "trained.pth")
+    assert isinstance(model, fq.Blip2ForPreTraining)
+    assert same(params, one.params)
 
 
 def test_what_a_class_lacks_is_drawn_and_named(

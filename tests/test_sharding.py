@@ -52,7 +52,9 @@ def check(found: np.ndarray, expected: np.ndarray, split: bool = True) -> None:
     assert np.linalg.norm(found[2:] - expected[2:]) <= 1e-5 * np.linalg.norm(expected[2:])
 
 
-@pytest.mark.parametrize("splits", [("data=1,fsdp=8,tensor=1",), pytest.param(SPLITS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "splits", [("data=1,fsdp=8,tensor=1", "data=2,fsdp=2,tensor=2"), pytest.param(SPLITS, marks=pytest.mark.slow)]
+)
 def test_splits_of_eight_devices(splits: Sequence[str], one_device: np.ndarray, tmp_path: Path) -> None:
     finish(start(8, tmp_path / "found.npz", *splits))
     found = np.load(tmp_path / "found.npz")
@@ -184,6 +186,11 @@ def test_heads_lie_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[s
 def test_unfit_meshes_are_refused(text: str, message: str) -> None:
     with pytest.raises(fq.InputError, match=message):
         fq.make_mesh(**parse_mesh(text))
+
+
+def test_a_mesh_of_other_axes_is_refused() -> None:
+    with pytest.raises(fq.InputError, match="make it with fq.make_mesh"):
+        fq.shard_params({"kernel": np.zeros((2, 2))}, jax.make_mesh((jax.device_count(),), ("data",)))
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

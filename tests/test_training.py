@@ -1,6 +1,7 @@
 """The training program: what it trains, that it goes on bit for bit wherever it was stopped, and what it refuses."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -483,6 +484,7 @@ def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
         ("steps: 1.5", "--steps.*'1.5'"),
         ("train: tower", "'tower'.*vision"),
         ("steps: 0", "steps is 0; it must be 1 or more"),
+        ("steps:", "leaves steps empty"),
     ):
         file.write_text(text)
         line = refused(capsys, "train", "--settings", file, "--data", "d", "--output", "o")
@@ -529,6 +531,8 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
         (["--b2", "1"], "b2 is 1.0"),
         (["--train"], "train names nothing"),
         (["--batch-size", "0"], "batch_size is 0"),
+        (["--batch-size", "1"], "batch_size is 1; it must be 2 or more"),
+        (["--weight-decay", "inf"], "weight_decay is inf"),
         (["--evaluate-on", "1"], "evaluate_on is 1"),
         (["--layer-decay", "2"], "layer_decay is 2"),
         (["stray"], "stray"),
@@ -823,6 +827,12 @@ def test_a_run_is_not_lost(
     run = tmp_path / "run"
     fail_in(monkeypatch, 5)
     refused(capsys, *program(folder, run, "--num-workers", 0))
+    kept = run / "kept"
+    shutil.copytree(folder / "model", kept)
+    shutil.copytree(folder / "data", tmp_path / "fewer")
+    rows = (tmp_path / "fewer" / "metadata.jsonl").read_text().splitlines()
+    left = [row for row in rows if '"file_name": "11.png"' not in row and '"file_name": "10.png"' not in row]
+    (tmp_path / "fewer" / "metadata.jsonl").write_text("\n".join(left))
 
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -833,9 +843,18 @@ def test_a_run_is_not_lost(
         (["--accumulation", 1, "--seed", 4], "seed was 0 and is now 4; accumulation was 2 and is now 1. Set them back"),
         (["--overwrite", "--data", tmp_path / "nothing"], "no file or folder here"),
         (["--overwrite", "--model", tmp_path / "nothing"], "no file or folder"),
+        (["--overwrite", "--model", kept], "kept lies in the run that --overwrite removes"),
+        (["--data", tmp_path / "fewer"], "the number of examples (--data, --held-out) was"),
     ):
         assert message in refused(capsys, *program(folder, run, *more))
         assert files() == before
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another program trains in" in refused(capsys, *program(folder, run))
+        assert files() == before
+    # What a run writes down does not start it anew.
+    refused(capsys, *program(folder, run, "--overwrite", "--num-workers", 0))
+    assert yaml.safe_load((run / "settings.yaml").read_text())["overwrite"] is False
 
 
 def fail_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:

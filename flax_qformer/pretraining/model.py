@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.config import Blip2QFormerConfig
 from flax_qformer.errors import InputError
-from flax_qformer.layers import Block
+from flax_qformer.layers import Block, rows
 from flax_qformer.pretraining.generation import Rules, search_caption, write_caption
 from flax_qformer.pretraining.losses import (
     contrastive_loss,
@@ -131,6 +131,9 @@ class Blip2ForPreTraining(QFormer):
         attention_mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
         check_inputs(self.config, image, input_ids)
+        for index in (negative_image_index, negative_text_index):
+            if index is not None and jnp.shape(index) != (len(image),):
+                raise InputError(f"an index of negatives has shape {jnp.shape(index)}; it must be ({len(image)},)")
         queries = self.read(encoder_hidden_states=image, use_cache=True, deterministic=deterministic)
         image_features = self._normalised(self.vision_proj(queries.last_hidden_state))
         text_features = self.text_features(input_ids, attention_mask, deterministic=deterministic)
@@ -142,7 +145,7 @@ class Blip2ForPreTraining(QFormer):
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
         # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
         itm_logits = self._match(
-            _three(image, image[negative_image_index], image),
+            _three(image, rows(image, negative_image_index), image),
             _three(input_ids, input_ids, input_ids[negative_text_index]),
             _three(attention_mask, attention_mask, attention_mask[negative_text_index]),
             deterministic,
@@ -246,6 +249,8 @@ class Blip2ForPreTraining(QFormer):
 
         rules = Rules(c.start_token_id, eos_token_id, c.pad_token_id, max_length, min_length, repetition_penalty)
         if use_nucleus_sampling:
+            if not self.has_rng("sampling"):
+                raise InputError('words are drawn: give rngs={"sampling": key}')
             return write_caption(step, past, rules, top_p, self.make_rng("sampling"))
         if num_beams == 1:
             return write_caption(step, past, rules)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding
 
 from flax_qformer.checkpoint import as_dtype, read_config
@@ -26,7 +27,7 @@ from flax_qformer.sharding import BATCH, check_divides, named_mesh, shardings
 class Chip:
     """Peaks of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s to memory, bytes/s sent to other chips.
 
-    `pod` is the shape of a small one.
+    `pod` is the shape of a small one, `largest` that of the largest.
     """
 
     flops: float
@@ -34,16 +35,16 @@ class Chip:
     memory_rate: float
     link_rate: float
     pod: str
+    largest: tuple[int, ...]
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, "4x4x4"),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, "4x4"),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, "4x4x4"),
-    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, "4x4"),
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 200e9, "4x4", (16, 16)),
+    "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 600e9, "4x4x4", (16, 20, 28)),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 400e9, "4x4", (16, 16)),
 }
 """By the name that a topology begins with. Source: the page on each version at cloud.google.com/tpu/docs; the links'
-rate is half of what is given there for both ways together."""
+rate is half of what is given there for both ways together. The memory is what libtpu 0.0.42 says a program may have."""
 
 
 LIBTPU = {
@@ -200,7 +201,11 @@ def plan(
 
 
 def flops(jaxpr: Any) -> float:
-    """Of all products in a program, a loop's as often as it runs. XLA's own analysis counts a loop's body once."""
+    """Of all products in a program whose results are used, a loop's as often as it runs; of branches, the largest one.
+
+    XLA's own analysis counts a loop's body once.
+    """
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -208,7 +213,8 @@ def flops(jaxpr: Any) -> float:
             sides = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(sides[axis] for axis in contracted)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(map(flops, _inner(equation.params)))
+        inner = list(map(flops, _inner(equation.params)))
+        total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
     return total
 
 
@@ -227,6 +233,10 @@ def _chip(topology: str) -> Chip:
         raise InputError(f"{topology!r} is no topology; take one such as v5e:16x16, of {', '.join(CHIPS)}")
     if topology.count("x") != CHIPS[name].pod.count("x"):
         raise InputError(f"{name} has no pods such as {topology}; take one such as {name}:{CHIPS[name].pod}")
+    sides = sorted(map(int, topology.split(":")[1].split("x")))
+    if any(side > most for side, most in zip(sides, CHIPS[name].largest, strict=True)):
+        largest = "x".join(map(str, CHIPS[name].largest))
+        raise InputError(f"{topology} is larger than any pod of {name}; the largest is {name}:{largest}")
     return CHIPS[name]
 
 

@@ -65,7 +65,8 @@ class Retrieval:
                 seen.add(number)
             pixels, *tokens_of = self._place(*(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")))
             state, image = self._image(params, pixels)
-            states.append(np.asarray(state)[new])
+            if rerank:
+                states.append(np.asarray(state)[new])
             images.append(np.asarray(image)[new])
             texts.append(np.asarray(self._text(params, *tokens_of))[:count])
             tokens.append(np.stack([batch["input_ids"][:count], batch["attention_mask"][:count]]))

@@ -84,7 +84,8 @@ class TrainSettings(DataSettings):
         super().__post_init__()
         _check_least(self, 1, ("steps", "accumulation", "log_every", "save_every", "keep"))
         _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank"))
-        _check_least(self, 2, ("evaluate_on",))
+        # A pair alone has no negatives.
+        _check_least(self, 2, ("batch_size", "evaluate_on"))
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
         if not self.train:
@@ -151,11 +152,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
     """A file's settings as the command line would give them; what only the other program has is passed over."""
-    own, arguments = {field.name for field in dataclasses.fields(kind)}, []
+    own, arguments = {field.name: field for field in dataclasses.fields(kind)}, []
     for name, value in read_yaml(path).items():
         flag = name.replace("_", "-")
         if name not in own:
             continue
+        if value is None and own[name].default is not None:
+            raise InputError(f"{path} leaves {name} empty; give it a value, or leave the line out")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
@@ -174,7 +177,7 @@ def to_yaml(settings: DataSettings) -> str:
 
 def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> None:
     for name in names:
-        if not getattr(settings, name) >= least:
+        if not least <= getattr(settings, name) < float("inf"):
             raise InputError(f"{name} is {getattr(settings, name)}; it must be {least} or more")
 
 

@@ -1,8 +1,11 @@
 """Captioned images, wherever they lie, as rows for random access."""
 
+import errno
 import json
+import logging
 import math
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ import numpy as np
 import PIL.Image
 
 from ..errors import InputError
+
+logger = logging.getLogger(__name__)
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentences", "description", "prompt")
 IMAGE_COLUMNS = ("image", "jpg", "png", "img", "picture")
@@ -56,7 +61,10 @@ class DataSettings:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         for fits, wanted in (
-            (self.held_out >= 0, f"held_out is {self.held_out}; it must not be below 0"),
+            (
+                0 <= self.held_out < 1 or (self.held_out >= 1 and self.held_out % 1 == 0),
+                f"held_out is {self.held_out}; it must be a fraction below 1, or a whole number of images",
+            ),
             (self.batch_size > 0, f"batch_size is {self.batch_size}; it must be above 0"),
             (self.max_text_length > 1, f"max_text_length is {self.max_text_length}; it must be above 1"),
             (0 < low <= high <= 1, f"crop_scale is {low} {high}; it must be two numbers in (0, 1], the lesser first"),
@@ -145,7 +153,7 @@ def open_images(settings: DataSettings) -> Images:
 
 
 def open_source(settings: DataSettings, split: Literal["train", "held_out", "all"] = "train") -> Source:
-    """Open data for random access; the first time, `datasets` writes its index into its cache.
+    """Open data for random access; the first time, `datasets` copies tars and Parquet files into its cache.
 
     Rows share an `image_id` if the data's column of that name says so, else if they name the same image file, else
     never. All rows of an image are on the same side of the split.
@@ -209,9 +217,20 @@ def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
         raise
     except Exception as error:
         # datasets raises what its readers do, and wraps it in errors that say nothing.
-        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+        cause = error.__cause__ or error
+        if isinstance(cause, InputError):
+            raise cause from None
+        reason = str(cause).strip().split("\n")[0] or type(error).__name__
+        cache = str(datasets.config.HF_DATASETS_CACHE)
+        if isinstance(cause, OSError) and (
+            cause.errno in (errno.ENOSPC, errno.EDQUOT) or str(cause.filename).startswith(cache)
+        ):
+            raise InputError(
+                f"the rows of {settings.data} cannot be kept in {cache} ({cause.strerror or reason}); free space "
+                "there, or set HF_DATASETS_CACHE to another folder"
+            ) from None
         if path.exists():
-            file = (path.is_dir() and _metadata(path)) or path
+            file = path if path.is_file() else _metadata(path) or _damaged_parquet(path) or path
             raise InputError(f"{file} cannot be read ({reason}); mend or remove it") from None
         raise InputError(
             f"{settings.data} is no file or folder here, and the hub does not give it ({reason}); check the name and "
@@ -230,16 +249,17 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
     if metadata := _metadata(folder):
         if metadata.stat().st_size == 0:
             raise InputError(f"{metadata} is empty; write a row for each image, with file_name and a caption")
-        return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=_patterns(folder))
+        splits = datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=_patterns(folder))
+        if captions:
+            _tell_unused(folder, splits)
+        return splits
     # img2dataset puts Parquet files without images beside its tars.
-    if tars := sorted(folder.rglob("*.tar")):
-        splits: dict[str, list[Path]] = {}
-        for tar in tars:
-            top = tar.relative_to(folder).parts[0]
-            splits.setdefault(top if top in HELD_OUT_SPLITS else "train", []).append(tar)
-        return {name: _load_tars(paths, settings, captions) for name, paths in splits.items()}
-    if next(folder.rglob("*.parquet"), None):
-        return datasets.load_dataset("parquet", data_dir=str(folder))
+    if tars := _by_split(folder, "*.tar"):
+        return {name: _load_tars(paths, settings, captions) for name, paths in tars.items()}
+    if tables := _by_split(folder, "*.parquet"):
+        # By itself datasets would leave out what no name assigns to a split, where another's does.
+        files = {name: [str(path) for path in paths] for name, paths in tables.items()}
+        return datasets.load_dataset("parquet", data_files=files)
     if not captions:
         features = datasets.Features({"image": datasets.Image(decode=False)})
         return {"train": datasets.Dataset.from_dict({"image": _image_files(folder)}, features)}
@@ -247,6 +267,33 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
         f"{folder} has neither metadata.jsonl or metadata.csv (file_name and a caption in each row) nor .tar or "
         ".parquet files; add the captions, or name another folder"
     )
+
+
+def _by_split(folder: Path, pattern: str) -> dict[str, list[Path]]:
+    """Files by split: what lies in `validation/` or is named `validation.tar` or `validation-00000-of-00002.tar`."""
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob(pattern)):
+        top, name = path.relative_to(folder).parts[0], re.sub(r"(-\d+-of-\d+)?\.\w+$", "", path.name)
+        split = next((split for split in (top, name) if split in HELD_OUT_SPLITS), "train")
+        splits.setdefault(split, []).append(path)
+    return splits
+
+
+def _tell_unused(folder: Path, splits: Mapping[str, Any]) -> None:
+    used = sum(len(np.unique(_image_ids(_undecoded(rows), "image"))) for rows in splits.values())
+    if unused := max(0, len(_image_files(folder)) - used):
+        logger.warning("%d images in %s have no row in the metadata and are not used", unused, folder)
+
+
+def _damaged_parquet(folder: Path) -> Path | None:
+    import pyarrow.parquet as pq
+
+    for path in sorted(folder.rglob("*.parquet")):
+        try:
+            pq.read_metadata(path)
+        except Exception:
+            return path
+    return None
 
 
 def _metadata(folder: Path) -> Path | None:
@@ -329,40 +376,40 @@ def _rows_of_tars(paths: Sequence[str], stamps: object, caption: str | None) -> 
 
 def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """The examples by column: `image`, the suffixes of text files, what the json says, and `__key__`, their name."""
-    suffixes = PIL.Image.registered_extensions()
     for path in paths:
-        current = ""
-        example: dict[str, Any] = {}
-        with _open_tar(path) as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if not (member.isfile() and stem and suffix):
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                if key != current:
-                    if example:
-                        yield {**example, "__key__": current}
-                    current, example = key, {}
-                file = tar.extractfile(member)
-                content = file.read() if file else b""
-                if f".{suffix.lower()}" in suffixes:
-                    example["image"] = content
-                elif suffix == "json":
-                    values = _json(content)
-                    example = {**values, **example} if isinstance(values, dict) else example
-                else:
-                    example[suffix] = content.decode("utf-8", errors="replace")
-        if example:
-            yield {**example, "__key__": current}
+        try:
+            with tarfile.open(path) as tar:
+                yield from _examples_of_tar(tar)
+        except tarfile.TarError:
+            # Its text may be the list of what was tried.
+            raise InputError(f"{path} cannot be read (it is no tar, or damaged); fetch it again or remove it") from None
 
 
-def _open_tar(path: Path) -> tarfile.TarFile:
-    try:
-        return tarfile.open(path)
-    except tarfile.ReadError:
-        # Its text is the list of what was tried.
-        raise InputError(f"{path} cannot be read (it is no tar, or damaged); fetch it again or remove it") from None
+def _examples_of_tar(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+    suffixes = PIL.Image.registered_extensions()
+    current = ""
+    example: dict[str, Any] = {}
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not (member.isfile() and stem and suffix):
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        if key != current:
+            if example:
+                yield {**example, "__key__": current}
+            current, example = key, {}
+        file = tar.extractfile(member)
+        content = file.read() if file else b""
+        if f".{suffix.lower()}" in suffixes:
+            example["image"] = content
+        elif suffix == "json":
+            values = _json(content)
+            example = {**values, **example} if isinstance(values, dict) else example
+        else:
+            example[suffix] = content.decode("utf-8", errors="replace")
+    if example:
+        yield {**example, "__key__": current}
 
 
 def _json(content: bytes) -> Any:
@@ -424,6 +471,8 @@ def _image_ids(rows: Any, image_column: str) -> np.ndarray:
         keys = pc.if_else(is_file, pc.struct_field(images, "path"), None)
     else:
         return numbers
+    if pa.types.is_nested(keys.type):
+        raise InputError(f"the column image_id holds {keys.type}; it must hold a number or a text for each image")
     chunks = keys.dictionary_encode().unify_dictionaries().chunks
     kinds = np.concatenate([chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in chunks])
     _, first, inverse = np.unique(kinds, return_index=True, return_inverse=True)

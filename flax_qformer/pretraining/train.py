@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from flax_qformer.sharding import batch_part, check_divides, named_mesh, shard_b
 from flax_qformer.source import locate
 from flax_qformer.stopping import Stopped, noted_signals
 from flax_qformer.surgery import stack_layers
-from flax_qformer.writing import unwritable
+from flax_qformer.writing import check_space, new_file, unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -85,25 +86,32 @@ def train(settings: TrainSettings) -> str:
         ema_decay=settings.ema_decay,
         accumulation=settings.accumulation,
         mesh=mesh,
-        compiler_options=LEAST_MEMORY if jax.default_backend() == "cpu" else None,
+        # In that order, processes would meet in different collectives.
+        compiler_options=LEAST_MEMORY if jax.default_backend() == "cpu" and jax.process_count() == 1 else None,
     )
     retrieval = Retrieval(model, settings.batch_size, mesh)
 
     wait_for_all("checked")
-    if is_first():
-        _begin(output, settings)
-    wait_for_all("begun")
-    state, notes = checkpoints.restore(state) or (state, {})
-    done = int(state.step) // settings.accumulation
-    checkpoints.tidy(done)
-    with batches, noted_signals() as came, Log(output, done) as log:
+    with contextlib.ExitStack() as run:
+        if is_first():
+            run.enter_context(_begun(output, settings.overwrite))
+        wait_for_all("begun")
+        state, notes = checkpoints.restore(state) or (state, {})
+        done = int(state.step) // settings.accumulation
         if notes:
-            _tell(done, notes.get("settings", {}), settings)
             batches.set_state(notes["data"][jax.process_index() % len(notes["data"])])
+        kept = dataclasses.replace(settings, overwrite=False)
+        if is_first():
+            _tell(done, notes.get("settings", {}), kept)
+            with new_file(output / SETTINGS) as file:
+                file.write(to_yaml(kept).encode())
+        checkpoints.tidy(done)
+        run.enter_context(batches)
+        came, log = run.enter_context(noted_signals()), run.enter_context(Log(output, done))
 
         def save() -> None:
             data = of_all(batches.get_state())
-            checkpoints.save(done, state, {"data": data, "settings": dataclasses.asdict(settings)})
+            checkpoints.save(done, state, {"data": data, "settings": dataclasses.asdict(kept)})
 
         def evaluate() -> None:
             """Unless it was done before the run stopped here."""
@@ -146,10 +154,10 @@ def train(settings: TrainSettings) -> str:
                 unfit = [name for name, value in figures.items() if not math.isfinite(value)]
                 if unfit:
                     saved = checkpoints.steps()
-                    kept = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
+                    good = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
                     clipping = "lower --clip-norm" if settings.clip_norm else "set --clip-norm"
                     raise InputError(
-                        f"{unfit[0]} is not finite at step {done + 1}; {kept}; lower --learning-rate or {clipping}"
+                        f"{unfit[0]} is not finite at step {done + 1}; {good}; lower --learning-rate or {clipping}"
                     )
                 done, steps_since = done + 1, steps_since + 1
                 progress.update()
@@ -169,7 +177,7 @@ def train(settings: TrainSettings) -> str:
                 if done % settings.save_every == 0 or done == settings.steps:
                     save()
     save_pretrained(output / "model", model, state.averaged_params, processor, overwrite=True)
-    return f"trained {settings.steps} steps, {batches.skipped} examples skipped; wrote {output / 'model'}{log.last()}"
+    return f"trained {done} steps, {batches.skipped} examples skipped; wrote {output / 'model'}{log.last()}"
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:
@@ -192,7 +200,7 @@ class Log:
         """Go on after a step: what comes after it will be written again, by the first process."""
         from tensorboardX import SummaryWriter
 
-        self._path = folder / METRICS
+        self._folder, self._path = folder, folder / METRICS
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=is_first())
         self._last: dict[str, float] = {}
         self._evaluated: set[int] = set()
@@ -206,9 +214,8 @@ class Log:
                     self._note(**figures)
         wait_for_all("read")
         if is_first():
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.rename(self._path)
+            with new_file(self._path) as file:
+                file.write("".join(kept).encode())
 
     def __enter__(self) -> "Log":
         return self
@@ -221,15 +228,17 @@ class Log:
         if not is_first():
             return
         try:
+            # TensorBoard's writer is a thread, which would end with a traceback.
+            check_space(self._folder, 0)
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
         except OSError as error:
             raise InputError(
                 f"cannot write {self._path} ({error.strerror}); free space and run the same command again"
             ) from None
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
 
     def is_evaluated(self, step: int) -> bool:
         return step in self._evaluated
@@ -249,16 +258,19 @@ def _check_output(output: Path, checkpoints: Checkpoints, settings: TrainSetting
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is not a folder; name another --output")
     with _writing(output):
-        if output.is_dir() and any(output.iterdir()) and not (output / SETTINGS).is_file():
+        visible = [path for path in output.iterdir() if path.name[0] != "."] if output.is_dir() else []
+        if visible and not (output / SETTINGS).is_file():
             raise InputError(f"{output} holds something else than a run; name another --output")
         if not settings.overwrite:
             check_resumable(checkpoints.notes().get("settings", {}), settings)
+            return
+        for name, source in (("--model", settings.model), ("--data", settings.data)):
+            if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
+                raise InputError(f"{name} {source} lies in the run that --overwrite removes; name another --output")
 
 
 def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None:
     """Say where a run goes on, and with what other settings."""
-    if not is_first():
-        return
     others = changed(before, settings)
     if done >= settings.steps:
         logger.warning("the run has its %d steps already; to take more, raise --steps", done)
@@ -266,15 +278,26 @@ def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None
         logger.warning("from step %d on, %s", done, "; ".join(others))
 
 
-def _begin(output: Path, settings: TrainSettings) -> None:
-    """Make the run's folder, or empty it of another run."""
+@contextlib.contextmanager
+def _begun(output: Path, overwrite: bool) -> Iterator[None]:
+    """Make the run's folder, or empty it of another run; within the block it is this program's alone."""
     with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(to_yaml(settings))
-        if settings.overwrite:
+        lock = (output / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another program trains in {output}; wait for its end, or name another --output"
+            ) from None
+        except OSError:
+            logger.warning("%s is on a disk without locks: let no two programs train in it", output)
+        if overwrite:
             for name in ("checkpoints", "tensorboard", "model"):
                 shutil.rmtree(output / name, ignore_errors=True)
             (output / METRICS).unlink(missing_ok=True)
+        yield
 
 
 @contextlib.contextmanager
