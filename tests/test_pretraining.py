@@ -47,7 +47,9 @@ class Case:
         return self.model.apply({"params": params}, self.pixels, *text, **indices)
 
 
-@pytest.fixture(scope="module", params=["frequency_1", "frequency_2", "frequency_3"])
+@pytest.fixture(
+    scope="module", params=["frequency_1", "frequency_2", pytest.param("frequency_3", marks=pytest.mark.slow)]
+)
 def case(request: pytest.FixtureRequest, golden: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(golden(f"pretraining_{request.param}"), tmp_path_factory.mktemp(request.param))
 

@@ -62,6 +62,7 @@ def test_values_attentions_states_and_gradients(geometry: str, tmp_path: Path) -
         assert error <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_dropout_in_the_loop(tmp_path: Path) -> None:
     """It follows its key, and layers that are computed again drop what they dropped before."""
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_1"])

@@ -332,6 +332,7 @@ main(["train", "--data", "x", "--output", "y"])
     )
 
 
+@pytest.mark.slow
 def test_two_devices_compute_what_one_does(tiny: Any) -> None:
     model, params = tiny
     (batch,) = batches(8)
