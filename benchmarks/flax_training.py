@@ -15,8 +15,8 @@ import numpy as np
 
 import flax_qformer as fq
 from flax_qformer.checkpoint import initialise
+from flax_qformer.compiler import compiler_options
 from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step
-from flax_qformer.pretraining.step import LEAST_MEMORY
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     model, params = model.clone(config=dataclasses.replace(model.config, scan_layers=True)), fq.stack_layers(params)
     state = TrainState.create(params, optimizer)
     del params
-    step = make_train_step(model, optimizer, compiler_options=LEAST_MEMORY)
+    step = make_train_step(model, optimizer, compiler_options=compiler_options())
     for _ in sys.stdin:
         ctypes.CDLL(None).malloc_trim(0)  # what compiling left
         Path("/proc/self/clear_refs").write_text("5")

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import PIL.Image
 
 import flax_qformer as fq
+from flax_qformer.compiler import compiler_options
 from flax_qformer.config import BLIP_DIFFUSION
 from flax_qformer.source import DEFAULT_MODEL
 from side_by_side import Other, draw_batch, in_turn, operations, product, seconds, times_faster, write_model
@@ -84,7 +86,7 @@ class Bench:
         model, params = fq.from_pretrained(self.folder / "model", dtype=dtype, param_dtype=dtype)
         params, batch = jax.device_put((params, batch))
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=compiler_options())
         def run(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
             output = model.apply({"params": params}, **batch)
             return output.query_embeddings, output.last_hidden_state

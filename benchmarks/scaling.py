@@ -9,12 +9,15 @@ several runs. Writes `benchmarks/scaling.png`.
 import argparse
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
 
 import flax_qformer as fq
+from flax_qformer.compiler import compiler_options
 from flax_qformer.config import BLIP_DIFFUSION
 from side_by_side import draw_batch, operations, seconds, write_model
 
@@ -38,7 +41,11 @@ def main() -> None:
         """Seconds and operations."""
         config, fitted = fq.interpolate_positions(model.config, params, image)
         sized = type(model)(config, dtype=options.dtype, param_dtype=options.dtype)
-        run = jax.jit(lambda params, inputs: sized.apply({"params": params}, **inputs).query_embeddings)
+
+        @partial(jax.jit, compiler_options=compiler_options())
+        def run(params: Any, inputs: Any) -> jax.Array:
+            return sized.apply({"params": params}, **inputs).query_embeddings
+
         inputs = jax.device_put(draw_batch(config, batch, text))
         seconds(lambda: run(fitted, inputs))
         took = statistics.median(seconds(lambda: run(fitted, inputs)) for _ in range(options.rounds))

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .attention_maps import attention_maps, draw_attention
 from .checkpoint import DTYPES, Model, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
+from .compiler import compiler_options
 from .errors import InputError, first_line
 from .pretraining.losses import similarities
 from .pretraining.model import Blip2ForPreTraining
@@ -110,7 +111,7 @@ def embed(options: argparse.Namespace) -> None:
     images, texts = options.images, options.text and pair_up(len(options.images), options.text)
     check_writable(options.output, _inputs(options, images))
     model, params, processor = _load(options, Blip2QFormerModel)
-    run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
+    run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch), compiler_options=compiler_options())
     results = []
     for rows in _batches(len(images), options.batch_size or 8):
         batch = processor(

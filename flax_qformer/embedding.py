@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from .checkpoint import as_dtype, from_pretrained
+from .compiler import compiler_options
 from .errors import InputError, first_line
 from .pretraining.data import Images, image_batches, open_images
 from .pretraining.sources import DataSettings
@@ -214,7 +216,7 @@ def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedS
 
     apply: Any = model.apply
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def run(params: Any, pixel_values: jax.Array, tokens: dict[str, jax.Array]) -> jax.Array:
         with on(mesh):
             output = apply({"params": params}, pixel_values, **tokens)

@@ -85,10 +85,6 @@ def pretraining_loss(
     return output.loss, output
 
 
-LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""To the compiler for CPUs: an order of operations that needs a fifth to a quarter less, and is no slower."""
-
-
 def make_train_step(
     model: Blip2ForPreTraining,
     optimizer: optax.GradientTransformation,
@@ -107,7 +103,7 @@ def make_train_step(
       ema_decay: of the state's moving average, which takes every `accumulation`-th batch into account.
       accumulation: the optimizer's.
       mesh: keep the state on it as `shard_params` lays it out.
-      compiler_options: of `jax.jit`, as `LEAST_MEMORY` on a CPU; they exclude another `jax.jit` around the step.
+      compiler_options: of `jax.jit`, as `flax_qformer.compiler` has; they exclude another `jax.jit` around the step.
     """
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:

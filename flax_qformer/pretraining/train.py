@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flax_qformer.checkpoint import as_dtype, from_pretrained, initialise, save_pretrained
+from flax_qformer.compiler import compiler_options
 from flax_qformer.errors import InputError
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.data import Batches, evaluation_batches, open_source
@@ -29,7 +30,7 @@ from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule
 from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, changed, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
-from flax_qformer.pretraining.step import LEAST_MEMORY, TrainState, make_train_step
+from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.processes import any_process, is_first, of_all, wait_for_all
 from flax_qformer.processor import Processor
 from flax_qformer.sharding import batch_part, check_divides, named_mesh, shard_batch, shard_params
@@ -86,8 +87,7 @@ def train(settings: TrainSettings) -> str:
         ema_decay=settings.ema_decay,
         accumulation=settings.accumulation,
         mesh=mesh,
-        # In that order, processes would meet in different collectives.
-        compiler_options=LEAST_MEMORY if jax.default_backend() == "cpu" and jax.process_count() == 1 else None,
+        compiler_options=compiler_options(),
     )
     retrieval = Retrieval(model, settings.batch_size, mesh)
 
