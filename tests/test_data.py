@@ -361,7 +361,7 @@ def test_splits_of_the_source(tmp_path: Path) -> None:
 
 
 def test_images_without_a_row_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = write_folder(tmp_path / "data", plain_rows(4))
+    data = write_folder(tmp_path / "data", [row | {"image_id": 7} for row in plain_rows(4)])
     assert len(open_source(settings(data))) == 4
     assert not caplog.text
     for name in ("x.png", "0/y.png"):

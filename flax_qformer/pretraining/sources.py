@@ -280,7 +280,11 @@ def _by_split(folder: Path, pattern: str) -> dict[str, list[Path]]:
 
 
 def _tell_unused(folder: Path, splits: Mapping[str, Any]) -> None:
-    used = sum(len(np.unique(_image_ids(_undecoded(rows), "image"))) for rows in splits.values())
+    import pyarrow.compute as pc
+
+    # By file: images of several files may share an id.
+    files = (pc.struct_field(rows.data.column("image"), "path") for rows in splits.values())
+    used = sum(len(pc.unique(paths)) for paths in files)
     if unused := max(0, len(_image_files(folder)) - used):
         logger.warning("%d images in %s have no row in the metadata and are not used", unused, folder)
 
