@@ -338,11 +338,11 @@ class Blip2QFormerEncoder(Block):
         config = dataclasses.replace(self.config, qformer_config=qformer, scan_layers=False)
         group = Blip2QFormerEncoder(config, name="layers", **self.policy)
         last, outputs = scanned(group, groups, x, (*rows((head_mask, past)), image_past), run)
-        states, *others = (
+        states, attentions, cross_attentions, caches, image_caches = (
             [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(groups) for layer in layers]
             for layers in outputs
         )
-        return [x, *states[:-1], last], *others
+        return [x, *states[:-1], last], attentions, cross_attentions, caches, image_caches
 
 
 class ProjLayer(Block):
