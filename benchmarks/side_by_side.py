@@ -68,8 +68,11 @@ def times_faster(ours: list[float], *others: list[float]) -> float:
 
 
 def product(dtype: str, size: int) -> Callable[[], jax.Array]:
-    """A product of two square matrices by XLA, with nothing around it: the measure of what the machine can do."""
-    left, right = (jnp.full((size, size), 0.01, dtype) for _ in range(2))
+    """A product of two square matrices by XLA, with nothing around it: the measure of what the machine can do.
+
+    Of drawn numbers: a GPU draws less power for constants, and is 15 % faster with them.
+    """
+    left, right = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
     run = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)).lower(left, right).compile()
     return lambda: run(left, right)
 

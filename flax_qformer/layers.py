@@ -4,9 +4,9 @@ The policy: parameters live in `param_dtype`, products run in `dtype` and accumu
 and softmax are float32 whatever the dtype.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -76,11 +76,13 @@ class Dense(Block):
         """x: (..., *in_shape) -> (..., *out_shape) in `dtype`."""
         n = len(self.in_shape)
         contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        # A GPU's libraries add the bias within the product, if both are of its dtype.
+        result = self.dtype if jax.default_backend() == "gpu" else jnp.float32
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=jnp.float32)
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=result)
         if self.use_bias:
-            y += self.bias
-        return keep_batch(self.activation(y).astype(self.dtype))
+            y += self.bias.astype(result)
+        return keep_batch(self.activation(y.astype(jnp.float32)).astype(self.dtype))
 
 
 def keep_batch(x: jax.Array) -> jax.Array:
@@ -231,7 +233,7 @@ def dot_product_attention(
     context, weights = attend(query, key, value)
     if bias is None and head_mask is None and dropout is None and key.ndim == 4:
         # From the arguments anew, so that no gradient goes the other way.
-        ways: dict[str, Callable[..., jax.Array]] = {"cpu": functools.partial(_in_parts, context_alone)}
+        ways: dict[str, Callable[..., jax.Array]] = {"cpu": partial(_in_parts, context_alone)}
         if _cudnn_takes(query):
             ways["cuda"] = _cudnn
         context = jax.lax.platform_dependent(query, key, value, **ways, default=context_alone)
@@ -265,8 +267,13 @@ def _cudnn_takes(query: jax.Array) -> bool:
     return query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
 
 
+@jax.custom_vjp
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """cuDNN's attention, which has gradients for even lengths: odd ones are padded and told."""
+    return jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn")
+
+
+def _cudnn_with_gradient(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """The same where a gradient is wanted, which cuDNN has for even lengths: odd ones are padded and told."""
     lengths: dict[str, Any] = {}
     batch, num_queries, num_keys = *query.shape[:2], key.shape[1]
     if num_queries % 2 or num_keys % 2:
@@ -275,6 +282,9 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         lengths = {name: jnp.full(batch, count, jnp.int32) for name, count in counts.items()}
     context = jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn", **lengths)
     return context[:, :num_queries]
+
+
+_cudnn.defvjp(partial(jax.vjp, _cudnn_with_gradient), lambda pullback, gradient: pullback(gradient))
 
 
 def attention_without_keys(
