@@ -16,6 +16,7 @@ from flax.core.scope import LazyRng, Scope
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from .compiler import rounds_at_once
 from .errors import InputError
 from .sharding import BATCH
 
@@ -106,7 +107,11 @@ def rows(x: jax.Array, index: jax.Array) -> jax.Array:
     pieces = math.ceil(tokens / TOKENS_AT_ONCE)
     x = jnp.pad(x, ((0, 0), (0, pieces * TOKENS_AT_ONCE - tokens), (0, 0)))
     x = x.reshape(batch, pieces, TOKENS_AT_ONCE, width).swapaxes(0, 1)
-    chosen = jax.lax.map(lambda piece: keep_batch(keep_batch(piece)[index]), x)
+
+    def choose(_: None, piece: jax.Array) -> tuple[None, jax.Array]:
+        return None, keep_batch(keep_batch(piece)[index])
+
+    _, chosen = jax.lax.scan(choose, None, x, unroll=rounds_at_once(pieces))
     return chosen.swapaxes(0, 1).reshape(batch, -1, width)[:, :tokens]
 
 
@@ -185,7 +190,13 @@ def scanned(encoder: Block, length: int, x: jax.Array, each: Any, run: Callable[
     Returns:
       The last x, and the trees with a leading axis. What of them nobody uses, XLA leaves out.
     """
-    scan = nn.scan(run, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length)
+    scan = nn.scan(
+        run,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=length,
+        unroll=rounds_at_once(length),
+    )
     return scan(encoder, x, each)
 
 
