@@ -24,7 +24,7 @@ def main(path: str, folder: str) -> None:
     fq.save_pretrained(folder, model, params)
     before = read()
     _, again = fq.from_pretrained(folder, mesh=mesh)
-    print(read() - before, here, whole)
+    print(f"read {read() - before} bytes for {here} of {whole}", flush=True)
     expected = fq.from_pretrained(path)[1]
     for tree in (params, again):
         jax.tree.map(np.testing.assert_array_equal, process_allgather(tree, tiled=True), jax.device_get(expected))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -99,10 +100,11 @@ def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
     for process in processes:
         told, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        # Gloo speaks on standard output as well.
-        numbers = next(line for line in told.splitlines() if line.replace(" ", "").isdecimal())
-        read, here, whole = map(int, numbers.split())
-        print(f"read {read} bytes for {here} of {whole}")
+        # Gloo speaks on standard output as well, also in the midst of a line.
+        line = re.search(r"read (\d+) bytes for (\d+) of (\d+)", told)
+        assert line, told
+        print(line[0])
+        read, here, whole = map(int, line.groups())
         # The index of the files, and the ends of chunks.
         assert read < here + 0.15 * whole
 
