@@ -1,6 +1,6 @@
 """Our side of `training_step.py`, in a process of its own for its memory; as `torch_training.py`.
 
-Layers are scanned and the compiler is told to spare memory, as `flax-qformer train` does.
+The compiler is told to spare memory, as by `flax-qformer train`; layers run in a loop if a third argument says "scan".
 """
 
 import ctypes
@@ -24,7 +24,8 @@ def main() -> None:
     with np.load(sys.argv[2]) as file:
         batch = jax.device_put(dict(file))
     optimizer = make_optimizer(model.config, 1e-4, clip_norm=0.0)
-    model, params = model.clone(config=dataclasses.replace(model.config, scan_layers=True)), fq.stack_layers(params)
+    if sys.argv[3:] == ["scan"]:
+        model, params = model.clone(config=dataclasses.replace(model.config, scan_layers=True)), fq.stack_layers(params)
     state = TrainState.create(params, optimizer)
     del params
     step = make_train_step(model, optimizer, compiler_options=compiler_options())

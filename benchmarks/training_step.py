@@ -3,9 +3,9 @@
     python benchmarks/training_step.py --lavis-python PYTHON
 
 PYTHON is that of an environment of `tests/oracle/requirements-lavis.txt`. Weights are drawn, float32, with dropout and
-AdamW on both sides; ours scans its layers, as `flax-qformer train` does. Both run in processes of their own, in turn;
-medians are printed, and the most memory that each process held during a step. That only Linux tells, and glibc is asked
-before each step to give back what is free (`malloc_trim`), such as what compiling left.
+AdamW on both sides; ours runs its layers one by one, or in a loop with `--scan`. Both run in processes of their own, in
+turn; medians are printed, and the most memory that each process held during a step. That only Linux tells, and glibc is
+asked before each step to give back what is free (`malloc_trim`), such as what compiling left.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--lavis-python", required=True, metavar="PYTHON")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scan", action="store_true", help="our layers in a loop")
     options = parser.parse_args()
     print("| batch | flax | LAVIS | times as fast | memory, flax | memory, LAVIS |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -41,7 +42,7 @@ def main() -> None:
             batch["input_ids"][:, 0], batch["input_ids"][:, -1] = CLS, SEP
             file = Path(temporary) / f"{size}.npz"
             np.savez(file, **batch)
-            flax, lavis, peaks = compare(options.lavis_python, config, file, options.rounds)
+            flax, lavis, peaks = compare(options.lavis_python, config, file, options.rounds, options.scan)
             memory = " | ".join(f"{statistics.median(peaks[name]) / 1e9:.1f} GB" for name in ("flax", "LAVIS"))
             print(
                 f"| {size} | {statistics.median(flax):.2f} s | {statistics.median(lavis):.2f} s "
@@ -51,13 +52,13 @@ def main() -> None:
 
 
 def compare(
-    python: str, config: Path, batch: Path, rounds: int
+    python: str, config: Path, batch: Path, rounds: int, scan: bool
 ) -> tuple[list[float], list[float], dict[str, list[float]]]:
     """Seconds of ours and of LAVIS's, and the memory of both."""
     programs = {"flax": (sys.executable, "flax_training.py"), "LAVIS": (python, "torch_training.py")}
     peaks: dict[str, list[float]] = {name: [] for name in programs}
     with (
-        Other(*programs["flax"], config, batch) as flax,
+        Other(*programs["flax"], config, batch, *["scan"] * scan) as flax,
         Other(*programs["LAVIS"], config, batch) as lavis,
     ):
         sides: dict[str, Any] = {"flax": flax, "LAVIS": lavis}

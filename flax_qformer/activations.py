@@ -9,16 +9,21 @@ import jax.numpy as jnp
 Activation = Callable[[jax.Array], jax.Array]
 
 
+def _below(x: jax.Array) -> jax.Array:
+    """How likely a standard normal variable is to be less. By erf, as upstream; erfc takes XLA twice as long on CPU."""
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 @jax.custom_jvp
 def _exact_gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
+    return x * _below(x)
 
 
 @_exact_gelu.defjvp
 def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The slope as one array: left to JAX, a backward pass keeps four of them, the largest of a layer."""
     (x,), (tangent,) = primals, tangents
-    slope = jax.lax.erfc(-x * 0.5**0.5) / 2 + x * jnp.exp(-(x**2) / 2) / (2 * jnp.pi) ** 0.5
+    slope = _below(x) + x * jnp.exp(-(x**2) / 2) / (2 * jnp.pi) ** 0.5
     return _exact_gelu(x), slope * tangent
 
 

@@ -115,6 +115,11 @@ def rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return chosen.swapaxes(0, 1).reshape(batch, -1, width)[:, :tokens]
 
 
+def interleaved(*arrays: jax.Array) -> jax.Array:
+    """N arrays of (batch, ...) to (N * batch, ...), row by row; each row stays on its chip."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+
 def whole(x: jax.Array) -> jax.Array:
     """Bring all of a parameter to every chip of the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -156,7 +161,7 @@ def recomputed(layer: Block, activations: tuple, rest: tuple = (), static: tuple
     def backward(arguments: Any, gradients: Any) -> Any:
         activations, *others = arguments
         zero = jnp.minimum(jnp.abs(gradients[0][:, :1, :1]), 0)  # of each image, lest chips exchange it
-        activations = jax.tree.map(lambda x: x + zero.astype(x.dtype), activations)
+        activations = jax.tree.map(lambda x: x + zero[:: len(zero) // len(x)].astype(x.dtype), activations)
         return jax.vjp(run, activations, *others)[1](gradients)
 
     function = jax.custom_vjp(run)

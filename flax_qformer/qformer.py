@@ -19,6 +19,7 @@ from .layers import (
     attention_without_keys,
     check_stacked,
     dot_product_attention,
+    interleaved,
     mask_bias,
     recomputed,
     scanned,
@@ -27,7 +28,7 @@ from .layers import (
 from .vision import Blip2VisionModel, VisionOutput
 
 KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
-"""Keys and values of one self-attention, each (batch, tokens, heads, head_dim)."""
+"""Keys and values of one attention, each (batch, tokens, heads, head_dim)."""
 
 
 @flax.struct.dataclass
@@ -45,6 +46,8 @@ class QFormerOutput:
         asked for.
       past_key_values: self-attention keys and values of each layer, each (batch, tokens, heads, head_dim), those given
         included; None unless asked for.
+      image_key_values: those of the image, of each layer that cross-attends; None unless `past_key_values` are asked
+        for, empty where the image was read without making them.
     """
 
     last_hidden_state: jax.Array
@@ -54,6 +57,7 @@ class QFormerOutput:
     attentions: tuple[jax.Array, ...] | None = None
     cross_attentions: tuple[jax.Array, ...] | None = None
     past_key_values: tuple[KeyValue, ...] | None = None
+    image_key_values: tuple[KeyValue, ...] | None = None
 
 
 class _Table(Block):
@@ -115,10 +119,13 @@ class Blip2QFormerMultiHeadAttention(Block):
         head_mask: jax.Array | None,
         past: KeyValue | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array, KeyValue]:
+    ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
         """x: (batch, queries, width) attends to context: (batch, keys, context width), and to what is past before it.
 
-        Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values.
+        With three rows of x for each of the context, the first and the third attend to what is past instead.
+
+        Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values if
+        they were made.
         """
         c, num_queries, num_keys = self.config, x.shape[1], context.shape[1]
         heads = (self.num_heads, c.head_dim)
@@ -127,9 +134,11 @@ class Blip2QFormerMultiHeadAttention(Block):
         is_less_work = num_queries * (num_keys + c.head_dim) < num_keys * c.head_dim
         if is_less_work and deterministic and head_mask is None and past is None:
             attended, weights = attention_without_keys(query, context, to_key, to_value, bias=bias)
-            return attended, weights, (context, context)
+            return attended, weights, None
         key, value = to_key(context), to_value(context)
-        if past is not None:
+        if past is not None and len(x) == 3 * len(context):
+            key, value = (interleaved(before, own, before) for before, own in zip(past, (key, value), strict=True))
+        elif past is not None:
             key = jnp.concatenate([past[0].astype(key.dtype), key], axis=1)
             value = jnp.concatenate([past[1].astype(value.dtype), value], axis=1)
         dropout = None if deterministic else nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
@@ -166,7 +175,7 @@ class Blip2QFormerAttention(Block):
         head_mask: jax.Array | None,
         past: KeyValue | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array, KeyValue]:
+    ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
         """x: (batch, queries, width) -> the same shape, weights (batch, heads, queries, keys), and keys and values."""
         attention = Blip2QFormerMultiHeadAttention(self.config, self.num_heads, name="attention", **self.policy)
         attended, weights, cache = attention(x, context, bias, head_mask, past, deterministic)
@@ -206,15 +215,16 @@ class Blip2QFormerLayer(Block):
         image_bias: jax.Array | None,
         head_mask: jax.Array | None,
         past: KeyValue | None,
+        image_past: KeyValue | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None, KeyValue]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, KeyValue | None, KeyValue | None]:
         """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and what it came from.
 
         That is the weights, (batch, heads, N, past + N), those of cross-attention, (batch, heads, num_queries, image
-        tokens) or None, and the keys and values of self-attention.
+        tokens) or None, the keys and values of self-attention, and those of cross-attention or None.
         """
-        c, cross_weights = self.config, None
+        c, cross_weights, image_cache = self.config, None, None
         kept = None if head_mask is None else head_mask[:, self.heads, :, :]
         attention = Blip2QFormerAttention(c, len(self.heads), name="attention", **self.policy)
         x, weights, cache = attention(x, x, bias, kept, past, deterministic)
@@ -223,11 +233,13 @@ class Blip2QFormerLayer(Block):
         if num_queries:
             if self.cross_attends and image is not None:
                 cross = Blip2QFormerAttention(c, c.num_attention_heads, name="crossattention", **self.policy)
-                queries, cross_weights, _ = cross(queries, image, image_bias, head_mask, None, deterministic)
+                queries, cross_weights, image_cache = cross(
+                    queries, image, image_bias, head_mask, image_past, deterministic
+                )
             parts.append(self._feed_forward(queries, "_query", deterministic))
         if text.shape[1]:
             parts.append(self._feed_forward(text, "", deterministic))
-        return jnp.concatenate(parts, axis=1), weights, cross_weights, cache
+        return jnp.concatenate(parts, axis=1), weights, cross_weights, cache, image_cache
 
     def _feed_forward(self, x: jax.Array, suffix: str, deterministic: bool) -> jax.Array:
         inner = _Intermediate(self.config, name=f"intermediate{suffix}", **self.policy)(x)
@@ -252,34 +264,44 @@ class Blip2QFormerEncoder(Block):
         image_bias: jax.Array | None,
         head_mask: jax.Array | None,
         past: tuple[KeyValue, ...] | None,
+        image_past: tuple[KeyValue, ...] | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue]]:
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
         """x: (batch, N, width), image: (batch, image tokens, image width) -> states and what they came from.
 
         The states are those before the first and after each layer; then, of each layer, the weights, those of
-        cross-attention, and the keys and values.
+        cross-attention, the keys and values, and those of cross-attention.
         """
         c = self.config.qformer_config
         check_stacked(self, self.config.scan_layers)
         if self.config.scan_layers:
-            return self._scan(x, image, bias, image_bias, head_mask, past, num_queries, deterministic)
-        states, attentions, cross_attentions, caches = [x], [], [], []
+            return self._scan(x, image, bias, image_bias, head_mask, past, image_past, num_queries, deterministic)
+        states, attentions, cross_attentions, caches, image_caches = [x], [], [], [], []
+        images = iter(image_past or ())
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
             layer = Blip2QFormerLayer(c, heads, cross_attends, name=f"layer_{i}", **self.policy)
-            rest = (bias, image_bias, None if head_mask is None else head_mask[i], None if past is None else past[i])
+            rest = (
+                bias,
+                image_bias,
+                None if head_mask is None else head_mask[i],
+                None if past is None else past[i],
+                next(images, None) if cross_attends else None,
+            )
             static = (num_queries, deterministic)
             if c.gradient_checkpointing:
-                x, weights, cross_weights, cache = recomputed(layer, (x, image), rest, static)
+                x, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest, static)
             else:
-                x, weights, cross_weights, cache = layer(x, image, *rest, *static)
+                x, weights, cross_weights, cache, image_cache = layer(x, image, *rest, *static)
             states.append(x)
             attentions.append(weights)
             caches.append(cache)
             if cross_weights is not None:
                 cross_attentions.append(cross_weights)
-        return states, attentions, cross_attentions, caches
+            if image_cache is not None:
+                image_caches.append(image_cache)
+        return states, attentions, cross_attentions, caches, image_caches
 
     def _scan(
         self,
@@ -289,32 +311,38 @@ class Blip2QFormerEncoder(Block):
         image_bias: jax.Array | None,
         head_mask: jax.Array | None,
         past: tuple[KeyValue, ...] | None,
+        image_past: tuple[KeyValue, ...] | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue]]:
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
         depth, size = self.config.qformer_config.num_hidden_layers, self.config.qformer_config.cross_attention_frequency
         groups = depth // size
 
         def run(group: Blip2QFormerEncoder, x: jax.Array, row: Any) -> tuple:
-            head_masks, caches = row
+            head_masks, caches, image_cache = row
             past = caches and tuple(jax.tree.map(lambda leaf, i=i: leaf[i], caches) for i in range(size))
-            states, *others = group(x, image, bias, image_bias, head_masks, past, num_queries, deterministic)
+            image_past = image_cache and (image_cache,)
+            states, *others = group(
+                x, image, bias, image_bias, head_masks, past, image_past, num_queries, deterministic
+            )
             return states[-1], (states[1:], *others)
 
         def rows(tree: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), tree)
 
-        if past is not None:
-            past = jax.tree.map(lambda *layers: jnp.stack(layers), *past)
+        past, image_past = (
+            jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if caches else None
+            for caches in (past, image_past)
+        )
         qformer = dataclasses.replace(self.config.qformer_config, num_hidden_layers=size)
         config = dataclasses.replace(self.config, qformer_config=qformer, scan_layers=False)
         group = Blip2QFormerEncoder(config, name="layers", **self.policy)
-        last, outputs = scanned(group, groups, x, rows((head_mask, past)), run)
-        states, attentions, cross_attentions, caches = (
+        last, outputs = scanned(group, groups, x, (*rows((head_mask, past)), image_past), run)
+        states, attentions, cross_attentions, caches, image_caches = (
             [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(groups) for layer in layers]
             for layers in outputs
         )
-        return [x, *states[:-1], last], attentions, cross_attentions, caches
+        return [x, *states[:-1], last], attentions, cross_attentions, caches, image_caches
 
 
 class ProjLayer(Block):
@@ -373,6 +401,7 @@ class QFormer(Block):
         encoder_attention_mask: jax.Array | None = None,
         head_mask: jax.Array | None = None,
         past_key_values: tuple[KeyValue, ...] | None = None,
+        image_key_values: tuple[KeyValue, ...] | None = None,
         first_position: int | jax.Array | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
@@ -382,6 +411,8 @@ class QFormer(Block):
         """Run the layers; arguments and errors are those of `Blip2QFormerModel`, whose output has more to it.
 
         Args:
+          image_key_values: of images that were read before; three texts for each then, the first and the third with
+            that image, the second with the one of `encoder_hidden_states`.
           first_position: position of the text's first token; by default what is past without its queries.
         """
         input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
@@ -395,14 +426,16 @@ class QFormer(Block):
         num_past = past_key_values[0][0].shape[1] if past_key_values else 0
         if num_past and encoder_hidden_states is not None:
             raise InputError("past_key_values hold the queries: give the text that follows them, and no image")
-        check_inputs(self.config, encoder_hidden_states, input_ids)
+        if not image_key_values:
+            check_inputs(self.config, encoder_hidden_states, input_ids)
         if first_position is None:
             first_position = max(num_past - self.config.num_query_tokens, 0)
             _check_length(self.config.qformer_config, first_position, input_ids)
 
         queries = None
         if encoder_hidden_states is not None:
-            queries = jnp.broadcast_to(self.query_tokens, (len(encoder_hidden_states), *self.query_tokens.shape[1:]))
+            batch = len(encoder_hidden_states if input_ids is None else input_ids)
+            queries = jnp.broadcast_to(self.query_tokens, (batch, *self.query_tokens.shape[1:]))
         x = self.embeddings(queries, input_ids, first_position, deterministic)
         num_queries = 0 if queries is None else queries.shape[1]
 
@@ -416,8 +449,16 @@ class QFormer(Block):
         if head_mask is not None:
             head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
 
-        states, attentions, cross_attentions, caches = self.encoder(
-            x, encoder_hidden_states, bias, image_bias, head_mask, past_key_values, num_queries, deterministic
+        states, attentions, cross_attentions, caches, image_caches = self.encoder(
+            x,
+            encoder_hidden_states,
+            bias,
+            image_bias,
+            head_mask,
+            past_key_values,
+            image_key_values,
+            num_queries,
+            deterministic,
         )
         return QFormerOutput(
             last_hidden_state=states[-1],
@@ -426,6 +467,7 @@ class QFormer(Block):
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
             past_key_values=tuple(caches) if use_cache else None,
+            image_key_values=tuple(image_caches) if use_cache else None,
         )
 
 

@@ -1,5 +1,6 @@
 """The stage-1 model equals LAVIS's: losses, gradients, features, captions; its checkpoints come and go whole."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,15 @@ class Case:
         return {name.removeprefix(prefix): value for name, value in golden.items() if name.startswith(prefix)}
 
     def losses(self, params: Any) -> fq.PreTrainingOutput:
+        """As in training, where the images are read once for all three losses, but without dropout."""
+        none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = dataclasses.replace(
+            self.model.config, qformer_config=dataclasses.replace(self.model.config.qformer_config, **none)
+        )
         indices = {name: self.inputs[name] for name in ("negative_image_index", "negative_text_index", "image_id")}
         text = (self.inputs["input_ids"], self.inputs["attention_mask"])
-        return self.model.apply({"params": params}, self.pixels, *text, **indices)
+        model, rngs = self.model.clone(config=config), {"dropout": jax.random.key(0)}
+        return model.apply({"params": params}, self.pixels, *text, **indices, deterministic=False, rngs=rngs)
 
 
 @pytest.fixture(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.config import Blip2QFormerConfig
 from flax_qformer.errors import InputError
-from flax_qformer.layers import Block, rows
+from flax_qformer.layers import Block, interleaved, rows
 from flax_qformer.pretraining.generation import Rules, search_caption, write_caption
 from flax_qformer.pretraining.losses import (
     contrastive_loss,
@@ -144,11 +144,13 @@ class Blip2ForPreTraining(QFormer):
         if negative_text_index is None:
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
         # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
+        negatives, seen = rows(image, negative_image_index), queries.image_key_values
         itm_logits = self._match(
-            _three(image, rows(image, negative_image_index), image),
-            _three(input_ids, input_ids, input_ids[negative_text_index]),
-            _three(attention_mask, attention_mask, attention_mask[negative_text_index]),
+            negatives if seen else interleaved(image, negatives, image),
+            interleaved(input_ids, input_ids, input_ids[negative_text_index]),
+            interleaved(attention_mask, attention_mask, attention_mask[negative_text_index]),
             deterministic,
+            seen,
         ).reshape(-1, 3, 2)
 
         caption_ids = input_ids.at[:, 0].set(self.config.qformer_config.start_token_id)
@@ -283,10 +285,22 @@ class Blip2ForPreTraining(QFormer):
         return self.lm_head(text.last_hidden_state, self._words())
 
     def _match(
-        self, image: jax.Array, input_ids: jax.Array, attention_mask: jax.Array | None, deterministic: bool
+        self,
+        image: jax.Array,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        deterministic: bool,
+        image_key_values: tuple[KeyValue, ...] | None = None,
     ) -> jax.Array:
         """(batch, 2): logits of no match and a match, averaged over queries."""
-        pair = self.read(None, input_ids, attention_mask, encoder_hidden_states=image, deterministic=deterministic)
+        pair = self.read(
+            None,
+            input_ids,
+            attention_mask,
+            encoder_hidden_states=image,
+            image_key_values=image_key_values,
+            deterministic=deterministic,
+        )
         queries = pair.last_hidden_state[:, : self.config.num_query_tokens]
         return self.itm_head(queries).astype(jnp.float32).mean(axis=1)
 
@@ -315,8 +329,3 @@ class Blip2ForPreTraining(QFormer):
         # An argmax in two reductions, which chips do on their own parts; for one they would exchange theirs.
         places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
         return jnp.where(scores == scores.max(axis, keepdims=True), places, logits.shape[axis]).min(axis)
-
-
-def _three(*arrays: jax.Array) -> jax.Array:
-    """Three arrays of (batch, ...) to (3 * batch, ...), row by row."""
-    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])

@@ -39,7 +39,8 @@ class TrainSettings(DataSettings):
       dropout: of the Q-Former, in place of its config's.
       dtype: what is computed in: float32, bfloat16 or float16; parameters stay float32.
       gradient_checkpointing: recompute each layer in the backward pass, for less memory.
-      scan_layers: run the layers in a loop, which compiles faster; a pruned model cannot.
+      scan_layers: run the layers in a loop, which compiles faster, and on a CPU runs slower; by default on chips alone.
+        A pruned model cannot.
       mesh: how to split over the devices, such as data=-1,fsdp=4,tensor=2: data and fsdp split the batch, fsdp and
         tensor the parameters; -1 takes what is left.
       distributed: join the job's other processes, as jax.distributed.initialize finds them on Cloud TPU, GKE and Slurm;
@@ -70,7 +71,7 @@ class TrainSettings(DataSettings):
     dropout: float | None = None
     dtype: str = "bfloat16"
     gradient_checkpointing: bool = False
-    scan_layers: bool = True
+    scan_layers: bool | None = None
     mesh: str = "data=-1"
     distributed: bool = False
     log_every: int = 10

@@ -54,6 +54,8 @@ def train(settings: TrainSettings) -> str:
       InputError: a setting, the data or the model is unfit, the loss is not finite, or there is no space.
       Stopped: SIGTERM or SIGINT came; the run was saved.
     """
+    if settings.scan_layers is None:
+        settings = dataclasses.replace(settings, scan_layers=jax.default_backend() != "cpu")
     output = Path(settings.output)
     checkpoints = Checkpoints(output / "checkpoints", settings.keep)
     _check_output(output, checkpoints, settings)
