@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -129,8 +130,9 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
     second.kill()
     second.communicate()
     _, told = first.communicate(timeout=300)
-    assert first.returncode == 2, told
-    assert "another process of the job has ended" in told.splitlines()[-1]
+    # It sees a broken connection at once, or waits until JAX misses the other's heartbeats and aborts it.
+    ways = {2: "another process of the job has ended", -signal.SIGABRT: "another task died"}
+    assert ways.get(first.returncode, "no such end") in told
     for run in (lost, whole):
         for process in train(run):
             _, told = process.communicate(timeout=600)
