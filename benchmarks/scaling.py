@@ -57,7 +57,7 @@ def main() -> None:
         "tokens of text": (TEXTS, [measure(text=text) for text in TEXTS]),
         "pixels along a side": (IMAGES, [measure(image=image) for image in IMAGES]),
     }
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(12, 3.6), layout="constrained")
+    figure, all_axes = plt.subplots(1, len(panels), sharey=True, figsize=(12, 3.6), layout="constrained")
     for axes, (label, (values, points)) in zip(all_axes, panels.items(), strict=True):
         took, work = zip(*points, strict=True)
         axes.plot(values, took, "o-", label="seconds")
