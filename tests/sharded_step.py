@@ -49,9 +49,8 @@ def main(file: str, *arguments: str) -> None:
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
     params["temp"] = np.float32(0.5)
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
-    @jax.jit(static_argnames="mesh", compiler_options=options)
+    @jax.jit(static_argnames="mesh")
     def run(params: dict, batch: dict, mesh: jax.sharding.Mesh) -> tuple:
         def loss(params: dict) -> jax.Array:
             return pretraining_loss(model, params, {}, batch, jax.random.key(1))[0]

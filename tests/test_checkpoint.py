@@ -248,7 +248,7 @@ def test_a_kill_at_any_moment(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     rng, killed = random.Random(0), 0
-    for attempt in range(6):
+    for attempt in range(4):
         overwrite = attempt % 2 == 1
         if overwrite:
             fq.convert_checkpoint(tmp_path / "torch", work / "model", overwrite=True)
@@ -331,7 +331,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
     server.shutdown()
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
 def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
     """A pipeline on a hub: only the Q-Former's files come, and come once."""
     served, environment = hub

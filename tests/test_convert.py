@@ -61,7 +61,7 @@ LAYOUTS = st.sampled_from(["diffusers", "lavis"])
 
 
 @given(configs())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_tables_name_every_parameter_of_the_modules(config: fq.Blip2Config) -> None:
     size = config.vision_config.image_size
     images, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), int)

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 import cases
 import flax_qformer as fq
-from conftest import COMPILE_FAST, checkpointing
+from conftest import OPTIMIZED, checkpointing
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.convert import export
 
@@ -70,7 +70,8 @@ def test_pixels_and_text(case: Case) -> None:
     inputs = {"pixel_values": case.batch["pixel_values"], **case.text()}
     flags = {"output_attentions": True, "output_hidden_states": True}
     case.expect("multimodal", case.run(**inputs, **flags))
-    output = jax.jit(lambda p, i: case.model.apply({"params": p}, **i, **flags))(case.params, inputs)
+    compiled = jax.jit(lambda p, i: case.model.apply({"params": p}, **i, **flags), compiler_options=OPTIMIZED)
+    output = compiled(case.params, inputs)
     case.expect("multimodal", output)
     qformer = case.model.config.qformer_config
     assert len(output.cross_attentions) == -(-qformer.num_hidden_layers // qformer.cross_attention_frequency)
@@ -118,12 +119,13 @@ def gradients(case: Case, model: fq.Blip2QFormerModel) -> tuple[jax.Array, dict[
         output = model.apply({"params": params}, case.batch["pixel_values"], **case.text())
         return cases.loss(vars(output))
 
-    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)(case.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(case.params)
     return value, export(grads, model.config)
 
 
 @pytest.mark.parametrize(
-    ("geometry", "gradient_checkpointing"), [*((name, False) for name in GEOMETRIES), ("frequency_1", True)]
+    ("geometry", "gradient_checkpointing"),
+    [*((name, False) for name in GEOMETRIES), pytest.param("frequency_1", True, marks=pytest.mark.slow)],
 )
 def test_gradients(geometry: str, gradient_checkpointing: bool, upstream_folder: Any, golden: Any) -> None:
     case = Case(geometry, upstream_folder, golden)

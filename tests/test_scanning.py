@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import cases
 import flax_qformer as fq
-from conftest import COMPILE_FAST, checkpointing, write_upstream
+from conftest import checkpointing, write_upstream
 
 GEOMETRIES = ("frequency_1", "frequency_2")
 
@@ -51,7 +51,7 @@ def test_values_attentions_states_and_gradients(geometry: str, tmp_path: Path) -
             output = model.apply({"params": params}, **batch, output_attentions=True, output_hidden_states=True)
             return (output.query_embeddings**2).sum(), output
 
-        return jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(params)
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     gradients, output = run(model, params)
     for each in (scanned, fq.Blip2QFormerModel(checkpointing(scanned.config, True))):
@@ -76,7 +76,7 @@ def test_dropout_in_the_loop(tmp_path: Path) -> None:
             found = model.apply({"params": params}, **batch, deterministic=False, rngs={"dropout": key})
             return (found.query_embeddings**2).sum(), found.query_embeddings
 
-        return jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(fq.stack_layers(params))
+        return jax.jit(jax.grad(loss, has_aux=True))(fq.stack_layers(params))
 
     gradients, embeddings = run(model, 0)
     assert not np.array_equal(embeddings, run(model, 1)[1])

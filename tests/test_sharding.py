@@ -72,7 +72,6 @@ def free_port() -> str:
 def job(*command: object, devices: int = 2, output: int = subprocess.PIPE) -> list[subprocess.Popen[str]]:
     """Two processes that find one another, each with devices of its own."""
     common = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
-    common["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     common["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
     return [
         subprocess.Popen(

@@ -12,7 +12,7 @@ from flax import nnx
 
 import cases
 import flax_qformer as fq
-from conftest import COMPILE_FAST, checkpointing, write_upstream
+from conftest import checkpointing, write_upstream
 from flax_qformer import layers
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 
@@ -23,7 +23,6 @@ CONFIG = fq.Blip2Config.from_dict(
         "num_query_tokens": 3,
     }
 )
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def half_each(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value.reshape(2, 2, *value.shape[1:]) for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_jit_vmap_pmap_and_grad_in_every_dtype(dtype: Any, params: Any, batch: Any, exact: jax.Array) -> None:
     function = apply(dtype)
     tolerance = {jnp.float32: 2e-6, jnp.bfloat16: 4e-2, jnp.float16: 5e-3}[dtype] * float(jnp.abs(exact).max())
@@ -63,11 +62,11 @@ def test_jit_vmap_pmap_and_grad_in_every_dtype(dtype: Any, params: Any, batch: A
         assert embeddings.dtype == dtype
         np.testing.assert_allclose(embeddings.reshape(exact.shape).astype(jnp.float32), exact, atol=tolerance)
 
-    grads, output = jax.jit(jax.grad(loss_of(function), has_aux=True), compiler_options=COMPILE_FAST)(params, batch)
+    grads, output = jax.jit(jax.grad(loss_of(function), has_aux=True))(params, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype(dtype)}
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     check(output.query_embeddings)
-    vmapped = jax.jit(jax.vmap(function, in_axes=(None, 0)), compiler_options=COMPILE_FAST)
+    vmapped = jax.jit(jax.vmap(function, in_axes=(None, 0)))
     check(vmapped(params, half_each(batch)).query_embeddings)
     check(jax.pmap(function, in_axes=(None, 0))(params, half_each(batch)).query_embeddings)
 
@@ -86,7 +85,7 @@ def test_gradients_average_over_devices(params: Any, batch: Any) -> None:
     def data_parallel(params: Any, batch: Any) -> Any:
         return jax.lax.pmean(grad(params, batch)[0], "devices")
 
-    whole, _ = jax.jit(grad, compiler_options=COMPILE_FAST)(params, batch)
+    whole, _ = jax.jit(grad)(params, batch)
     averaged = jax.pmap(data_parallel, "devices", in_axes=(None, 0))(params, half_each(batch))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(averaged), strict=True):
@@ -104,7 +103,7 @@ def test_parameters_keep_their_dtype(batch: Any) -> None:
 )
 def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, batch: Any) -> None:
     """Each dropout drops the same, in both runs, also where a layer is called several times."""
-    params = jax.jit(model_class(CONFIG).init, compiler_options=COMPILE_FAST)(jax.random.key(0), **batch)["params"]
+    params = jax.jit(model_class(CONFIG).init)(jax.random.key(0), **batch)["params"]
 
     def value_and_grad(on: bool) -> Any:
         config = checkpointing(CONFIG, on)
@@ -117,7 +116,7 @@ def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, b
             output = model_class(config).apply({"params": params}, **batch, deterministic=False, rngs=rngs)
             return jnp.atleast_1d(jax.tree.leaves(output)[0])[..., 0].sum(), output
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(params)
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     assert jax.tree.all(jax.tree.map(partial(np.allclose, rtol=1e-4, atol=1e-5), *map(value_and_grad, (True, False))))
 
@@ -138,6 +137,7 @@ def test_attention_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> No
         np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_saves_memory() -> None:
     """From the compiled program: the activations of several layers, large against the parameters."""
 
@@ -151,7 +151,7 @@ def test_gradient_checkpointing_saves_memory() -> None:
         def loss(params: Any) -> jax.Array:
             return model.apply({"params": params}, images, ids).query_embeddings.sum()
 
-        compiled = jax.jit(jax.grad(loss), compiler_options=COMPILE_FAST).lower(params).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(True) < 0.6 * temporary_bytes(False)
@@ -160,7 +160,7 @@ def test_gradient_checkpointing_saves_memory() -> None:
 def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:
     model = fq.Blip2QFormerModel(CONFIG)
 
-    @partial(jax.jit, compiler_options=COMPILE_FAST)
+    @jax.jit
     def function(seed: int) -> fq.QFormerOutput:
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply({"params": params}, **batch, deterministic=False, rngs=rngs)
@@ -176,9 +176,7 @@ def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:
 
 
 def test_padding_token_is_not_trained(params: Any, batch: Any) -> None:
-    grads = jax.jit(
-        jax.grad(lambda p: apply()(p, batch).last_hidden_state[..., 0].sum()), compiler_options=COMPILE_FAST
-    )(params)
+    grads = jax.jit(jax.grad(lambda p: apply()(p, batch).last_hidden_state[..., 0].sum()))(params)
     rows = jnp.abs(fq.get_input_embeddings(grads)).max(axis=1)
     assert rows[0] == 0
     assert rows[9] > 0
@@ -191,7 +189,7 @@ def test_padding_changes_nothing(params: Any, batch: Any, exact: jax.Array) -> N
 
 
 def test_nnx_takes_the_model(params: Any, batch: Any, exact: jax.Array) -> None:
-    @partial(jax.jit, compiler_options=COMPILE_FAST)
+    @jax.jit
     def run(params: Any, batch: Any) -> jax.Array:
         model = nnx.bridge.ToNNX(fq.Blip2QFormerModel(CONFIG), rngs=nnx.Rngs(0)).lazy_init(**batch)
         own = nnx.to_pure_dict(nnx.state(model, nnx.Param))
