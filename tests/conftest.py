@@ -1,14 +1,19 @@
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Nothing here may reach a hub or leave programs in the user's cache, and pmap wants more than one device.
+# Nothing here may reach a hub, and pmap wants more than one device.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
+# What one worker compiles, or a command that a test runs, the others find; it goes with the tests.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # What tests compile runs once, so it is not optimized; XLA_FLAGS='' compiles as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 

@@ -1,6 +1,5 @@
 """Whole sources become Parquet shards, the same ones wherever the program was stopped and however it is spread."""
 
-import os
 import random
 import shutil
 import signal
@@ -83,16 +82,9 @@ def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) 
     assert loaded.with_format("numpy")[150]["embeddings"].tolist() == rows["embeddings"][150].tolist()
 
 
-def start(arguments: Sequence[str], cache: Path) -> subprocess.Popen[str]:
-    """The installed command, which finds what another one compiled."""
-    environment = os.environ | {
-        "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [BIN / "flax-qformer", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    command = [BIN / "flax-qformer", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def shards(output: Path) -> int:
@@ -100,10 +92,10 @@ def shards(output: Path) -> int:
 
 
 def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    output, cache = tmp_path / "embeddings", tmp_path / "compiled"
+    output = tmp_path / "embeddings"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
         before = shards(output)
-        process = start(program(data, output), cache)
+        process = start(program(data, output))
         while shards(output) < before + 3 and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(number)
@@ -115,7 +107,7 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
     first = min(output.iterdir())
     first.write_bytes(first.read_bytes()[:-100])
 
-    both = [start(program(data, output, "--process", i, 2), cache) for i in range(2)]
+    both = [start(program(data, output, "--process", i, 2)) for i in range(2)]
     told = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     assert "13 shards of 26, the share of process 0 of 2: 104 rows, 1 with an error" in told[0][0]
@@ -133,7 +125,7 @@ def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path
     for run in range(2):
         output, where = tmp_path / str(run), []
         for _ in range(40):
-            process = start(program(data, output), tmp_path / "compiled")
+            process = start(program(data, output))
             # While it starts, or at some moment of the work.
             wanted, deadline = (
                 shards(output) + rng.randrange(1, 8),

@@ -550,16 +550,8 @@ def program(folder: Path, run: str | Path, *more: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Programs that compile once: what one compiled the next finds."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    return os.environ | {
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
 
 
 @pytest.fixture
