@@ -836,9 +836,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 @pytest.mark.slow
 def test_an_evaluation_by_itself_finds_what_the_run_wrote_down(folder: Path, start: Any, uninterrupted: Any) -> None:
     figures, _ = uninterrupted
-    process = start(
-        ["evaluate", "--settings", folder / "whole" / "settings.yaml", "--model", folder / "whole" / "model"]
-    )
+    settings, model = folder / "whole" / "settings.yaml", folder / "whole" / "model"
+    process = start(["evaluate", "--settings", settings, "--model", model, "--data", folder / "data"])
     finish(process)
     told = dict(line.split(": ") for line in process.stdout.read().splitlines())
     assert {name: float(value) for name, value in told.items()} == pytest.approx(
