@@ -42,6 +42,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 CHUNK_BYTES = 1 << 20
 """Of what is written as one piece, and so is read as one: a chip's part of a parameter needs few more."""
 
+WRITE_BYTES = 1 << 27
+"""On their way to disk at once, if no parameter is larger."""
+
 LAVIS_TOWER = "clip_vit_L.pth"
 """LAVIS's file of the frozen tower, by the name that it downloads it under."""
 
@@ -464,17 +467,15 @@ def _config_file(config: Blip2Config, model_class: type[AnyModel]) -> bytes:
 def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    # Uncompressed and from host arrays in place: floats hardly compress, and orbax would copy everything first.
+    # Uncompressed, since floats hardly compress; and since orbax copies what it cuts into chunks, not all at once.
+    leaves = jax.tree.leaves(dict(params))
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.memory.write_concurrent_bytes = max(WRITE_BYTES, *(leaf.nbytes + 1 for leaf in leaves))
     context.memory.deepcopy_host_arrays = False
-    # What is spread over processes, each writes its part of.
-    arrays = jax.tree.map(
-        lambda leaf: np.asarray(leaf) if getattr(leaf, "is_fully_addressable", True) else leaf, dict(params)
-    )
-    with _saving(folder, jax.tree.leaves(arrays)), context:
-        ocp.save(folder / PARAMS, arrays)
+    with _saving(folder, leaves), context:
+        ocp.save(folder / PARAMS, dict(params))
 
 
 @contextlib.contextmanager
