@@ -468,14 +468,15 @@ def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
     import orbax.checkpoint.experimental.v1 as ocp
 
     # Uncompressed, since floats hardly compress; and since orbax copies what it cuts into chunks, not all at once.
-    leaves = jax.tree.leaves(dict(params))
+    arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), dict(params))
+    leaves = jax.tree.leaves(arrays)
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.memory.write_concurrent_bytes = max(WRITE_BYTES, *(leaf.nbytes + 1 for leaf in leaves))
     context.memory.deepcopy_host_arrays = False
     with _saving(folder, leaves), context:
-        ocp.save(folder / PARAMS, dict(params))
+        ocp.save(folder / PARAMS, arrays)
 
 
 @contextlib.contextmanager
