@@ -43,7 +43,7 @@ CHUNK_BYTES = 1 << 20
 """Of what is written as one piece, and so is read as one: a chip's part of a parameter needs few more."""
 
 WRITE_BYTES = 1 << 27
-"""On their way to disk at once, if no parameter is larger."""
+"""Of what is copied on its way to disk, held at once, unless one parameter is more."""
 
 LAVIS_TOWER = "clip_vit_L.pth"
 """LAVIS's file of the frozen tower, by the name that it downloads it under."""
@@ -467,7 +467,8 @@ def _config_file(config: Blip2Config, model_class: type[AnyModel]) -> bytes:
 def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    # Uncompressed, since floats hardly compress; and since orbax copies what it cuts into chunks, not all at once.
+    # Uncompressed, since floats hardly compress. Orbax copies what it cuts into chunks: not all at once, and it refuses
+    # an array as large as the limit. Of host arrays it would make one copy more.
     arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), dict(params))
     leaves = jax.tree.leaves(arrays)
     context = ocp.Context()

@@ -66,7 +66,7 @@ def test_outputs_and_gradients(folder: Path, upstream: dict[str, np.ndarray]) ->
     assert error < 1e-4
 
 
-def test_conversion_takes_less_than_twice_the_file(folder: Path, tmp_path: Path) -> None:
+def test_conversion_takes_little_more_than_the_file(folder: Path, tmp_path: Path) -> None:
     """Peak memory of the whole process, as the system counts it (getrusage would count the parent's as well)."""
     program = f"""
 from pathlib import Path
@@ -78,5 +78,5 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     assert done.returncode == 0, done.stderr
     peak, size = int(done.stdout.split()[-1]) * 1024, (folder / "model.safetensors").stat().st_size
     print(f"converting {size / 1e9:.2f} GB takes {peak / 1e9:.2f} GB")
-    assert size < peak < 2 * size
+    assert size < peak < 1.5 * size
     assert json.loads((tmp_path / "flax" / "config.json").read_text())["num_query_tokens"] == 16

@@ -278,7 +278,7 @@ def _grain() -> ModuleType:
 def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) -> Any:
     """Grain's iterator over a MapDataset, which decodes about one batch ahead if it has workers."""
     # A worker takes seconds to start, too long for a single batch.
-    num_workers = min(num_workers, (len(elements) - 1) // batch_size)
+    num_workers = min(num_workers, max(len(elements) - 1, 0) // batch_size)
     # By default each worker would decode 500 ahead, in 16 threads.
     elements = elements.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(
