@@ -1,6 +1,6 @@
 """Our side of `training_step.py`, in a process of its own for its memory; as `torch_training.py`.
 
-The compiler is told to spare memory, as by `flax-qformer train`; layers run in a loop if a third argument says "scan".
+Compiler and C library are told what `flax-qformer train` tells them; layers run in a loop if a third argument says "scan".
 """
 
 import ctypes
@@ -16,10 +16,12 @@ import numpy as np
 import flax_qformer as fq
 from flax_qformer.checkpoint import initialise
 from flax_qformer.compiler import compiler_options
+from flax_qformer.memory import keep_memory
 from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step
 
 
 def main() -> None:
+    keep_memory()
     model, params = initialise(sys.argv[1], fq.Blip2ForPreTraining)
     with np.load(sys.argv[2]) as file:
         batch = jax.device_put(dict(file))
@@ -28,9 +30,9 @@ def main() -> None:
         model, params = model.clone(config=dataclasses.replace(model.config, scan_layers=True)), fq.stack_layers(params)
     state = TrainState.create(params, optimizer)
     del params
-    step = make_train_step(model, optimizer, compiler_options=compiler_options())
+    step = make_train_step(model, optimizer, compiler_options=compiler_options()).lower(state, batch).compile()
+    ctypes.CDLL(None).malloc_trim(0)  # what compiling left
     for _ in sys.stdin:
-        ctypes.CDLL(None).malloc_trim(0)  # what compiling left
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         state, metrics = step(state, batch)

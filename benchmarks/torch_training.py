@@ -38,8 +38,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, betas=(0.9, 0.98)
     )
+    ctypes.CDLL(None).malloc_trim(0)
     for _ in sys.stdin:
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         optimizer.zero_grad()
