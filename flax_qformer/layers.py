@@ -75,15 +75,24 @@ class Dense(Block):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., *in_shape) -> (..., *out_shape) in `dtype`."""
-        n = len(self.in_shape)
-        contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         # A GPU's libraries add the bias within the product, if both are of its dtype.
         result = self.dtype if jax.default_backend() == "gpu" else jnp.float32
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=result)
+        y = _product(x, kernel, len(self.in_shape), result)
         if self.use_bias:
             y += self.bias.astype(result)
         return keep_batch(self.activation(y.astype(jnp.float32)).astype(self.dtype))
+
+
+def _product(x: jax.Array, kernel: jax.Array, axes: int, result: DTypeLike) -> jax.Array:
+    """The product over the last axes of x and the first of a kernel, as many of each."""
+    before, out_shape = x.shape[: x.ndim - axes], kernel.shape[axes:]
+    if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
+        # XLA's CPU compiler turns gradients of kernels with more axes wherever it reads them; a TPU copies the kernels.
+        x, kernel, axes = x.reshape(*before, -1), kernel.reshape(-1, math.prod(out_shape)), 1
+    contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=result)
+    return y.reshape(*before, *out_shape)
 
 
 def keep_batch(x: jax.Array) -> jax.Array:

@@ -1,0 +1,39 @@
+"""Memory is kept from one run of a program to the next."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Page faults of a program with temporaries of 256 MiB, once it has run twice.
+PROGRAM = """
+import resource
+from flax_qformer.memory import keep_memory
+
+{}
+import jax
+import jax.numpy as jnp
+
+@jax.jit
+def run(x):
+    return jnp.sort(jnp.broadcast_to(x, (64, 2**20)) * jnp.arange(64)[:, None], axis=0)[::7].sum()
+
+before = 0
+for i in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run(jnp.arange(2.0**20)).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(first: str) -> int:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    program = [sys.executable, "-c", PROGRAM.format(first)]
+    return int(subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout)
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="it is glibc that is told")
+def test_what_is_freed_is_kept() -> None:
+    assert page_faults("") > 10_000
+    assert page_faults("keep_memory()") < 1_000
