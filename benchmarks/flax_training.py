@@ -1,6 +1,7 @@
 """Our side of `training_step.py`, in a process of its own for its memory; as `torch_training.py`.
 
-Compiler and C library are told what `flax-qformer train` tells them; layers run in a loop if a third argument says "scan".
+Compiler and C library are told what `flax-qformer train` tells them; layers run in a loop if a third argument says
+"scan".
 """
 
 import ctypes

@@ -89,7 +89,8 @@ def _product(x: jax.Array, kernel: jax.Array, axes: int, result: DTypeLike) -> j
     before, out_shape = x.shape[: x.ndim - axes], kernel.shape[axes:]
     if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
         # XLA's CPU compiler turns gradients of kernels with more axes wherever it reads them; a TPU copies the kernels.
-        x, kernel, axes = x.reshape(*before, -1), kernel.reshape(-1, math.prod(out_shape)), 1
+        width = math.prod(kernel.shape[:axes])
+        x, kernel, axes = x.reshape(*before, width), kernel.reshape(width, math.prod(out_shape)), 1
     contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=result)
     return y.reshape(*before, *out_shape)
