@@ -5,7 +5,7 @@
 PYTHON is that of an environment of `tests/oracle/requirements-lavis.txt`. Weights are drawn, float32, with dropout and
 AdamW on both sides; ours runs its layers one by one, or in a loop with `--scan`. Both run in processes of their own, in
 turn; medians are printed, and the most memory that each process held during a step. That only Linux tells, and glibc is
-asked before each step to give back what is free (`malloc_trim`), such as what compiling left.
+asked once, before the first step, to give back what is free (`malloc_trim`), such as what compiling left.
 """
 
 import argparse
