@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# The least page faults of eight runs whose result is 256 MiB: under load a run may begin before the last result is freed.
+# The least page faults of eight runs, each with a result of 256 MiB: under load one may begin before the last is freed.
 PROGRAM = """
 import resource
 from flax_qformer.memory import keep_memory
