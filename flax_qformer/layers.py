@@ -133,13 +133,18 @@ def keep_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
 
 
+def is_batch_split() -> bool:
+    """Whether the mesh that is set, if any, gives each chip a part of the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in BATCH[0] if axis in mesh.auto_axes)
+
+
 def rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """`x[index]`; on a mesh a few tokens at a time, since every chip gets them of the whole batch to choose from.
 
     x: (batch, tokens, width), index: (batch,).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if all(mesh.shape[axis] == 1 for axis in BATCH[0] if axis in mesh.auto_axes):
+    if not is_batch_split():
         return x[index]
     batch, tokens, width = x.shape
     pieces = math.ceil(tokens / TOKENS_AT_ONCE)

@@ -122,7 +122,8 @@ class Blip2QFormerMultiHeadAttention(Block):
     ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
         """x: (batch, queries, width) attends to context: (batch, keys, context width), and to what is past before it.
 
-        With three rows of x for each of the context, the first and the third attend to what is past instead.
+        With three rows of x for each of the context, what is past is the keys and values that they attend to instead:
+        of all rows, or, with as many as the context, of the first and the third of each three.
 
         Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values if
         they were made.
@@ -135,12 +136,15 @@ class Blip2QFormerMultiHeadAttention(Block):
         if is_less_work and deterministic and head_mask is None and past is None:
             attended, weights = attention_without_keys(query, context, to_key, to_value, bias=bias)
             return attended, weights, None
-        key, value = to_key(context), to_value(context)
-        if past is not None and len(x) == 3 * len(context):
-            key, value = (interleaved(before, own, before) for before, own in zip(past, (key, value), strict=True))
-        elif past is not None:
-            key = jnp.concatenate([past[0].astype(key.dtype), key], axis=1)
-            value = jnp.concatenate([past[1].astype(value.dtype), value], axis=1)
+        if past is not None and len(past[0]) == len(x) > len(context):
+            key, value = past
+        else:
+            key, value = to_key(context), to_value(context)
+            if past is not None and len(x) > len(context):
+                key, value = (interleaved(before, own, before) for before, own in zip(past, (key, value), strict=True))
+            elif past is not None:
+                key = jnp.concatenate([past[0].astype(key.dtype), key], axis=1)
+                value = jnp.concatenate([past[1].astype(value.dtype), value], axis=1)
         dropout = None if deterministic else nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
         attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
         return attended, weights, (key, value)
@@ -218,28 +222,28 @@ class Blip2QFormerLayer(Block):
         image_past: KeyValue | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None, KeyValue | None, KeyValue | None]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, KeyValue | None, KeyValue | None]:
         """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and what it came from.
 
-        That is the weights, (batch, heads, N, past + N), those of cross-attention, (batch, heads, num_queries, image
-        tokens) or None, the keys and values of self-attention, and those of cross-attention or None.
+        That is the queries alone, (batch, num_queries, width), the weights, (batch, heads, N, past + N), those of
+        cross-attention, (batch, heads, num_queries, image tokens) or None, the keys and values of self-attention, and
+        those of cross-attention or None.
         """
         c, cross_weights, image_cache = self.config, None, None
         kept = None if head_mask is None else head_mask[:, self.heads, :, :]
         attention = Blip2QFormerAttention(c, len(self.heads), name="attention", **self.policy)
         x, weights, cache = attention(x, x, bias, kept, past, deterministic)
         queries, text = x[:, :num_queries], x[:, num_queries:]
-        parts = []
         if num_queries:
             if self.cross_attends and image is not None:
                 cross = Blip2QFormerAttention(c, c.num_attention_heads, name="crossattention", **self.policy)
                 queries, cross_weights, image_cache = cross(
                     queries, image, image_bias, head_mask, image_past, deterministic
                 )
-            parts.append(self._feed_forward(queries, "_query", deterministic))
+            queries = self._feed_forward(queries, "_query", deterministic)
         if text.shape[1]:
-            parts.append(self._feed_forward(text, "", deterministic))
-        return jnp.concatenate(parts, axis=1), weights, cross_weights, cache, image_cache
+            text = self._feed_forward(text, "", deterministic)
+        return jnp.concatenate([queries, text], axis=1), queries, weights, cross_weights, cache, image_cache
 
     def _feed_forward(self, x: jax.Array, suffix: str, deterministic: bool) -> jax.Array:
         inner = _Intermediate(self.config, name=f"intermediate{suffix}", **self.policy)(x)
@@ -267,18 +271,19 @@ class Blip2QFormerEncoder(Block):
         image_past: tuple[KeyValue, ...] | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
         """x: (batch, N, width), image: (batch, image tokens, image width) -> states and what they came from.
 
-        The states are those before the first and after each layer; then, of each layer, the weights, those of
-        cross-attention, the keys and values, and those of cross-attention.
+        First the queries' last state alone: with a gradient of that, the last layer's text is not computed. The states
+        are those before the first and after each layer; then, of each layer, the weights, those of cross-attention, the
+        keys and values, and those of cross-attention.
         """
         c = self.config.qformer_config
         check_stacked(self, self.config.scan_layers)
         if self.config.scan_layers:
             return self._scan(x, image, bias, image_bias, head_mask, past, image_past, num_queries, deterministic)
         states, attentions, cross_attentions, caches, image_caches = [x], [], [], [], []
-        images = iter(image_past or ())
+        queries, images = x[:, :num_queries], iter(image_past or ())
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
             layer = Blip2QFormerLayer(c, heads, cross_attends, name=f"layer_{i}", **self.policy)
@@ -291,9 +296,9 @@ class Blip2QFormerEncoder(Block):
             )
             static = (num_queries, deterministic)
             if c.gradient_checkpointing:
-                x, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest, static)
+                x, queries, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest, static)
             else:
-                x, weights, cross_weights, cache, image_cache = layer(x, image, *rest, *static)
+                x, queries, weights, cross_weights, cache, image_cache = layer(x, image, *rest, *static)
             states.append(x)
             attentions.append(weights)
             caches.append(cache)
@@ -301,7 +306,7 @@ class Blip2QFormerEncoder(Block):
                 cross_attentions.append(cross_weights)
             if image_cache is not None:
                 image_caches.append(image_cache)
-        return states, attentions, cross_attentions, caches, image_caches
+        return queries, states, attentions, cross_attentions, caches, image_caches
 
     def _scan(
         self,
@@ -314,7 +319,7 @@ class Blip2QFormerEncoder(Block):
         image_past: tuple[KeyValue, ...] | None,
         num_queries: int,
         deterministic: bool,
-    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
         depth, size = self.config.qformer_config.num_hidden_layers, self.config.qformer_config.cross_attention_frequency
         groups = depth // size
 
@@ -322,7 +327,7 @@ class Blip2QFormerEncoder(Block):
             head_masks, caches, image_cache = row
             past = caches and tuple(jax.tree.map(lambda leaf, i=i: leaf[i], caches) for i in range(size))
             image_past = image_cache and (image_cache,)
-            states, *others = group(
+            _, states, *others = group(
                 x, image, bias, image_bias, head_masks, past, image_past, num_queries, deterministic
             )
             return states[-1], (states[1:], *others)
@@ -342,7 +347,8 @@ class Blip2QFormerEncoder(Block):
             [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(groups) for layer in layers]
             for layers in outputs
         )
-        return [x, *states[:-1], last], attentions, cross_attentions, caches, image_caches
+        states = [x, *states[:-1], last]
+        return last[:, :num_queries], states, attentions, cross_attentions, caches, image_caches
 
 
 class ProjLayer(Block):
@@ -408,11 +414,11 @@ class QFormer(Block):
         output_hidden_states: bool = False,
         deterministic: bool = True,
     ) -> QFormerOutput:
-        """Run the layers; arguments and errors are those of `Blip2QFormerModel`, whose output has more to it.
+        """Run the layers; arguments, errors and output are those of `Blip2QFormerModel`, without `proj_layer`.
 
         Args:
-          image_key_values: of images that were read before; three texts for each then, the first and the third with
-            that image, the second with the one of `encoder_hidden_states`.
+          image_key_values: of images that were read before, for three times as many texts: of each text's image, or
+            of that of the first and the third of each three, where the second goes with `encoder_hidden_states`.
           first_position: position of the text's first token; by default what is past without its queries.
         """
         input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
@@ -449,7 +455,7 @@ class QFormer(Block):
         if head_mask is not None:
             head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
 
-        states, attentions, cross_attentions, caches, image_caches = self.encoder(
+        queries, states, attentions, cross_attentions, caches, image_caches = self.encoder(
             x,
             encoder_hidden_states,
             bias,
@@ -463,6 +469,7 @@ class QFormer(Block):
         return QFormerOutput(
             last_hidden_state=states[-1],
             pooler_output=states[-1][:, 0],
+            query_embeddings=queries if num_queries else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
@@ -534,10 +541,9 @@ class Blip2QFormerModel(QFormer):
             output_hidden_states=output_hidden_states,
             deterministic=deterministic,
         )
-        if pixel_values is None and encoder_hidden_states is None:
+        if output.query_embeddings is None:
             return output
-        queries = output.last_hidden_state[:, : self.config.num_query_tokens]
-        return dataclasses.replace(output, query_embeddings=self.proj_layer(queries, deterministic))
+        return dataclasses.replace(output, query_embeddings=self.proj_layer(output.query_embeddings, deterministic))
 
 
 def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:

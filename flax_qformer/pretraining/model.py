@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.config import Blip2QFormerConfig
 from flax_qformer.errors import InputError
-from flax_qformer.layers import Block, interleaved, rows
+from flax_qformer.layers import Block, interleaved, is_batch_split, rows
 from flax_qformer.pretraining.generation import Rules, search_caption, write_caption
 from flax_qformer.pretraining.losses import (
     contrastive_loss,
@@ -145,6 +145,8 @@ class Blip2ForPreTraining(QFormer):
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
         # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
         negatives, seen = rows(image, negative_image_index), queries.image_key_values
+        if not is_batch_split():  # chips would exchange several times as much as the images are
+            seen = jax.tree.map(lambda x: interleaved(x, x[negative_image_index], x), seen)
         itm_logits = self._match(
             negatives if seen else interleaved(image, negatives, image),
             interleaved(input_ids, input_ids, input_ids[negative_text_index]),
@@ -301,8 +303,7 @@ class Blip2ForPreTraining(QFormer):
             image_key_values=image_key_values,
             deterministic=deterministic,
         )
-        queries = pair.last_hidden_state[:, : self.config.num_query_tokens]
-        return self.itm_head(queries).astype(jnp.float32).mean(axis=1)
+        return self.itm_head(pair.query_embeddings).astype(jnp.float32).mean(axis=1)
 
     def _image(self, pixel_values: jax.Array | None, states: jax.Array | None, deterministic: bool) -> jax.Array:
         if states is not None and pixel_values is None:
