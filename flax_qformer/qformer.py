@@ -274,9 +274,9 @@ class Blip2QFormerEncoder(Block):
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
         """x: (batch, N, width), image: (batch, image tokens, image width) -> states and what they came from.
 
-        First the queries' last state alone: with a gradient of that, the last layer's text is not computed. The states
-        are those before the first and after each layer; then, of each layer, the weights, those of cross-attention, the
-        keys and values, and those of cross-attention.
+        First the queries' last state: of layers one by one, none recomputed, its gradient leaves the last layer's text
+        out. The states are those before the first and after each layer; then, of each layer, the weights, those of
+        cross-attention, the keys and values, and those of cross-attention.
         """
         c = self.config.qformer_config
         check_stacked(self, self.config.scan_layers)
@@ -296,7 +296,8 @@ class Blip2QFormerEncoder(Block):
             )
             static = (num_queries, deterministic)
             if c.gradient_checkpointing:
-                x, queries, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest, static)
+                x, _, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest, static)
+                queries = x[:, :num_queries]  # the gradient has to come through the first output
             else:
                 x, queries, weights, cross_weights, cache, image_cache = layer(x, image, *rest, *static)
             states.append(x)
@@ -417,8 +418,9 @@ class QFormer(Block):
         """Run the layers; arguments, errors and output are those of `Blip2QFormerModel`, without `proj_layer`.
 
         Args:
-          image_key_values: of images that were read before, for three times as many texts: of each text's image, or
-            of that of the first and the third of each three, where the second goes with `encoder_hidden_states`.
+          image_key_values: of images that were read before, for three times as many texts as there are
+            `encoder_hidden_states`: of each text's image, or of that of the first and the third of each three, where
+            the second goes with `encoder_hidden_states`.
           first_position: position of the text's first token; by default what is past without its queries.
         """
         input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (

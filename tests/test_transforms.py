@@ -1,6 +1,7 @@
 """Every function under JAX's transformations and dtypes; memory, dropout and errors of the modules."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 import cases
 import flax_qformer as fq
@@ -155,6 +157,33 @@ def test_gradient_checkpointing_saves_memory() -> None:
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(True) < 0.6 * temporary_bytes(False)
+
+
+def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: Any) -> None:
+    model = fq.Blip2QFormerModel(CONFIG)
+
+    def operations(last: Callable[[fq.QFormerOutput], Any]) -> float:
+        gradient = jax.grad(lambda params: last(model.apply({"params": params}, **batch, method="read")).sum())
+        return jax.jit(gradient).lower(params).compile().cost_analysis()["flops"]
+
+    # Of a text's two products in the feed-forward, there and back, with gradients of both.
+    c, tokens = CONFIG.qformer_config, batch["input_ids"].size
+    text = 3 * 2 * 2 * tokens * c.hidden_size * c.intermediate_size
+    whole = operations(lambda output: output.last_hidden_state[:, : CONFIG.num_query_tokens])
+    assert whole - operations(lambda output: output.query_embeddings) > text
+
+
+def test_parameters_are_checked_and_not_drawn_again() -> None:
+    def draw(*_: Any) -> jax.Array:
+        raise AssertionError("the initializer was traced")
+
+    kernel, x = np.ones((2, 3), np.float32), jnp.ones((1, 2))
+    layers.Dense((2,), (3,), use_bias=False, kernel_init=draw).apply({"params": {"kernel": kernel}}, x)
+    dense = layers.Dense((2,), (3,), use_bias=False)
+    with pytest.raises(ScopeParamShapeError, match=r"\(2, 3\)"):
+        dense.apply({"params": {"kernel": kernel.T}}, x)
+    with pytest.raises(ScopeParamNotFoundError, match="kernel"):
+        dense.apply({"params": {"weight": kernel}}, x)
 
 
 def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:

@@ -145,7 +145,8 @@ class Blip2ForPreTraining(QFormer):
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
         # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
         negatives, seen = rows(image, negative_image_index), queries.image_key_values
-        if not is_batch_split():  # chips would exchange several times as much as the images are
+        # Chips would exchange several times as much as the images are, and recomputed layers would keep it.
+        if not is_batch_split() and not self.config.qformer_config.gradient_checkpointing:
             seen = jax.tree.map(lambda x: interleaved(x, x[negative_image_index], x), seen)
         itm_logits = self._match(
             negatives if seen else interleaved(image, negatives, image),
@@ -303,6 +304,7 @@ class Blip2ForPreTraining(QFormer):
             image_key_values=image_key_values,
             deterministic=deterministic,
         )
+        assert pair.query_embeddings is not None
         return self.itm_head(pair.query_embeddings).astype(jnp.float32).mean(axis=1)
 
     def _image(self, pixel_values: jax.Array | None, states: jax.Array | None, deterministic: bool) -> jax.Array:
