@@ -436,13 +436,16 @@ def _load_ours(
     with _reading(folder):
         params = ocp.load(path, unflatten_dict(wanted, sep="/"))
     if dtype is not None and not allow_non_finite:
-        # One small program for each shape, none of which is waited for by itself.
-        all_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
-        finite = jax.device_get({path: all_finite(leaf) for path, leaf in flatten_dict(params, sep="/").items()})
+        finite = jax.device_get({path: _all_finite(leaf) for path, leaf in flatten_dict(params, sep="/").items()})
         check_finite([path for path, is_finite in finite.items() if not is_finite], dtype)
     model_class = model_class or stored_class
     of_class = {path.split("/")[0] for path in _shapes(config, model_class)}
     return _Loaded(model_class, config, {name: tree for name, tree in params.items() if name in of_class}, "flax")
+
+
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
 
 
 @contextlib.contextmanager
