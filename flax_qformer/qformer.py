@@ -1,6 +1,7 @@
 """Image embeddings and text to query embeddings: the Q-Former."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -104,47 +105,57 @@ class Blip2TextEmbeddings(Block):
         return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
 
 
+def _one_after_other(past: jax.Array, own: jax.Array) -> jax.Array:
+    return jnp.concatenate([past, own], axis=1)
+
+
+def _around(past: jax.Array, own: jax.Array) -> jax.Array:
+    """Of each three rows the first and the third are past."""
+    return interleaved(past, own, past)
+
+
 class Blip2QFormerMultiHeadAttention(Block):
-    """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`."""
+    """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`.
+
+    `joined` puts keys, or values, that are past and those of the context together.
+    """
 
     config: Blip2QFormerConfig
     num_heads: int
+    joined: Callable[[jax.Array, jax.Array], jax.Array]
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        context: jax.Array,
+        context: jax.Array | None,
         bias: jax.Array | None,
         head_mask: jax.Array | None,
         past: KeyValue | None,
         deterministic: bool,
     ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
-        """x: (batch, queries, width) attends to context: (batch, keys, context width), and to what is past before it.
-
-        With three rows of x for each of the context, what is past is the keys and values that they attend to instead:
-        of all rows, or, with as many as the context, of the first and the third of each three.
+        """x: (batch, queries, width) attends to context: (batch, keys, context width), to what is past, or to both.
 
         Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values if
         they were made.
         """
-        c, num_queries, num_keys = self.config, x.shape[1], context.shape[1]
+        c, num_queries = self.config, x.shape[1]
         heads = (self.num_heads, c.head_dim)
         query = self.dense("query", x.shape[-1:], heads)(x) * c.head_dim**-0.5
-        to_key, to_value = (self.dense(name, context.shape[-1:], heads) for name in ("key", "value"))
-        is_less_work = num_queries * (num_keys + c.head_dim) < num_keys * c.head_dim
-        if is_less_work and deterministic and head_mask is None and past is None:
-            attended, weights = attention_without_keys(query, context, to_key, to_value, bias=bias)
-            return attended, weights, None
-        if past is not None and len(past[0]) == len(x) > len(context):
+        if context is None:
+            assert past is not None
             key, value = past
         else:
+            num_keys = context.shape[1]
+            to_key, to_value = (self.dense(name, context.shape[-1:], heads) for name in ("key", "value"))
+            is_less_work = num_queries * (num_keys + c.head_dim) < num_keys * c.head_dim
+            if is_less_work and deterministic and head_mask is None and past is None:
+                attended, weights = attention_without_keys(query, context, to_key, to_value, bias=bias)
+                return attended, weights, None
             key, value = to_key(context), to_value(context)
-            if past is not None and len(x) > len(context):
-                key, value = (interleaved(before, own, before) for before, own in zip(past, (key, value), strict=True))
-            elif past is not None:
-                key = jnp.concatenate([past[0].astype(key.dtype), key], axis=1)
-                value = jnp.concatenate([past[1].astype(value.dtype), value], axis=1)
+            if past is not None:
+                before = (array.astype(self.dtype) for array in past)
+                key, value = (self.joined(*pair) for pair in zip(before, (key, value), strict=True))
         dropout = None if deterministic else nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
         attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
         return attended, weights, (key, value)
@@ -169,19 +180,22 @@ class Blip2QFormerAttention(Block):
 
     config: Blip2QFormerConfig
     num_heads: int
+    joined: Callable[[jax.Array, jax.Array], jax.Array]
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        context: jax.Array,
+        context: jax.Array | None,
         bias: jax.Array | None,
         head_mask: jax.Array | None,
         past: KeyValue | None,
         deterministic: bool,
     ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
         """x: (batch, queries, width) -> the same shape, weights (batch, heads, queries, keys), and keys and values."""
-        attention = Blip2QFormerMultiHeadAttention(self.config, self.num_heads, name="attention", **self.policy)
+        attention = Blip2QFormerMultiHeadAttention(
+            self.config, self.num_heads, self.joined, name="attention", **self.policy
+        )
         attended, weights, cache = attention(x, context, bias, head_mask, past, deterministic)
         return _ResidualOutput(self.config, name="output", **self.policy)(attended, x, deterministic), weights, cache
 
@@ -231,12 +245,12 @@ class Blip2QFormerLayer(Block):
         """
         c, cross_weights, image_cache = self.config, None, None
         kept = None if head_mask is None else head_mask[:, self.heads, :, :]
-        attention = Blip2QFormerAttention(c, len(self.heads), name="attention", **self.policy)
+        attention = Blip2QFormerAttention(c, len(self.heads), _one_after_other, name="attention", **self.policy)
         x, weights, cache = attention(x, x, bias, kept, past, deterministic)
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if num_queries:
-            if self.cross_attends and image is not None:
-                cross = Blip2QFormerAttention(c, c.num_attention_heads, name="crossattention", **self.policy)
+            if self.cross_attends and (image is not None or image_past is not None):
+                cross = Blip2QFormerAttention(c, c.num_attention_heads, _around, name="crossattention", **self.policy)
                 queries, cross_weights, image_cache = cross(
                     queries, image, image_bias, head_mask, image_past, deterministic
                 )
@@ -418,9 +432,9 @@ class QFormer(Block):
         """Run the layers; arguments, errors and output are those of `Blip2QFormerModel`, without `proj_layer`.
 
         Args:
-          image_key_values: of images that were read before, for three times as many texts as there are
-            `encoder_hidden_states`: of each text's image, or of that of the first and the third of each three, where
-            the second goes with `encoder_hidden_states`.
+          image_key_values: of images that were read before, one for each text; or beside `encoder_hidden_states`, for
+            three times as many texts: these go with the second of each three, the first and the third share one that
+            was read before.
           first_position: position of the text's first token; by default what is past without its queries.
         """
         input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
@@ -441,8 +455,8 @@ class QFormer(Block):
             _check_length(self.config.qformer_config, first_position, input_ids)
 
         queries = None
-        if encoder_hidden_states is not None:
-            batch = len(encoder_hidden_states if input_ids is None else input_ids)
+        if encoder_hidden_states is not None or image_key_values:
+            batch, *_ = (len(x) for x in (input_ids, encoder_hidden_states) if x is not None)
             queries = jnp.broadcast_to(self.query_tokens, (batch, *self.query_tokens.shape[1:]))
         x = self.embeddings(queries, input_ids, first_position, deterministic)
         num_queries = 0 if queries is None else queries.shape[1]

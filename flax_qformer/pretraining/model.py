@@ -144,12 +144,17 @@ class Blip2ForPreTraining(QFormer):
         if negative_text_index is None:
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
         # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
-        negatives, seen = rows(image, negative_image_index), queries.image_key_values
-        # Chips would exchange several times as much as the images are, and recomputed layers would keep it.
-        if not is_batch_split() and not self.config.qformer_config.gradient_checkpointing:
+        images: jax.Array | None = None
+        seen = queries.image_key_values
+        if not seen:
+            images = interleaved(image, rows(image, negative_image_index), image)
+        elif is_batch_split() or self.config.qformer_config.gradient_checkpointing:
+            # Chips would exchange several times as much for keys and values, and recomputed layers would keep them.
+            images = rows(image, negative_image_index)
+        else:
             seen = jax.tree.map(lambda x: interleaved(x, x[negative_image_index], x), seen)
         itm_logits = self._match(
-            negatives if seen else interleaved(image, negatives, image),
+            images,
             interleaved(input_ids, input_ids, input_ids[negative_text_index]),
             interleaved(attention_mask, attention_mask, attention_mask[negative_text_index]),
             deterministic,
@@ -289,7 +294,7 @@ class Blip2ForPreTraining(QFormer):
 
     def _match(
         self,
-        image: jax.Array,
+        image: jax.Array | None,
         input_ids: jax.Array,
         attention_mask: jax.Array | None,
         deterministic: bool,
