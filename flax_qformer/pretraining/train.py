@@ -108,11 +108,11 @@ def train(settings: TrainSettings) -> str:
             with new_file(output / SETTINGS) as file:
                 file.write(to_yaml(kept).encode())
         checkpoints.tidy(done)
-        run.enter_context(batches)
+        feed = Feed(run.enter_context(batches), mesh)
         came, log = run.enter_context(noted_signals()), run.enter_context(Log(output, done))
 
         def save() -> None:
-            data = of_all(batches.get_state())
+            data = of_all(feed.state)
             checkpoints.save(done, state, {"data": data, "settings": dataclasses.asdict(kept)})
 
         def evaluate() -> None:
@@ -149,8 +149,10 @@ def train(settings: TrainSettings) -> str:
                     started, steps_since = time.perf_counter(), 0
                 parts = []
                 for _ in range(settings.accumulation):
-                    state, metrics = step(state, shard_batch(next(batches), mesh))
+                    state, metrics = step(state, feed.take())
                     parts.append(metrics)
+                if done + 1 < settings.steps:
+                    feed.read_ahead()
                 parts = jax.device_get(parts)
                 figures = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
                 unfit = [name for name, value in figures.items() if not math.isfinite(value)]
@@ -170,8 +172,8 @@ def train(settings: TrainSettings) -> str:
                         "learning_rate": float(schedule(done - 1)),
                         "images_per_second": settings.batch_size * settings.accumulation / step_time,
                         "step_time": step_time,
-                        "epoch": batches.epoch,
-                        "skipped": batches.skipped,
+                        "epoch": feed.epoch,
+                        "skipped": feed.state["skipped"],
                     }
                     log.write(done, figures)
                     progress.set_postfix_str(_short(figures))
@@ -179,7 +181,7 @@ def train(settings: TrainSettings) -> str:
                 if done % settings.save_every == 0 or done == settings.steps:
                     save()
     save_pretrained(output / "model", model, state.averaged_params, processor, overwrite=True)
-    return f"trained {done} steps, {batches.skipped} examples skipped; wrote {output / 'model'}{log.last()}"
+    return f"trained {done} steps, {feed.state['skipped']} examples skipped; wrote {output / 'model'}{log.last()}"
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:
@@ -193,6 +195,40 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
     source = open_source(settings, "all" if settings.everything else "held_out")
     examples = _examples(source, processor, settings, settings.evaluate_on)
     return Retrieval(model, settings.batch_size).evaluate(params, examples, settings.rerank)
+
+
+class Feed:
+    """Batches on the devices, of which one is read ahead while they work.
+
+    Attributes:
+      state: the position in the data after the last batch taken.
+      epoch: passes over the data up to there.
+    """
+
+    def __init__(self, batches: Batches, mesh: Mesh) -> None:
+        self._batches, self._mesh = batches, mesh
+        self._ahead: dict[str, jax.Array] | InputError | None = None
+        self._note()
+
+    def take(self) -> dict[str, jax.Array]:
+        batch, self._ahead = self._ahead or self._read(), None
+        if isinstance(batch, InputError):
+            raise batch
+        self._note()
+        return batch
+
+    def read_ahead(self) -> None:
+        """What fails is told when its turn comes: the step before is still to be saved."""
+        try:
+            self._ahead = self._read()
+        except InputError as error:
+            self._ahead = error
+
+    def _read(self) -> dict[str, jax.Array]:
+        return shard_batch(next(self._batches), self._mesh)
+
+    def _note(self) -> None:
+        self.state, self.epoch = self._batches.get_state(), self._batches.epoch
 
 
 class Log:
