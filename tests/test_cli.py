@@ -51,6 +51,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
 
 def test_compiled_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE", raising=False)
     cache, blocked = tmp_path / "cache", tmp_path / "a file"
     blocked.touch()
     outputs = []

@@ -35,6 +35,7 @@ from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.hashing import hashed
 from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings
+from flax_qformer.pretraining.train import Feed
 
 BIN = Path(sys.executable).parent
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -373,8 +374,11 @@ def test_recall_is_what_brute_force_finds() -> None:
             yield {"pixel_values": image, **ids}, len(rows)
 
     model: Any = Features(images.astype(np.float32), texts.astype(np.float32), itm.astype(np.float32))
-    retrieval = Retrieval(model, 8)
+    retrieval, sizes = Retrieval(model, 8), []
+    read = retrieval._image
+    retrieval._image = lambda params, pixels: sizes.append(len(pixels)) or read(params, pixels)
     figures = retrieval.evaluate({}, examples(), rerank=6)
+    assert sizes == [8, 8, 8]  # 20 images, though there are 38 texts
     scores = np.einsum("iqd,td->iqt", images, texts).max(axis=1)
     belongs = np.arange(20)[:, None] == owner
     reranked = {}
@@ -396,6 +400,36 @@ def test_recall_is_what_brute_force_finds() -> None:
     assert not any("reranked" in name for name in retrieval.evaluate({}, examples(), rerank=0))
     with pytest.raises(fq.InputError, match="1 images are too few"):
         retrieval.evaluate({}, [(batch, 1) for batch, _ in list(examples())[:1]])
+
+
+# What the program reads
+
+
+def test_what_is_read_ahead_counts_when_it_is_taken() -> None:
+    class Numbers:
+        position = 0.0
+
+        def __next__(self) -> dict[str, np.ndarray]:
+            if self.position == 2:
+                raise fq.InputError("a worker died")
+            self.position += 1
+            return {"x": np.full(2, self.position)}
+
+        def get_state(self) -> dict[str, float]:
+            return {"position": self.position}
+
+        epoch = property(lambda self: self.position / 10)
+
+    numbers: Any = Numbers()
+    feed = Feed(numbers, fq.make_mesh())
+    taken = []
+    for _ in range(2):
+        taken.append((int(feed.take()["x"][0]), feed.state["position"], feed.epoch))
+        feed.read_ahead()
+        taken.append(feed.state["position"])
+    assert taken == [(1, 1, 0.1), 1, (2, 2, 0.2), 2]
+    with pytest.raises(fq.InputError, match="a worker died"):
+        feed.take()
 
 
 # Settings

@@ -55,30 +55,42 @@ class Retrieval:
         Returns:
           Shares, as `text_to_image/recall@1`, `image_to_text/reranked_recall@5`, and the numbers of images and texts.
         """
-        states, images, texts, tokens, ids = [], [], [], [], []
-        seen: set[int] = set()
-        for batch, count in batches:
-            new = []
-            for row in range(count):
-                number = int(batch["image_id"][row])
-                new += [] if number in seen else [row]
-                seen.add(number)
-            pixels, *tokens_of = self._place(*(batch[name] for name in ("pixel_values", "input_ids", "attention_mask")))
-            state, image = self._image(params, pixels)
+        states, images, texts, tokens = [], [], [], []
+        image_ids: dict[int, None] = {}  # in the order of `images`
+        text_ids: list[int] = []
+        # However many captions an image has, it is read once; those that wait become a batch.
+        waiting: list[np.ndarray] = []
+
+        def read_images() -> None:
+            count = len(waiting)
+            pixels = np.stack(waiting + waiting[-1:] * (self._batch_size - count))
+            state, image = self._image(params, *self._place(pixels))
             if rerank:
-                states.append(np.asarray(state)[new])
-            images.append(np.asarray(image)[new])
-            texts.append(np.asarray(self._text(params, *tokens_of))[:count])
-            tokens.append(np.stack([batch["input_ids"][:count], batch["attention_mask"][:count]]))
-            ids.append((batch["image_id"][new], batch["image_id"][:count]))
-        if len(seen) < 2:
+                states.append(np.asarray(state)[:count])
+            images.append(np.asarray(image)[:count])
+            waiting.clear()
+
+        for batch, count in batches:
+            arrays = batch["input_ids"], batch["attention_mask"]
+            texts.append(np.asarray(self._text(params, *self._place(*arrays)))[:count])
+            tokens.append(np.stack(arrays)[:, :count])
+            numbers = batch["image_id"][:count].tolist()
+            text_ids += numbers
+            for number, pixels in zip(numbers, batch["pixel_values"], strict=False):
+                if number not in image_ids:
+                    image_ids[number] = None
+                    waiting.append(pixels)
+                if len(waiting) == self._batch_size:
+                    read_images()
+        if waiting:
+            read_images()
+        if len(image_ids) < 2:
             raise InputError(
-                f"{len(seen)} images are too few to search among; add images, hold out more by --held-out, or "
+                f"{len(image_ids)} images are too few to search among; add images, hold out more by --held-out, or "
                 "take those for training as well by --everything"
             )
-        image_ids, text_ids = (np.concatenate(part) for part in zip(*ids, strict=True))
         scores = self._all_similarities(np.concatenate(images), np.concatenate(texts))
-        belongs = image_ids[:, None] == text_ids[None, :]
+        belongs = np.array(list(image_ids))[:, None] == np.array(text_ids)
         figures: dict[str, float] = {"images": len(image_ids), "texts": len(text_ids)}
         figures |= _recalls("image_to_text", scores, belongs) | _recalls("text_to_image", scores.T, belongs.T)
         if rerank:
