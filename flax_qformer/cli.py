@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -134,7 +135,8 @@ def embed(options: argparse.Namespace) -> None:
 
 def _embed_data(options: argparse.Namespace) -> None:
     if options.images or len(options.text or ()) > 1:
-        raise InputError("--data names all images, and one --text goes for all; leave the others out")
+        what = f"the image {options.images[0]}" if options.images else "all but one --text"
+        raise InputError(f"--data names the images, and one --text goes for all; leave out {what}")
     _check_train_packages()
     from .embedding import EmbedSettings, embed_data
 
@@ -187,6 +189,7 @@ def export(options: argparse.Namespace) -> None:
 def caption(options: argparse.Namespace) -> None:
     model, params, processor = _load(options, Blip2ForPreTraining)
     end = processor.tokenizer.sep_token_id
+    options.max_length = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
     rules = {name: getattr(options, name) for name in ("num_beams", "max_length", "min_length", "top_p")}
 
     apply: Any = model.apply
@@ -372,6 +375,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flax-qformer", description="BLIP-Diffusion's Q-Former in JAX/Flax.")
     parser.set_defaults(settings=None)
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("flax-qformer"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -498,7 +502,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
     command.add_argument(
-        "--max-length", type=_positive, default=30, metavar="N", help="most tokens of a caption (default: %(default)s)"
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="most tokens of a caption (default: 30, or as many as the model has positions)",
     )
     command.add_argument(
         "--min-length", type=_positive, default=1, metavar="N", help="fewest tokens (default: %(default)s)"

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 FIXED = ("model", "config", "tokenizer", "text", "truncate", "image_column", "dtype", "embedding_dtype", "shard_size")
 """What decides of the embeddings or their shards, and so may not change between a stop and its resumption."""
 
+ROWS, SUM_OF_IDS = "rows", "sum of ids"
+"""By which the data is known again, beside the settings."""
+
 NOTES = b"flax_qformer"
 """Where the schema of a shard says what made it."""
 
@@ -106,7 +109,7 @@ def embed_data(settings: EmbedSettings) -> str:
     _check_place(settings)
     images = open_images(source)
     notes = {name: getattr(settings, name) for name in FIXED}
-    notes |= {"rows": len(images), "sum of ids": _sum_of_ids(images)}
+    notes |= {ROWS: len(images), SUM_OF_IDS: _sum_of_ids(images)}
     errors = _errors_of_shards(settings.output, notes)
     rows = range(len(images))
     starts = rows[:: settings.shard_size]
@@ -157,9 +160,10 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is no whole shard (%s): making it anew", path, first_line(error))
             continue
-        changed = [
-            f"{name} was {before.get(name)} and is now {v}" for name, v in notes.items() if before.get(name) != v
-        ]
+        differing = {name for name, value in notes.items() if before.get(name) != value}
+        if differing & {ROWS, SUM_OF_IDS}:
+            raise InputError(f"the shards in {folder} are of other data than there is now; name another --output")
+        changed = [f"{name} was {before.get(name)} and is now {notes[name]}" for name in sorted(differing)]
         if changed:
             raise InputError(
                 f"the shards in {folder} cannot be completed with other settings: {'; '.join(changed)}. Set them back, "
@@ -178,20 +182,23 @@ def _make(
     # It depends on no shard: a batch of another size would be rounded otherwise.
     size = math.ceil(min(settings.batch_size, settings.shard_size, len(images)) / split) * split
     batches = {path: [rows[i : i + size] for i in range(0, len(rows), size)] for path, rows in shards.items()}
-    parts = _embed(images, [rows for some in batches.values() for rows in some], size, settings, mesh)
+    every = [rows for some in batches.values() for rows in some]
     written: dict[Path, Future[int]] = {}
     with (
         noted_signals() as came,
-        contextlib.closing(parts),
+        contextlib.closing(_embed(images, every, size, settings, mesh)) as parts,
         ThreadPoolExecutor(1) as writer,
-        tqdm(total=_total(shards), unit="image", dynamic_ncols=True, disable=not is_first()) as progress,
+        tqdm(
+            desc="starting", total=_total(shards), unit="image", dynamic_ncols=True, disable=not is_first()
+        ) as progress,
     ):
         for path, some in batches.items():
             shard: list[Part] = []
             while len(shard) < len(some) and not came:
                 shard.append(next(parts))
+                progress.set_description(refresh=False)
                 progress.update(len(shard[-1].ids))
-            if came:
+            if len(shard) < len(some):
                 break
             # Two shards are in memory at most, and the run ends where one cannot be written.
             for previous in list(written.values())[-1:]:

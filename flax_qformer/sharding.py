@@ -132,13 +132,7 @@ def check_divides(size: int, mesh: Mesh, what: str) -> None:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where each array of a tree goes.
-
-    Raises:
-      InputError: the mesh has other axes.
-    """
-    if mesh.axis_names != AXES:
-        raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
+    """Where each array of a tree goes; see `sharding_of`."""
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf), mesh)
@@ -147,7 +141,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole."""
+    """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole.
+
+    Raises:
+      InputError: the mesh has other axes.
+    """
+    if mesh.axis_names != AXES:
+        raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
     axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
     if len(axes) > len(shape):  # a factored optimizer's state
         axes = ()

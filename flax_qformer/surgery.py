@@ -187,6 +187,8 @@ def unstack_layers(params: Params) -> dict[str, Any]:
 
 def _with_encoders(params: Params, change: Callable[[Params, str], Params]) -> dict[str, Any]:
     tree = dict(params)
+    if not tree.keys() & {"encoder", "visual_encoder"}:
+        raise InputError(f"no model's parameters, which have an encoder, but {', '.join(tree) or 'nothing'}")
     if tree.get("encoder"):
         tree["encoder"] = change(tree["encoder"], "layer_")
     tower = tree.get("visual_encoder", {})

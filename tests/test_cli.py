@@ -256,7 +256,7 @@ IMAGE = str(EXAMPLE_IMAGE)
     [
         (["embed"], "required: IMAGE"),
         (["embed", IMAGE, "--shard-size", "3"], "--shard-size goes with --data"),
-        (["embed", IMAGE, "--data", "existing"], "--data names all images"),
+        (["embed", IMAGE, "--data", "existing"], "--data names the images"),
         (["embed", "absent.png"], "there is no image absent.png"),
         (["embed", "https://dog.org/dog.png"], "nothing is downloaded here"),
         (["embed", "a" * 300], "the image aaa"),

@@ -1,5 +1,7 @@
 """Whole sources become Parquet shards, the same ones wherever the program was stopped and however it is spread."""
 
+import contextlib
+import os
 import random
 import shutil
 import signal
@@ -82,9 +84,9 @@ def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) 
     assert loaded.with_format("numpy")[150]["embeddings"].tolist() == rows["embeddings"][150].tolist()
 
 
-def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str], **details: Any) -> subprocess.Popen[str]:
     command = [BIN / "flax-qformer", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **details)
 
 
 def shards(output: Path) -> int:
@@ -116,6 +118,26 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
     assert "Traceback" not in "".join(err for _, err in told)
     assert not any("leaked" in err for _, err in told)
     check_same(output, uninterrupted)
+
+
+def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
+    """A terminal sends it to all of them; they must not end before the program has seen to it."""
+    process = start(program(data, tmp_path / "embeddings"), start_new_session=True)
+
+    def is_worker(folder: Path) -> bool:
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            return parent == str(process.pid) and b"spawn_main" in (folder / "cmdline").read_bytes()
+        return False
+
+    while not any(map(is_worker, Path("/proc").glob("[0-9]*"))) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT, told
+    assert "Traceback" not in told
+    assert "stopping, as soon as what is done is kept" in told
+    assert told.splitlines()[-1].endswith("shards to go; the same command goes on with them")
 
 
 @pytest.mark.slow
@@ -158,14 +180,14 @@ def test_what_cannot_go_on_is_refused(
         assert message in line
 
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
-    refused("other settings: truncate was False and is now True; shard_size was 8", "--truncate", "--shard-size", 9)
+    refused("other settings: shard_size was 8 and is now 9; truncate was", "--truncate", "--shard-size", 9)
     refused("embedding_dtype was float32 and is now float16. Set them back", "--embedding-dtype", "float16")
     fewer = tmp_path / "fewer"
     shutil.copytree(data, fewer)
     (fewer / "000.png").unlink()
-    refused("rows was 203 and is now 202; sum of ids was", data=fewer)
+    refused("of other data than there is now", data=fewer)
     shutil.copyfile(data / "001.png", fewer / "more" / "999.png")
-    refused("other settings: sum of ids was", data=fewer)
+    refused("of other data than there is now", data=fewer)
     # Nothing is left to do; elsewhere, and with batches of another size, it is the same source.
     shutil.copytree(data, tmp_path / "moved")
     main(program(tmp_path / "moved", uninterrupted, "--batch-size", 9))
@@ -181,7 +203,7 @@ def test_what_cannot_go_on_is_refused(
     refused("cannot write", output=other / "kept.parquet" / "below")
     refused("no process 2 of 2; number them from 0 to 1", "--process", 2, 2, output=tmp_path / "out")
     refused("num_workers is -1", "--num-workers", -1, output=tmp_path / "out")
-    refused("--data names all images, and one --text goes for all", "--text", "dog", output=tmp_path / "out")
+    refused("--data names the images, and one --text goes for all", "--text", "dog", output=tmp_path / "out")
     refused("no file or folder none", "--model", "none/of/these", output=tmp_path / "out")
     (tmp_path / "empty").mkdir()
     refused("empty has no rows; add images", data=tmp_path / "empty", output=tmp_path / "out")

@@ -14,6 +14,7 @@ import gc
 import logging
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -29,6 +30,7 @@ import PIL.Image
 
 from ..errors import InputError
 from ..processor import ImageProcessor, Processor, open_image
+from ..stopping import signals_held
 from .sources import DataSettings, Images, Source, open_images, open_source
 
 __all__ = [
@@ -279,6 +281,8 @@ def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) ->
     """Grain's iterator over a MapDataset, which decodes about one batch ahead if it has workers."""
     # A worker takes seconds to start, too long for a single batch.
     num_workers = min(num_workers, max(len(elements) - 1, 0) // batch_size)
+    # Starting, it lets held signals through again.
+    multiprocessing.resource_tracker.ensure_running()
     # By default each worker would decode 500 ahead, in 16 threads.
     elements = elements.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(
@@ -311,7 +315,8 @@ def _end_with_parent() -> None:
 
 def _next_element(elements: Any) -> dict[str, Any]:
     try:
-        return next(elements)
+        with signals_held():  # the first call starts the workers
+            return next(elements)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise

@@ -185,7 +185,10 @@ def open_source(settings: DataSettings, split: Literal["train", "held_out", "all
     if split != "all" and (held_out is None or held_out is train):
         chosen = np.flatnonzero(_is_held_out(image_ids, settings) == (split == "held_out"))
     if len(chosen) == 0:
-        raise InputError(f"{settings.data} leaves no example for {split.replace('_', ' ')}; change --held-out")
+        what = split.replace("_", " ")
+        raise InputError(
+            f"{settings.data} leaves no example for {what}, of {len(rows)} rows; change --held-out, or add images"
+        )
     rows = rows.select_columns([image_column, caption_column])
     return Source(settings.data, rows, image_column, caption_column, chosen, image_ids[chosen])
 

@@ -9,7 +9,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ def train(settings: TrainSettings) -> str:
       InputError: a setting, the data or the model is unfit, the loss is not finite, or there is no space.
       Stopped: SIGTERM or SIGINT came; the run was saved.
     """
+    with noted_signals() as came:
+        return _train(settings, came)
+
+
+def _train(settings: TrainSettings, came: Sequence[int]) -> str:
+    """`came` are the signals that ask to stop."""
     if settings.scan_layers is None:
         settings = dataclasses.replace(settings, scan_layers=jax.default_backend() != "cpu")
     output = Path(settings.output)
@@ -105,11 +111,12 @@ def train(settings: TrainSettings) -> str:
         kept = dataclasses.replace(settings, overwrite=False)
         if is_first():
             _tell(done, notes.get("settings", {}), kept)
-            with new_file(output / SETTINGS) as file:
-                file.write(to_yaml(kept).encode())
+            if done < settings.steps:
+                with new_file(output / SETTINGS) as file:
+                    file.write(to_yaml(kept).encode())
         checkpoints.tidy(done)
         feed = Feed(run.enter_context(batches), mesh)
-        came, log = run.enter_context(noted_signals()), run.enter_context(Log(output, done))
+        log = run.enter_context(Log(output, done))
 
         def save() -> None:
             data = of_all(feed.state)
@@ -132,7 +139,12 @@ def train(settings: TrainSettings) -> str:
         with (
             logging_redirect_tqdm(),
             tqdm(
-                total=settings.steps, initial=done, unit="step", dynamic_ncols=True, disable=not is_first()
+                desc="starting",
+                total=settings.steps,
+                initial=done,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not is_first(),
             ) as progress,
         ):
             while True:
@@ -164,6 +176,7 @@ def train(settings: TrainSettings) -> str:
                         f"{unfit[0]} is not finite at step {done + 1}; {good}; lower --learning-rate or {clipping}"
                     )
                 done, steps_since = done + 1, steps_since + 1
+                progress.set_description(refresh=False)
                 progress.update()
                 if done % settings.log_every == 0 or done == settings.steps:
                     now = time.perf_counter()
@@ -309,11 +322,10 @@ def _check_output(output: Path, checkpoints: Checkpoints, settings: TrainSetting
 
 def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None:
     """Say where a run goes on, and with what other settings."""
-    others = changed(before, settings)
     if done >= settings.steps:
-        logger.warning("the run has its %d steps already; to take more, raise --steps", done)
-    elif others:
-        logger.warning("from step %d on, %s", done, "; ".join(others))
+        logger.warning("the run has %d steps already; to take more, raise --steps above that", done)
+    elif done:
+        logger.info("%s", "; ".join([f"the run goes on after step {done}", *changed(before, settings)]))
 
 
 @contextlib.contextmanager
