@@ -189,8 +189,8 @@ def export(options: argparse.Namespace) -> None:
 def caption(options: argparse.Namespace) -> None:
     model, params, processor = _load(options, Blip2ForPreTraining)
     end = processor.tokenizer.sep_token_id
-    options.max_length = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
-    rules = {name: getattr(options, name) for name in ("num_beams", "max_length", "min_length", "top_p")}
+    rules = {name: getattr(options, name) for name in ("num_beams", "min_length", "top_p")}
+    rules["max_length"] = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
 
     apply: Any = model.apply
 

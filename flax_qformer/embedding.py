@@ -162,7 +162,10 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
             continue
         differing = {name for name, value in notes.items() if before.get(name) != value}
         if differing & {ROWS, SUM_OF_IDS}:
-            raise InputError(f"the shards in {folder} are of other data than there is now; name another --output")
+            raise InputError(
+                f"the shards in {folder} are of other images ({before.get(ROWS)} then, {notes[ROWS]} now); "
+                "name another --output"
+            )
         changed = [f"{name} was {before.get(name)} and is now {notes[name]}" for name in sorted(differing)]
         if changed:
             raise InputError(

@@ -117,7 +117,8 @@ def _around(past: jax.Array, own: jax.Array) -> jax.Array:
 class Blip2QFormerMultiHeadAttention(Block):
     """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`.
 
-    `joined` puts keys, or values, that are past and those of the context together.
+    `joined` puts keys, or values, that are past and those of the context together: in self-attention one after the
+    other, in cross-attention row by row.
     """
 
     config: Blip2QFormerConfig
@@ -456,8 +457,9 @@ class QFormer(Block):
 
         queries = None
         if encoder_hidden_states is not None or image_key_values:
-            batch, *_ = (len(x) for x in (input_ids, encoder_hidden_states) if x is not None)
-            queries = jnp.broadcast_to(self.query_tokens, (batch, *self.query_tokens.shape[1:]))
+            rows = encoder_hidden_states if input_ids is None else input_ids
+            assert rows is not None
+            queries = jnp.broadcast_to(self.query_tokens, (len(rows), *self.query_tokens.shape[1:]))
         x = self.embeddings(queries, input_ids, first_position, deterministic)
         num_queries = 0 if queries is None else queries.shape[1]
 

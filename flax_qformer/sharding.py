@@ -98,8 +98,9 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """Spread a batch over the chips; of several processes, each gives its own part.
 
     Raises:
-      InputError: it does not divide.
+      InputError: it does not divide, or the mesh has other axes.
     """
+    _check_axes(mesh)
     sharding, (_, count) = NamedSharding(mesh, BATCH), batch_part(mesh)
     for name, array in batch.items():
         check_divides(len(array) * count, mesh, name)
@@ -141,13 +142,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole.
-
-    Raises:
-      InputError: the mesh has other axes.
-    """
-    if mesh.axis_names != AXES:
-        raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
+    """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole."""
+    _check_axes(mesh)
     axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
     if len(axes) > len(shape):  # a factored optimizer's state
         axes = ()
@@ -162,6 +158,11 @@ def held_bytes(params: Any) -> tuple[int, int]:
     leaves = jax.tree.leaves(params)
     parts = ({str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves)
     return sum(sum(sizes.values()) for sizes in parts), sum(leaf.nbytes for leaf in leaves)
+
+
+def _check_axes(mesh: Mesh) -> None:
+    if mesh.axis_names != AXES:
+        raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
 
 
 def _fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:

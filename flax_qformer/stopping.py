@@ -1,11 +1,14 @@
 """Ends of a program that somebody asks for while it runs."""
 
 import contextlib
-import os
+import logging
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -26,22 +29,30 @@ class Stopped(Exception):
 def noted_signals() -> Iterator[list[int]]:
     """The signals that asked to stop, instead of their stopping the program at once; a second one does.
 
-    By themselves they would not always: what Python raises for Ctrl-C is lost where JAX collects garbage.
+    Left to Python, a Ctrl-C may be lost: its KeyboardInterrupt vanishes where JAX collects garbage. Only a program's
+    main thread gets signals; in others none come.
     """
     came: list[int] = []
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        signal.signal(number, before[number])
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping, as soon as what is done is kept; once more stops at once\n")
+        restore()
+        logger.warning("stopping, as soon as what is done is kept; once more stops at once")
 
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in SIGNALS}
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
     try:
+        for number in SIGNALS:
+            signal.signal(number, note)
         yield came
     finally:
-        for number in SIGNALS:
-            signal.signal(number, before[number])
+        restore()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The commands as a user runs them, and what they say when they cannot."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -120,6 +121,12 @@ def test_attend_draws_a_picture(tmp_path: Path) -> None:
             assert len(np.unique(np.asarray(image.convert("L")))) > 100
     main(["attend", str(EXAMPLE_IMAGE), "--text", "$x^", "--output", str(tmp_path / "attention.SVG")])
     assert "<svg" in (tmp_path / "attention.SVG").read_text()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"{importlib.metadata.version('flax-qformer')}\n")
 
 
 def test_search_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,8 @@ def test_trees_go_there_and_back(geometry: str, tmp_path: Path) -> None:
     plain, scanned, params = models(geometry, tmp_path)
     stacked = fq.stack_layers(params)
     jax.tree.map(np.testing.assert_array_equal, fq.unstack_layers(stacked), params)
+    with pytest.raises(fq.InputError, match="no model's parameters, which have an encoder, but params"):
+        fq.stack_layers({"params": params})
     for model, tree, message in ((scanned, params, "fq.stack_layers"), (plain, stacked, "fq.unstack_layers")):
         with pytest.raises(fq.InputError, match=message):
             model.apply({"params": tree}, **inputs(geometry))

@@ -190,8 +190,14 @@ def test_unfit_meshes_are_refused(text: str, message: str) -> None:
 
 
 def test_a_mesh_of_other_axes_is_refused() -> None:
-    with pytest.raises(fq.InputError, match="make it with fq.make_mesh"):
-        fq.shard_params({"kernel": np.zeros((2, 2))}, jax.make_mesh((jax.device_count(),), ("data",)))
+    mesh, arrays = jax.make_mesh((jax.device_count(),), ("data",)), {"kernel": np.zeros((2, 2))}
+    for call in (
+        lambda: fq.shard_params(arrays, mesh),
+        lambda: fq.shard_batch(arrays, mesh),
+        lambda: fq.from_pretrained(DEFAULT_MODEL, mesh=mesh),
+    ):
+        with pytest.raises(fq.InputError, match="make it with fq.make_mesh"):
+            call()
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

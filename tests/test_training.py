@@ -31,11 +31,11 @@ from conftest import same
 from flax_qformer import pretraining
 from flax_qformer.cli import main
 from flax_qformer.convert.layouts import parameters
+from flax_qformer.pretraining import train
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.hashing import hashed
 from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings
-from flax_qformer.pretraining.train import Feed
 
 BIN = Path(sys.executable).parent
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -142,20 +142,20 @@ def test_groups_of_parameters() -> None:
     _, params = tree()
     heads = {"vision_proj", "text_proj", "itm_head", "lm_head", "temp"}
     rest = params.keys() - heads - {"visual_encoder"}
-    for train, names in (
+    for groups, names in (
         (["vision"], {"visual_encoder"}),
         (["heads"], heads),
         (["qformer"], rest),
         (["qformer", "heads"], heads | rest),
         (["all"], params.keys()),
     ):
-        trained, frozen = pretraining.partition(params, train)
+        trained, frozen = pretraining.partition(params, groups)
         assert (trained.keys(), frozen.keys()) == (names, params.keys() - names)
         assert same(pretraining.merge(trained, frozen), params)
-        state = pretraining.TrainState.create(params, pretraining.make_optimizer(tree()[0], 0.1), train)
+        state = pretraining.TrainState.create(params, pretraining.make_optimizer(tree()[0], 0.1), groups)
         sizes = sorted(leaf.shape for leaf in jax.tree.leaves(trained))
         kept = sorted(leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.float32)
-        assert kept == sorted(sizes * 2), train
+        assert kept == sorted(sizes * 2), groups
     for wrong in (["tower"], []):
         with pytest.raises(fq.InputError, match="name vision, qformer, heads or all"):
             pretraining.partition(params, wrong)
@@ -421,7 +421,7 @@ def test_what_is_read_ahead_counts_when_it_is_taken() -> None:
         epoch = property(lambda self: self.position / 10)
 
     numbers: Any = Numbers()
-    feed = Feed(numbers, fq.make_mesh())
+    feed = train.Feed(numbers, fq.make_mesh())
     taken = []
     for _ in range(2):
         taken.append((int(feed.take()["x"][0]), feed.state["position"], feed.epoch))
@@ -834,6 +834,13 @@ def test_a_run_is_not_lost(
     ):
         assert message in refused(capsys, *program(folder, run, *more))
         assert files() == before
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        load = train._load
+        patch.setattr(train, "_load", lambda *of: signal.raise_signal(signal.SIGINT) or load(*of))
+        main(list(map(str, program(folder, run, "--overwrite"))))
+    assert stop.value.code == 128 + signal.SIGINT
+    assert "stopped before the run began; nothing was changed" in capsys.readouterr().err
+    assert files() == before
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another program trains in" in refused(capsys, *program(folder, run))
@@ -899,7 +906,10 @@ def test_a_model_of_words_alone_and_nothing_held_out(folder: Path, start: Any) -
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
     # A run that is done is done: its model is written again.
     shutil.rmtree(folder / "fresh" / "model")
-    finish(start(program(folder, "fresh", *more)))
+    settings = (folder / "fresh" / "settings.yaml").read_bytes()
+    told = finish(start(program(folder, "fresh", *more, "--learning-rate", 1)))
+    assert "the run has 1 steps already" in told
+    assert (folder / "fresh" / "settings.yaml").read_bytes() == settings
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
 
 

@@ -281,8 +281,9 @@ def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) ->
     """Grain's iterator over a MapDataset, which decodes about one batch ahead if it has workers."""
     # A worker takes seconds to start, too long for a single batch.
     num_workers = min(num_workers, max(len(elements) - 1, 0) // batch_size)
-    # Starting, it lets held signals through again.
-    multiprocessing.resource_tracker.ensure_running()
+    if num_workers:
+        # Where the resource tracker starts with the first of them, it lets signals through that are held for them.
+        multiprocessing.resource_tracker.ensure_running()
     # By default each worker would decode 500 ahead, in 16 threads.
     elements = elements.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(
@@ -315,7 +316,7 @@ def _end_with_parent() -> None:
 
 def _next_element(elements: Any) -> dict[str, Any]:
     try:
-        with signals_held():  # the first call starts the workers
+        with signals_held():  # the first call starts the workers; the others do not wait for it
             return next(elements)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):

@@ -58,7 +58,7 @@ class Retrieval:
         states, images, texts, tokens = [], [], [], []
         image_ids: dict[int, None] = {}  # in the order of `images`
         text_ids: list[int] = []
-        # However many captions an image has, it is read once; those that wait become a batch.
+        # However many captions an image has, it goes through the model once; those that wait become a batch.
         waiting: list[np.ndarray] = []
 
         def read_images() -> None:
@@ -79,9 +79,9 @@ class Retrieval:
             for number, pixels in zip(numbers, batch["pixel_values"], strict=False):
                 if number not in image_ids:
                     image_ids[number] = None
-                    waiting.append(pixels)
-                if len(waiting) == self._batch_size:
-                    read_images()
+                    waiting.append(pixels.copy())  # not to keep the whole batch
+                    if len(waiting) == self._batch_size:
+                        read_images()
         if waiting:
             read_images()
         if len(image_ids) < 2:

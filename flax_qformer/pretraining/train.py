@@ -52,14 +52,8 @@ def train(settings: TrainSettings) -> str:
 
     Raises:
       InputError: a setting, the data or the model is unfit, the loss is not finite, or there is no space.
-      Stopped: SIGTERM or SIGINT came; the run was saved.
+      Stopped: SIGTERM or SIGINT came; the run was saved, if it had begun.
     """
-    with noted_signals() as came:
-        return _train(settings, came)
-
-
-def _train(settings: TrainSettings, came: Sequence[int]) -> str:
-    """`came` are the signals that ask to stop."""
     if settings.scan_layers is None:
         settings = dataclasses.replace(settings, scan_layers=jax.default_backend() != "cpu")
     output = Path(settings.output)
@@ -69,38 +63,41 @@ def _train(settings: TrainSettings, came: Sequence[int]) -> str:
     check_divides(settings.batch_size, mesh, "--batch-size")
     data = open_source(settings)
     held_out = _open_held_out(settings)
-    model, params, processor = _load(settings, mesh)
-    index, count = batch_part(mesh)
-    batches = Batches(data, processor, settings, process_index=index, process_count=count)
-    if settings.warmup >= settings.steps and is_first():
-        logger.warning(
-            "the warm-up of %d steps outlasts the run: it ends below the learning rate; lower --warmup", settings.warmup
-        )
-    schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
-    optimizer = make_optimizer(
-        model.config,
-        schedule,
-        weight_decay=settings.weight_decay,
-        b1=settings.b1,
-        b2=settings.b2,
-        clip_norm=settings.clip_norm,
-        layer_decay=settings.layer_decay,
-        accumulation=settings.accumulation,
-    )
-    state = TrainState.create(params, optimizer, settings.train, ema=settings.ema_decay > 0, seed=settings.seed)
-    state = shard_params(state, mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        ema_decay=settings.ema_decay,
-        accumulation=settings.accumulation,
-        mesh=mesh,
-        compiler_options=compiler_options(),
-    )
-    retrieval = Retrieval(model, settings.batch_size, mesh)
-
-    wait_for_all("checked")
     with contextlib.ExitStack() as run:
+        came = run.enter_context(noted_signals())
+        model, params, processor = _load(settings, mesh)
+        index, count = batch_part(mesh)
+        batches = Batches(data, processor, settings, process_index=index, process_count=count)
+        if settings.warmup >= settings.steps and is_first():
+            logger.warning(
+                "the warm-up of %d steps outlasts the run: it ends below the learning rate; lower --warmup",
+                settings.warmup,
+            )
+        schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
+        optimizer = make_optimizer(
+            model.config,
+            schedule,
+            weight_decay=settings.weight_decay,
+            b1=settings.b1,
+            b2=settings.b2,
+            clip_norm=settings.clip_norm,
+            layer_decay=settings.layer_decay,
+            accumulation=settings.accumulation,
+        )
+        state = TrainState.create(params, optimizer, settings.train, ema=settings.ema_decay > 0, seed=settings.seed)
+        state = shard_params(state, mesh)
+        step = make_train_step(
+            model,
+            optimizer,
+            ema_decay=settings.ema_decay,
+            accumulation=settings.accumulation,
+            mesh=mesh,
+            compiler_options=compiler_options(),
+        )
+        retrieval = Retrieval(model, settings.batch_size, mesh)
+
+        if any_process(bool(came)):
+            raise Stopped(_first(came), "stopped before the run began; nothing was changed")
         if is_first():
             run.enter_context(_begun(output, settings.overwrite))
         wait_for_all("begun")
@@ -151,8 +148,9 @@ def _train(settings: TrainSettings, came: Sequence[int]) -> str:
                 if any_process(bool(came)):
                     save()
                     again = "the same command without --overwrite" if settings.overwrite else "the same command"
-                    number = came[0] if came else signal.SIGTERM
-                    raise Stopped(number, f"stopped after step {done}, which is saved; {again} goes on from there")
+                    raise Stopped(
+                        _first(came), f"stopped after step {done}, which is saved; {again} goes on from there"
+                    )
                 if done >= settings.steps:
                     evaluate()
                     break
@@ -211,7 +209,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
 
 
 class Feed:
-    """Batches on the devices, of which one is read ahead while they work.
+    """Batches on the devices; at a step's end, the next step's first is read ahead while the devices work.
 
     Attributes:
       state: the position in the data after the last batch taken.
@@ -224,7 +222,7 @@ class Feed:
         self._note()
 
     def take(self) -> dict[str, jax.Array]:
-        batch, self._ahead = self._ahead or self._read(), None
+        batch, self._ahead = self._read() if self._ahead is None else self._ahead, None
         if isinstance(batch, InputError):
             raise batch
         self._note()
@@ -304,6 +302,11 @@ class Log:
             self._evaluated.add(step)
 
 
+def _first(came: Sequence[int]) -> int:
+    """The signal that asked to stop, here or in another process."""
+    return came[0] if came else signal.SIGTERM
+
+
 def _check_output(output: Path, checkpoints: Checkpoints, settings: TrainSettings) -> None:
     """Whether the run's folder can be made, or the run in it can go on."""
     if output.exists() and not output.is_dir():
@@ -324,8 +327,10 @@ def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None
     """Say where a run goes on, and with what other settings."""
     if done >= settings.steps:
         logger.warning("the run has %d steps already; to take more, raise --steps above that", done)
-    elif done:
-        logger.info("%s", "; ".join([f"the run goes on after step {done}", *changed(before, settings)]))
+    elif before:
+        others = changed(before, settings)
+        told = "; ".join([f"the run goes on after step {done}", *others])
+        logger.log(logging.WARNING if others else logging.INFO, "%s", told)
 
 
 @contextlib.contextmanager
