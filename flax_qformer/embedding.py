@@ -160,16 +160,16 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is no whole shard (%s): making it anew", path, first_line(error))
             continue
-        differing = {name for name, value in notes.items() if before.get(name) != value}
-        if differing & {ROWS, SUM_OF_IDS}:
+        changed = [name for name, value in notes.items() if before.get(name) != value]
+        if ROWS in changed or SUM_OF_IDS in changed:
             raise InputError(
                 f"the shards in {folder} are of other images ({before.get(ROWS)} then, {notes[ROWS]} now); "
                 "name another --output"
             )
-        changed = [f"{name} was {before.get(name)} and is now {notes[name]}" for name in sorted(differing)]
         if changed:
+            told = "; ".join(f"{name} was {before.get(name)} and is now {notes[name]}" for name in changed)
             raise InputError(
-                f"the shards in {folder} cannot be completed with other settings: {'; '.join(changed)}. Set them back, "
+                f"the shards in {folder} cannot be completed with other settings: {told}. Set them back, "
                 "or name another --output"
             )
         errors[path] = len(column) - column.null_count
