@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -214,6 +215,8 @@ class _Intermediate(Block):
         return self.dense("dense", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
 
 
+# As the tower's: layers that are alike are traced once.
+@partial(nn.jit, static_argnums=(8, 9))  # num_queries, deterministic
 class Blip2QFormerLayer(Block):
     """Self-attention over all tokens, cross-attention for the queries, and a feed-forward each for queries and text.
 

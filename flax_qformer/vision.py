@@ -1,6 +1,7 @@
 """Pixels to image embeddings: the vision tower."""
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import flax.struct
@@ -83,6 +84,8 @@ class Blip2MLP(Block):
         return self.dense("fc2", (c.intermediate_size,), (c.hidden_size,))(x)
 
 
+# Layers that are alike are traced once, which is most of a start where all has been compiled before.
+@partial(nn.jit, static_argnums=(2,))  # deterministic
 class Blip2EncoderLayer(Block):
     """A pre-norm transformer block. Source: transformers `Blip2EncoderLayer`."""
 

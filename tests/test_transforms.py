@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 import cases
 import flax_qformer as fq
 from conftest import checkpointing, write_upstream
-from flax_qformer import layers
+from flax_qformer import layers, vision
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 
 CONFIG = fq.Blip2Config.from_dict(
@@ -173,17 +172,18 @@ def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: 
     assert whole - operations(lambda output: output.query_embeddings) > text
 
 
-def test_parameters_are_checked_and_not_drawn_again() -> None:
-    def draw(*_: Any) -> jax.Array:
-        raise AssertionError("the initializer was traced")
+def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, attend = [], vision.dot_product_attention
 
-    kernel, x = np.ones((2, 3), np.float32), jnp.ones((1, 2))
-    layers.Dense((2,), (3,), use_bias=False, kernel_init=draw).apply({"params": {"kernel": kernel}}, x)
-    dense = layers.Dense((2,), (3,), use_bias=False)
-    with pytest.raises(ScopeParamShapeError, match=r"\(2, 3\)"):
-        dense.apply({"params": {"kernel": kernel.T}}, x)
-    with pytest.raises(ScopeParamNotFoundError, match="kernel"):
-        dense.apply({"params": {"weight": kernel}}, x)
+    def counted(*arrays: jax.Array, **details: Any) -> Any:
+        traced.append(arrays[0].shape)
+        return attend(*arrays, **details)
+
+    monkeypatch.setattr(vision, "dot_product_attention", counted)
+    # A number of layers that no other test has, since what has been traced is kept.
+    deep = dataclasses.replace(CONFIG, vision_config=dataclasses.replace(CONFIG.vision_config, num_hidden_layers=7))
+    jax.eval_shape(fq.Blip2QFormerModel(deep).init, jax.random.key(0), **batch)
+    assert len(traced) == 1
 
 
 def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:
