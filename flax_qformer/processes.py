@@ -5,8 +5,10 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .errors import InputError, first_line
 
@@ -56,7 +58,21 @@ def is_first() -> bool:
 
 def any_process(flag: bool) -> bool:
     """Whether it is true in any process; all ask together."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+    return bool(ask_all(flag))
+
+
+def ask_all(flag: Any) -> Any:
+    """As `any_process`, without waiting: the answer is a bool when it is made one.
+
+    One process gets its own flag, which may be a list that something is still put into. Of several, the devices pass
+    on what it is now, after all that they were given before.
+    """
+    if jax.process_count() == 1:
+        return flag
+    mesh = Mesh(np.array(jax.devices()), "device")
+    flags = np.full(jax.local_device_count(), bool(flag))
+    asked = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("device")), flags)
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(asked)
 
 
 def wait_for_all(place: str) -> None:

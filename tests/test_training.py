@@ -864,14 +864,34 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     monkeypatch.setattr("flax_qformer.pretraining.train._short", str)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
 def test_a_loss_that_is_not_finite_stops_the_run(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_late: bool
 ) -> None:
     fail_in(monkeypatch, 5)
-    message = refused(capsys, *program(folder, "broken", "--num-workers", 0, "--evaluate-every", 0))
+    monkeypatch.setattr(train.Reports, "is_late", is_late)
+    run = tmp_path / "broken"
+    message = refused(capsys, *program(folder, run, "--num-workers", 0, "--evaluate-every", 0))
     assert "train: loss is not finite at step 3; the last good checkpoint is of step 2; lower --learning" in message
-    assert last_step(folder / "broken") == 2
-    assert not (folder / "broken" / "model").exists()
+    assert last_step(run) == 2
+    assert not (run / "model").exists()
+
+
+def test_a_step_is_told_of_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a signal is heeded then, the same one in all processes."""
+    monkeypatch.setattr(train.Reports, "is_late", True)
+    monkeypatch.setattr(train, "_short", str)
+    told: list[int] = []
+    log: Any = SimpleNamespace(write=lambda step, _: told.append(step))
+    settings = TrainSettings(data="", output=str(tmp_path), model="", log_every=1)
+    reports = train.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.tqdm(disable=True), False)
+    for number in (1, 2, 3):
+        reports.add(train.Step(number, [{"loss": jnp.float32(0)}], 0, 0, asked=jnp.bool_(number == 3)))
+        assert told == list(range(1, number))
+        assert not reports.must_stop
+    reports.catch_up()
+    assert told == [1, 2, 3]
+    assert reports.must_stop
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, changed, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
 from flax_qformer.pretraining.step import TrainState, make_train_step
-from flax_qformer.processes import any_process, is_first, of_all, wait_for_all
+from flax_qformer.processes import any_process, ask_all, is_first, of_all, wait_for_all
 from flax_qformer.processor import Processor
 from flax_qformer.sharding import batch_part, check_divides, named_mesh, shard_batch, shard_params
 from flax_qformer.source import locate
@@ -74,6 +74,8 @@ def train(settings: TrainSettings) -> str:
                 settings.warmup,
             )
         schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
+        # All at once: on the devices, a rate would wait for the step that they do.
+        rates = np.asarray(schedule(np.arange(settings.steps)))
         optimizer = make_optimizer(
             model.config,
             schedule,
@@ -132,7 +134,6 @@ def train(settings: TrainSettings) -> str:
                     raise
                 logger.warning("no evaluation: %s", error)
 
-        started, steps_since = time.perf_counter(), 0
         with (
             logging_redirect_tqdm(),
             tqdm(
@@ -144,53 +145,30 @@ def train(settings: TrainSettings) -> str:
                 disable=not is_first(),
             ) as progress,
         ):
-            while True:
-                if any_process(bool(came)):
-                    save()
-                    again = "the same command without --overwrite" if settings.overwrite else "the same command"
-                    raise Stopped(
-                        _first(came), f"stopped after step {done}, which is saved; {again} goes on from there"
-                    )
-                if done >= settings.steps:
-                    evaluate()
-                    break
+            reports = Reports(settings, rates, checkpoints, log, progress, ask_all(came))
+            while done < settings.steps and not reports.must_stop:
                 if done and settings.evaluate_every and done % settings.evaluate_every == 0:
+                    reports.catch_up()
                     evaluate()
-                    started, steps_since = time.perf_counter(), 0
+                    reports.start_clock()
                 parts = []
                 for _ in range(settings.accumulation):
                     state, metrics = step(state, feed.take())
                     parts.append(metrics)
-                if done + 1 < settings.steps:
+                done += 1
+                given = Step(done, parts, feed.epoch, feed.state["skipped"], ask_all(came))
+                if done < settings.steps:
                     feed.read_ahead()
-                parts = jax.device_get(parts)
-                figures = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
-                unfit = [name for name, value in figures.items() if not math.isfinite(value)]
-                if unfit:
-                    saved = checkpoints.steps()
-                    good = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
-                    clipping = "lower --clip-norm" if settings.clip_norm else "set --clip-norm"
-                    raise InputError(
-                        f"{unfit[0]} is not finite at step {done + 1}; {good}; lower --learning-rate or {clipping}"
-                    )
-                done, steps_since = done + 1, steps_since + 1
-                progress.set_description(refresh=False)
-                progress.update()
-                if done % settings.log_every == 0 or done == settings.steps:
-                    now = time.perf_counter()
-                    step_time = (now - started) / steps_since
-                    figures |= {
-                        "learning_rate": float(schedule(done - 1)),
-                        "images_per_second": settings.batch_size * settings.accumulation / step_time,
-                        "step_time": step_time,
-                        "epoch": feed.epoch,
-                        "skipped": feed.state["skipped"],
-                    }
-                    log.write(done, figures)
-                    progress.set_postfix_str(_short(figures))
-                    started, steps_since = now, 0
+                reports.add(given)
                 if done % settings.save_every == 0 or done == settings.steps:
+                    reports.catch_up()
                     save()
+            if reports.must_stop:
+                reports.catch_up()
+                save()
+                again = "the same command without --overwrite" if settings.overwrite else "the same command"
+                raise Stopped(_first(came), f"stopped after step {done}, which is saved; {again} goes on from there")
+            evaluate()
     save_pretrained(output / "model", model, state.averaged_params, processor, overwrite=True)
     return f"trained {done} steps, {feed.state['skipped']} examples skipped; wrote {output / 'model'}{log.last()}"
 
@@ -240,6 +218,104 @@ class Feed:
 
     def _note(self) -> None:
         self.state, self.epoch = self._batches.get_state(), self._batches.epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that the devices were given.
+
+    Attributes:
+      number: of the step, from 1.
+      parts: the metrics of each of its batches.
+      epoch, skipped: passes over the data, and examples left out, up to there.
+      asked: whether a signal asked to stop before; see `ask_all`.
+    """
+
+    number: int
+    parts: list[dict[str, jax.Array]]
+    epoch: int
+    skipped: int
+    asked: Any
+
+
+class Reports:
+    """What steps come to.
+
+    It is told one step late: while the program waits for a step, the devices have the next one to work on. On a CPU,
+    where both would have their temporaries at once, it is told in time.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        rates: np.ndarray,
+        checkpoints: Checkpoints,
+        log: "Log",
+        progress: tqdm,
+        asked: Any,
+    ) -> None:
+        self._settings, self._rates, self._checkpoints = settings, rates, checkpoints
+        self._log, self._progress, self._asked = log, progress, asked
+        self._given: Step | None = None
+        self.start_clock()
+
+    @property
+    def is_late(self) -> bool:
+        return jax.default_backend() != "cpu"
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether a signal asked to stop, the same in all processes."""
+        return bool(self._asked)
+
+    def start_clock(self) -> None:
+        """Count the time of a step from now on."""
+        self._started, self._timed = time.perf_counter(), 0
+
+    def add(self, step: Step) -> None:
+        """Take a step to tell of, after the one before it."""
+        self.catch_up()
+        self._given = step
+        if not self.is_late:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Wait for the devices, and tell of the last step that they were given.
+
+        Raises:
+          InputError: a figure is not finite.
+        """
+        step, self._given = self._given, None
+        if step is None:
+            return
+        parts = jax.device_get(step.parts)
+        figures = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+        self._check_finite(step.number, figures)
+        self._asked, self._timed = step.asked, self._timed + 1
+        self._progress.set_description(refresh=False)
+        self._progress.update()
+        settings = self._settings
+        if step.number % settings.log_every == 0 or step.number == settings.steps:
+            now = time.perf_counter()
+            step_time = (now - self._started) / self._timed
+            figures |= {
+                "learning_rate": float(self._rates[step.number - 1]),
+                "images_per_second": settings.batch_size * settings.accumulation / step_time,
+                "step_time": step_time,
+                "epoch": step.epoch,
+                "skipped": step.skipped,
+            }
+            self._log.write(step.number, figures)
+            self._progress.set_postfix_str(_short(figures))
+            self._started, self._timed = now, 0
+
+    def _check_finite(self, number: int, figures: Mapping[str, float]) -> None:
+        unfit = [name for name, value in figures.items() if not math.isfinite(value)]
+        if unfit:
+            saved = self._checkpoints.steps()
+            good = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
+            clipping = "lower --clip-norm" if self._settings.clip_norm else "set --clip-norm"
+            raise InputError(f"{unfit[0]} is not finite at step {number}; {good}; lower --learning-rate or {clipping}")
 
 
 class Log:
