@@ -233,7 +233,7 @@ class Step:
 
     number: int
     parts: list[dict[str, jax.Array]]
-    epoch: int
+    epoch: float
     skipped: int
     asked: Any
 
