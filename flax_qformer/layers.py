@@ -141,7 +141,17 @@ def whole(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
 
 
-def recomputed(layer: Block, activations: tuple, rest: tuple = (), static: tuple = ()) -> Any:
+def traced_once(layer_class: type[Block], x: jax.Array) -> Any:
+    """The class for the layers of an encoder that gets x: where it is traced, layers that are alike are traced once.
+
+    What looks on meanwhile (`nn.tabulate`, `nn.intercept_methods`, names in a profile) sees the first of them. It is
+    made anew for each call of an encoder, so that nothing is left of what others called for, which Flax would not tell
+    apart.
+    """
+    return nn.jit(layer_class) if isinstance(x, jax.core.Tracer) else layer_class
+
+
+def recomputed(layer: Block, activations: tuple, rest: tuple = ()) -> Any:
     """Run a layer and, in the backward pass, run it again instead of keeping what it computed.
 
     This is `jax.checkpoint`, but it saves memory on CPU too: XLA's CPU compiler drops the barrier that should keep the
@@ -151,13 +161,12 @@ def recomputed(layer: Block, activations: tuple, rest: tuple = (), static: tuple
     Args:
       activations: the layer's first arguments, arrays or None.
       rest: further arrays or None.
-      static: its last arguments, Python values.
 
     Returns:
       What the layer returns, of which the first part is an array.
     """
     if layer.is_initializing():
-        return layer(*activations, *rest, *static)
+        return layer(*activations, *rest)
     scope, counters = layer.scope, {}
     assert scope is not None
     # Flax folds a dropout's key from the names above it and the count of its calls: both runs begin with the layer's.
@@ -166,7 +175,7 @@ def recomputed(layer: Block, activations: tuple, rest: tuple = (), static: tuple
     def run(activations: tuple, rest: tuple, params: Any, keys: dict[str, jax.Array]) -> Any:
         inner = Scope({"params": params}, {stream: LazyRng(key, names[stream]) for stream, key in keys.items()})
         inner.rng_counters = _copied(before)
-        output = layer.clone(parent=inner, name=None)(*activations, *rest, *static)
+        output = layer.clone(parent=inner, name=None)(*activations, *rest)
         counters.update(inner.rng_counters)
         return output
 

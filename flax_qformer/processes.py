@@ -61,11 +61,9 @@ def any_process(flag: bool) -> bool:
     return bool(ask_all(flag))
 
 
-def ask_all(flag: Any) -> Any:
-    """As `any_process`, without waiting: the answer is a bool when it is made one.
-
-    One process gets its own flag, which may be a list that something is still put into. Of several, the devices pass
-    on what it is now, after all that they were given before.
+def ask_all(flag: bool) -> Any:
+    """As `any_process`, without waiting: a bool, or an array of one that is there when all is done that was given to
+    the devices before.
     """
     if jax.process_count() == 1:
         return flag

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from .layers import (
     mask_bias,
     recomputed,
     scanned,
+    traced_once,
     whole,
 )
 from .vision import Blip2VisionModel, VisionOutput
@@ -215,8 +215,6 @@ class _Intermediate(Block):
         return self.dense("dense", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
 
 
-# As the tower's: layers that are alike are traced once.
-@partial(nn.jit, static_argnums=(8, 9))  # num_queries, deterministic
 class Blip2QFormerLayer(Block):
     """Self-attention over all tokens, cross-attention for the queries, and a feed-forward each for queries and text.
 
@@ -227,6 +225,8 @@ class Blip2QFormerLayer(Block):
     config: Blip2QFormerConfig
     heads: tuple[int, ...]
     cross_attends: bool
+    num_queries: int
+    deterministic: bool
 
     @nn.compact
     def __call__(
@@ -238,8 +238,6 @@ class Blip2QFormerLayer(Block):
         head_mask: jax.Array | None,
         past: KeyValue | None,
         image_past: KeyValue | None,
-        num_queries: int,
-        deterministic: bool,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, KeyValue | None, KeyValue | None]:
         """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and what it came from.
 
@@ -250,22 +248,22 @@ class Blip2QFormerLayer(Block):
         c, cross_weights, image_cache = self.config, None, None
         kept = None if head_mask is None else head_mask[:, self.heads, :, :]
         attention = Blip2QFormerAttention(c, len(self.heads), _one_after_other, name="attention", **self.policy)
-        x, weights, cache = attention(x, x, bias, kept, past, deterministic)
-        queries, text = x[:, :num_queries], x[:, num_queries:]
-        if num_queries:
+        x, weights, cache = attention(x, x, bias, kept, past, self.deterministic)
+        queries, text = x[:, : self.num_queries], x[:, self.num_queries :]
+        if self.num_queries:
             if self.cross_attends and (image is not None or image_past is not None):
                 cross = Blip2QFormerAttention(c, c.num_attention_heads, _around, name="crossattention", **self.policy)
                 queries, cross_weights, image_cache = cross(
-                    queries, image, image_bias, head_mask, image_past, deterministic
+                    queries, image, image_bias, head_mask, image_past, self.deterministic
                 )
-            queries = self._feed_forward(queries, "_query", deterministic)
+            queries = self._feed_forward(queries, "_query")
         if text.shape[1]:
-            text = self._feed_forward(text, "", deterministic)
+            text = self._feed_forward(text, "")
         return jnp.concatenate([queries, text], axis=1), queries, weights, cross_weights, cache, image_cache
 
-    def _feed_forward(self, x: jax.Array, suffix: str, deterministic: bool) -> jax.Array:
+    def _feed_forward(self, x: jax.Array, suffix: str) -> jax.Array:
         inner = _Intermediate(self.config, name=f"intermediate{suffix}", **self.policy)(x)
-        return _ResidualOutput(self.config, name=f"output{suffix}", **self.policy)(inner, x, deterministic)
+        return _ResidualOutput(self.config, name=f"output{suffix}", **self.policy)(inner, x, self.deterministic)
 
 
 class Blip2QFormerEncoder(Block):
@@ -302,9 +300,10 @@ class Blip2QFormerEncoder(Block):
             return self._scan(x, image, bias, image_bias, head_mask, past, image_past, num_queries, deterministic)
         states, attentions, cross_attentions, caches, image_caches = [x], [], [], [], []
         queries, images = x[:, :num_queries], iter(image_past or ())
+        layer_class = traced_once(Blip2QFormerLayer, x)
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
-            layer = Blip2QFormerLayer(c, heads, cross_attends, name=f"layer_{i}", **self.policy)
+            layer = layer_class(c, heads, cross_attends, num_queries, deterministic, name=f"layer_{i}", **self.policy)
             rest = (
                 bias,
                 image_bias,
@@ -312,12 +311,11 @@ class Blip2QFormerEncoder(Block):
                 None if past is None else past[i],
                 next(images, None) if cross_attends else None,
             )
-            static = (num_queries, deterministic)
             if c.gradient_checkpointing:
-                x, _, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest, static)
+                x, _, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest)
                 queries = x[:, :num_queries]  # the gradient has to come through the first output
             else:
-                x, queries, weights, cross_weights, cache, image_cache = layer(x, image, *rest, *static)
+                x, queries, weights, cross_weights, cache, image_cache = layer(x, image, *rest)
             states.append(x)
             attentions.append(weights)
             caches.append(cache)

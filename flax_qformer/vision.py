@@ -1,7 +1,6 @@
 """Pixels to image embeddings: the vision tower."""
 
 import dataclasses
-from functools import partial
 
 import flax.linen as nn
 import flax.struct
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from .activations import ACTIVATIONS
 from .config import Blip2VisionConfig
 from .errors import InputError
-from .layers import INITIALIZER, Block, check_stacked, dot_product_attention, recomputed, scanned
+from .layers import INITIALIZER, Block, check_stacked, dot_product_attention, recomputed, scanned, traced_once
 
 
 @flax.struct.dataclass
@@ -84,19 +83,18 @@ class Blip2MLP(Block):
         return self.dense("fc2", (c.intermediate_size,), (c.hidden_size,))(x)
 
 
-# Layers that are alike are traced once, which is most of a start where all has been compiled before.
-@partial(nn.jit, static_argnums=(2,))  # deterministic
 class Blip2EncoderLayer(Block):
     """A pre-norm transformer block. Source: transformers `Blip2EncoderLayer`."""
 
     config: Blip2VisionConfig
+    deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x: (batch, tokens, width) -> the same shape, and weights (batch, heads, tokens, tokens)."""
         c = self.config
         normed = self.layer_norm("layer_norm1", c.layer_norm_eps)(x)
-        attended, weights = Blip2Attention(c, name="self_attn", **self.policy)(normed, deterministic)
+        attended, weights = Blip2Attention(c, name="self_attn", **self.policy)(normed, self.deterministic)
         x += attended
         normed = self.layer_norm("layer_norm2", c.layer_norm_eps)(x)
         return x + Blip2MLP(c, name="mlp", **self.policy)(normed), weights
@@ -119,13 +117,10 @@ class Blip2Encoder(Block):
         check_stacked(self, self.scan_layers)
         if self.scan_layers:
             return self._scan(x, deterministic)
-        states, attentions = [x], []
+        states, attentions, layer_class = [x], [], traced_once(Blip2EncoderLayer, x)
         for i in range(c.num_hidden_layers):
-            layer = Blip2EncoderLayer(c, name=f"layers_{i}", **self.policy)
-            if c.gradient_checkpointing:
-                x, weights = recomputed(layer, (x,), static=(deterministic,))
-            else:
-                x, weights = layer(x, deterministic)
+            layer = layer_class(c, deterministic, name=f"layers_{i}", **self.policy)
+            x, weights = recomputed(layer, (x,)) if c.gradient_checkpointing else layer(x)
             states.append(x)
             attentions.append(weights)
         return states, attentions

@@ -116,16 +116,27 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
     subprocess.run(drawing, check=True)
 
     def train(run: Path) -> list[subprocess.Popen[str]]:
-        sizes = "--batch-size 8 --steps 12 --warmup 2 --save-every 4 --log-every 1 --max-text-length 12 --num-workers 0"
+        sizes = "--batch-size 8 --steps 24 --warmup 2 --save-every 4 --log-every 1 --max-text-length 12 --num-workers 0"
         split = "--distributed --mesh data=-1,fsdp=2 --held-out 0 --dtype float32"
         program = Path(sys.executable).with_name("flax-qformer")
         return job(program, "train", "--data", tmp_path / "data", "--output", run, *sizes.split(), *split.split())
 
+    def wait_for(step: int) -> None:
+        while not any(int(path.stem) >= step for path in (lost / "checkpoints").glob("*.json")):
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.02)
+
     lost, whole = tmp_path / "lost", tmp_path / "whole"
     first, second = train(lost)
-    while not (lost / "checkpoints" / "4.json").exists():
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.1)
+    wait_for(4)
+    second.terminate()
+    told = [process.communicate(timeout=300)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [128 + signal.SIGTERM] * 2, told
+    stopped = re.search(r"stopped after step (\d+)", told[0])
+    assert stopped, told[0]
+    assert stopped[0] in told[1]
+    first, second = train(lost)
+    wait_for(int(stopped[1]) + 1)
     second.kill()
     second.communicate()
     _, told = first.communicate(timeout=300)

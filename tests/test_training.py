@@ -878,20 +878,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_a_step_is_told_of_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a signal is heeded then, the same one in all processes."""
     monkeypatch.setattr(train.Reports, "is_late", True)
     monkeypatch.setattr(train, "_short", str)
     told: list[int] = []
     log: Any = SimpleNamespace(write=lambda step, _: told.append(step))
     settings = TrainSettings(data="", output=str(tmp_path), model="", log_every=1)
-    reports = train.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.tqdm(disable=True), False)
+    reports = train.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.tqdm(disable=True))
     for number in (1, 2, 3):
-        reports.add(train.Step(number, [{"loss": jnp.float32(0)}], 0, 0, asked=jnp.bool_(number == 3)))
+        reports.add(train.Step(number, [{"loss": jnp.float32(0)}], 0, 0))
         assert told == list(range(1, number))
-        assert not reports.must_stop
     reports.catch_up()
     assert told == [1, 2, 3]
-    assert reports.must_stop
 
 
 @pytest.mark.slow

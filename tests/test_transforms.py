@@ -14,7 +14,7 @@ from flax import nnx
 import cases
 import flax_qformer as fq
 from conftest import checkpointing, write_upstream
-from flax_qformer import layers, vision
+from flax_qformer import layers, qformer, vision
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 
 CONFIG = fq.Blip2Config.from_dict(
@@ -173,17 +173,26 @@ def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: 
 
 
 def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced, attend = [], vision.dot_product_attention
+    traced, attend = [], layers.dot_product_attention
 
     def counted(*arrays: jax.Array, **details: Any) -> Any:
         traced.append(arrays[0].shape)
         return attend(*arrays, **details)
 
-    monkeypatch.setattr(vision, "dot_product_attention", counted)
-    # A number of layers that no other test has, since what has been traced is kept.
-    deep = dataclasses.replace(CONFIG, vision_config=dataclasses.replace(CONFIG.vision_config, num_hidden_layers=7))
-    jax.eval_shape(fq.Blip2QFormerModel(deep).init, jax.random.key(0), **batch)
-    assert len(traced) == 1
+    for module in (vision, qformer):
+        monkeypatch.setattr(module, "dot_product_attention", counted)
+    parts = {
+        name: dataclasses.replace(getattr(CONFIG, name), num_hidden_layers=4)
+        for name in ("vision_config", "qformer_config")
+    }
+    model = fq.Blip2QFormerModel(dataclasses.replace(CONFIG, **parts))
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    draw = partial(model.init_with_output, deterministic=False, capture_intermediates=True)
+    _, variables = jax.eval_shape(draw, rngs, **batch)
+    # Of the tower, of self-attention, of cross-attention.
+    assert len(traced) == 3
+    found = variables["intermediates"]["visual_encoder"]["encoder"]
+    assert [set(found[f"layers_{i}"]) for i in range(4)] == [set(found["layers_0"])] * 4
 
 
 def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:

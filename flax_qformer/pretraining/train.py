@@ -145,26 +145,30 @@ def train(settings: TrainSettings) -> str:
                 disable=not is_first(),
             ) as progress,
         ):
-            reports = Reports(settings, rates, checkpoints, log, progress, ask_all(came))
-            while done < settings.steps and not reports.must_stop:
+            reports, is_asked = Reports(settings, rates, checkpoints, log, progress), False
+            while done < settings.steps and not is_asked:
                 if done and settings.evaluate_every and done % settings.evaluate_every == 0:
                     reports.catch_up()
+                    if any_process(bool(came)):
+                        break
                     evaluate()
                     reports.start_clock()
-                parts = []
+                # Before the step, so that nobody waits for this one to learn the answer.
+                asked, parts = ask_all(bool(came)), []
                 for _ in range(settings.accumulation):
                     state, metrics = step(state, feed.take())
                     parts.append(metrics)
                 done += 1
-                given = Step(done, parts, feed.epoch, feed.state["skipped"], ask_all(came))
+                given = Step(done, parts, feed.epoch, feed.state["skipped"])
                 if done < settings.steps:
                     feed.read_ahead()
                 reports.add(given)
                 if done % settings.save_every == 0 or done == settings.steps:
                     reports.catch_up()
                     save()
-            if reports.must_stop:
-                reports.catch_up()
+                is_asked = bool(asked) or (jax.process_count() == 1 and bool(came))
+            reports.catch_up()
+            if any_process(bool(came)):
                 save()
                 again = "the same command without --overwrite" if settings.overwrite else "the same command"
                 raise Stopped(_first(came), f"stopped after step {done}, which is saved; {again} goes on from there")
@@ -228,14 +232,12 @@ class Step:
       number: of the step, from 1.
       parts: the metrics of each of its batches.
       epoch, skipped: passes over the data, and examples left out, up to there.
-      asked: whether a signal asked to stop before; see `ask_all`.
     """
 
     number: int
     parts: list[dict[str, jax.Array]]
     epoch: float
     skipped: int
-    asked: Any
 
 
 class Reports:
@@ -252,21 +254,15 @@ class Reports:
         checkpoints: Checkpoints,
         log: "Log",
         progress: tqdm,
-        asked: Any,
     ) -> None:
         self._settings, self._rates, self._checkpoints = settings, rates, checkpoints
-        self._log, self._progress, self._asked = log, progress, asked
+        self._log, self._progress = log, progress
         self._given: Step | None = None
         self.start_clock()
 
     @property
     def is_late(self) -> bool:
         return jax.default_backend() != "cpu"
-
-    @property
-    def must_stop(self) -> bool:
-        """Whether a signal asked to stop, the same in all processes."""
-        return bool(self._asked)
 
     def start_clock(self) -> None:
         """Count the time of a step from now on."""
@@ -291,7 +287,7 @@ class Reports:
         parts = jax.device_get(step.parts)
         figures = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
         self._check_finite(step.number, figures)
-        self._asked, self._timed = step.asked, self._timed + 1
+        self._timed += 1
         self._progress.set_description(refresh=False)
         self._progress.update()
         settings = self._settings
