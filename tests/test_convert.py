@@ -230,7 +230,7 @@ def test_published_geometry() -> None:
     assert BLIP_DIFFUSION.vision_config.num_positions == 257
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_round_trip_through_the_disk_keeps_every_byte(tmp_path: Path, dtype: str) -> None:
     config = dataclasses.replace(fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"]), pruned_heads={1: [2]})
     write_upstream(tmp_path / "torch", config)

@@ -147,7 +147,7 @@ def test_dropout_is_wherever_upstream_has_it(case: Case) -> None:
         case.expect(f"dropout_{label}", output)
 
 
-@pytest.mark.parametrize("geometry", cases.PRUNED)
+@pytest.mark.parametrize("geometry", [pytest.param("frequency_1", marks=pytest.mark.slow), "frequency_2"])
 def test_pruned_heads(geometry: str, upstream_folder: Any, golden: Any) -> None:
     case = Case(geometry, upstream_folder, golden)
     heads = cases.PRUNED[geometry]

@@ -99,9 +99,8 @@ def test_parameters_keep_their_dtype(batch: Any) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize(
-    "model_class", [fq.Blip2QFormerModel, pytest.param(Blip2ForPreTraining, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", [fq.Blip2QFormerModel, Blip2ForPreTraining])
 def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, batch: Any) -> None:
     """Each dropout drops the same, in both runs, also where a layer is called several times."""
     params = jax.jit(model_class(CONFIG).init)(jax.random.key(0), **batch)["params"]
