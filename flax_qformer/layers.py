@@ -141,14 +141,15 @@ def whole(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
 
 
-def traced_once(layer_class: type[Block], x: jax.Array) -> Any:
-    """The class for the layers of an encoder that gets x: where it is traced, layers that are alike are traced once.
+def traced_once(layer_class: type[Block]) -> Any:
+    """The class for an encoder's layers: under `jax.jit`, layers that are alike are traced once.
 
     What looks on meanwhile (`nn.tabulate`, `nn.intercept_methods`, names in a profile) sees the first of them. It is
     made anew for each call of an encoder, so that nothing is left of what others called for, which Flax would not tell
-    apart.
+    apart. Without `jax.jit` each call would compile it, under `jax.grad` too.
     """
-    return nn.jit(layer_class) if isinstance(x, jax.core.Tracer) else layer_class
+    # There, and only there, even what depends on no argument is traced.
+    return nn.jit(layer_class) if isinstance(jnp.zeros(()), jax.core.Tracer) else layer_class
 
 
 def recomputed(layer: Block, activations: tuple, rest: tuple = ()) -> Any:

@@ -68,7 +68,7 @@ def ask_all(flag: bool) -> Any:
     if jax.process_count() == 1:
         return flag
     mesh = Mesh(np.array(jax.devices()), "device")
-    flags = np.full(jax.local_device_count(), bool(flag))
+    flags = np.full(jax.local_device_count(), flag)
     asked = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("device")), flags)
     return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(asked)
 

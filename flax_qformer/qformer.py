@@ -300,7 +300,7 @@ class Blip2QFormerEncoder(Block):
             return self._scan(x, image, bias, image_bias, head_mask, past, image_past, num_queries, deterministic)
         states, attentions, cross_attentions, caches, image_caches = [x], [], [], [], []
         queries, images = x[:, :num_queries], iter(image_past or ())
-        layer_class = traced_once(Blip2QFormerLayer, x)
+        layer_class = traced_once(Blip2QFormerLayer)
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
             layer = layer_class(c, heads, cross_attends, num_queries, deterministic, name=f"layer_{i}", **self.policy)

@@ -117,7 +117,8 @@ class Blip2Encoder(Block):
         check_stacked(self, self.scan_layers)
         if self.scan_layers:
             return self._scan(x, deterministic)
-        states, attentions, layer_class = [x], [], traced_once(Blip2EncoderLayer, x)
+        states, attentions = [x], []
+        layer_class = traced_once(Blip2EncoderLayer)
         for i in range(c.num_hidden_layers):
             layer = layer_class(c, deterministic, name=f"layers_{i}", **self.policy)
             x, weights = recomputed(layer, (x,)) if c.gradient_checkpointing else layer(x)

@@ -877,6 +877,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert not (run / "model").exists()
 
 
+def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that comes while the step before it is waited for."""
+    fail_in(monkeypatch, 0)
+    monkeypatch.setattr(train.Reports, "is_late", True)
+    monkeypatch.setattr(
+        train.Reports, "_check_finite", lambda _, number, __: number == 3 and signal.raise_signal(signal.SIGTERM)
+    )
+    evaluated: list[Any] = []
+    monkeypatch.setattr(Retrieval, "evaluate", lambda *_: evaluated.append(_) or {})
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, program(folder, tmp_path / "run", "--num-workers", 0, "--evaluate-every", 3))))
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert last_step(tmp_path / "run") == 3
+    assert not evaluated
+
+
 def test_a_step_is_told_of_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.Reports, "is_late", True)
     monkeypatch.setattr(train, "_short", str)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 import cases
 import flax_qformer as fq
@@ -171,6 +172,15 @@ def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: 
     assert whole - operations(lambda output: output.query_embeddings) > text
 
 
+def test_parameters_are_checked() -> None:
+    kernel, x = np.ones((2, 3), np.float32), jnp.ones((1, 2))
+    dense = layers.Dense((2,), (3,), use_bias=False)
+    with pytest.raises(ScopeParamShapeError, match=r"\(2, 3\)"):
+        dense.apply({"params": {"kernel": kernel.T}}, x)
+    with pytest.raises(ScopeParamNotFoundError, match="kernel"):
+        dense.apply({"params": {"weight": kernel}}, x)
+
+
 def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     traced, attend = [], layers.dot_product_attention
 
@@ -192,6 +202,23 @@ def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.M
     assert len(traced) == 3
     found = variables["intermediates"]["visual_encoder"]["encoder"]
     assert [set(found[f"layers_{i}"]) for i in range(4)] == [set(found["layers_0"])] * 4
+
+
+def test_layers_are_not_compiled_where_nothing_is() -> None:
+    """Each call would compile them anew."""
+    classes: list[Any] = []
+
+    def run(x: jax.Array) -> jax.Array:
+        classes.append(layers.traced_once(vision.Blip2EncoderLayer))
+        return x
+
+    run(jnp.ones(()))
+    jax.grad(run)(1.0)
+    jax.vmap(run)(jnp.ones(2))
+    assert classes == [vision.Blip2EncoderLayer] * 3
+    jax.jit(jax.grad(run))(1.0)
+    jax.jit(jax.vmap(run))(jnp.ones(2))
+    assert vision.Blip2EncoderLayer not in classes[3:]
 
 
 def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:

@@ -145,7 +145,8 @@ def train(settings: TrainSettings) -> str:
                 disable=not is_first(),
             ) as progress,
         ):
-            reports, is_asked = Reports(settings, rates, checkpoints, log, progress), False
+            reports = Reports(settings, rates, checkpoints, log, progress)
+            is_asked = False
             while done < settings.steps and not is_asked:
                 if done and settings.evaluate_every and done % settings.evaluate_every == 0:
                     reports.catch_up()
@@ -154,7 +155,8 @@ def train(settings: TrainSettings) -> str:
                     evaluate()
                     reports.start_clock()
                 # Before the step, so that nobody waits for this one to learn the answer.
-                asked, parts = ask_all(bool(came)), []
+                asked = ask_all(bool(came))
+                parts = []
                 for _ in range(settings.accumulation):
                     state, metrics = step(state, feed.take())
                     parts.append(metrics)
