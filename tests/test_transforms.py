@@ -172,8 +172,12 @@ def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: 
     assert whole - operations(lambda output: output.query_embeddings) > text
 
 
-def test_parameters_are_checked() -> None:
+def test_parameters_are_checked_and_not_drawn_again() -> None:
+    def draw(*_: Any) -> jax.Array:
+        raise AssertionError("the initializer was traced")
+
     kernel, x = np.ones((2, 3), np.float32), jnp.ones((1, 2))
+    layers.Dense((2,), (3,), use_bias=False, kernel_init=draw).apply({"params": {"kernel": kernel}}, x)
     dense = layers.Dense((2,), (3,), use_bias=False)
     with pytest.raises(ScopeParamShapeError, match=r"\(2, 3\)"):
         dense.apply({"params": {"kernel": kernel.T}}, x)
