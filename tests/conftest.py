@@ -3,6 +3,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The compiler's newest form of loops takes long; each release of XLA has another name for the quick one.
+if version("jax").startswith("0.10."):
+    LOOPS, QUICK, FULL = "xla_cpu_use_fusion_emitters", "False", "True"
+else:
+    LOOPS, QUICK, FULL = "xla_cpu_opt_preset", "CPU_OPT_PRESET_FAST_COMPILE", "CPU_OPT_PRESET_DEFAULT"
 # What tests compile runs once, so it is not optimized; XLA_FLAGS='' compiles as users do.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    f"--xla_backend_optimization_level=0 --{LOOPS}={QUICK} --xla_cpu_parallel_codegen_split_count=1",
 )
 
 import jax
@@ -30,7 +36,7 @@ import flax_qformer as fq
 from flax_qformer.convert.layouts import Layout, parameters
 
 # For jax.jit(compiler_options=...) where it is to be optimized all the same.
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMIZED = {"xla_backend_optimization_level": 3, LOOPS: FULL}
 
 GOLDEN = Path(__file__).parent / "golden"
 
