@@ -56,7 +56,7 @@ LIBTPU = {
 """Environment in which libtpu neither looks for chips, nor complains of finding none, nor wants to be alone."""
 
 COMPILER: dict[str, Any] = {
-    "exec_time_optimization_effort": -1.0,
+    "optimization_level": 9,  # XLA's EFFORT_O0, which JAX 0.10 knows by its number alone
     "xla_tpu_enable_windowed_einsum_for_all_gather": False,
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
