@@ -17,12 +17,12 @@ import numpy as np
 import flax_qformer as fq
 from flax_qformer.checkpoint import initialise
 from flax_qformer.compiler import compiler_options
-from flax_qformer.memory import keep_memory
+from flax_qformer.memory import keep_memory, share_heap
 from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step
 
 
 def main() -> None:
-    keep_memory()
+    share_heap()
     model, params = initialise(sys.argv[1], fq.Blip2ForPreTraining)
     with np.load(sys.argv[2]) as file:
         batch = jax.device_put(dict(file))
@@ -40,6 +40,7 @@ def main() -> None:
         loss = float(metrics["loss"])
         jax.block_until_ready(state)
         took = time.perf_counter() - start
+        keep_memory()
         peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
         print(json.dumps({"seconds": took, "memory": peak, "loss": loss}), flush=True)
 

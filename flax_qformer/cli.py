@@ -28,7 +28,7 @@ from .attention_maps import attention_maps, draw_attention
 from .checkpoint import DTYPES, Model, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
 from .compiler import compiler_options
 from .errors import InputError, first_line
-from .memory import keep_memory
+from .memory import share_heap
 from .pretraining.losses import similarities
 from .pretraining.model import Blip2ForPreTraining
 from .pretraining.settings import EvaluateSettings, TrainSettings, yaml_arguments
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for library in ("DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     options, rest = _parser().parse_known_args(arguments)
-    keep_memory()
+    share_heap()
     _keep_compiled()
     try:
         if options.settings:

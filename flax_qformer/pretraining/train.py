@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from flax_qformer.checkpoint import as_dtype, from_pretrained, initialise, save_pretrained
 from flax_qformer.compiler import compiler_options
 from flax_qformer.errors import InputError
+from flax_qformer.memory import keep_memory
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.data import Batches, evaluation_batches, open_source
 from flax_qformer.pretraining.model import Blip2ForPreTraining
@@ -165,6 +166,7 @@ def train(settings: TrainSettings) -> str:
                 if done < settings.steps:
                     feed.read_ahead()
                 reports.add(given)
+                keep_memory()  # for the second step; telling it again costs nothing
                 if done % settings.save_every == 0 or done == settings.steps:
                     reports.catch_up()
                     save()
