@@ -19,8 +19,8 @@ def keep_memory() -> None:
     """Keep what is freed from now on, in the heap of `share_heap`; call it when what repeats has run once.
 
     During that run large blocks are outside the heap, and it grows by the small ones alone. Were they in it, small ones
-    would lie behind a large one, whose place could not grow by the bytes that glibc adds to align the next of that size:
-    the next would need a place of its own, and the program the memory of both.
+    would lie behind a large one, whose place could not grow by the bytes with which glibc aligns the next: that would
+    need a place of its own, and the program the memory of both.
     """
     _tell(M_MMAP_MAX, 0)
     _tell(M_TRIM_THRESHOLD, -1)
