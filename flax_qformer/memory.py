@@ -5,6 +5,7 @@ again page by page, which takes a tenth of a step and more. Other C libraries do
 """
 
 import ctypes
+import functools
 
 # Of glibc's <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -15,12 +16,13 @@ def share_heap() -> None:
     _tell(M_ARENA_MAX, 1)
 
 
+@functools.cache
 def keep_memory() -> None:
     """Keep what is freed from now on, in the heap of `share_heap`; call it when what repeats has run once.
 
-    During that run large blocks are outside the heap, and it grows by the small ones alone. Were they in it, small ones
-    would lie behind a large one, whose place could not grow by the bytes with which glibc aligns the next: that would
-    need a place of its own, and the program the memory of both.
+    In that first run blocks above 32 MiB lie outside the heap. Inside it, small ones that stay would come to lie right
+    behind a large one. glibc (2.36) asks for a few bytes more to align a block and does not put them back when it is
+    freed, so that its place would be too small for the next of that size, which would take a second one.
     """
     _tell(M_MMAP_MAX, 0)
     _tell(M_TRIM_THRESHOLD, -1)

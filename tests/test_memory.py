@@ -11,7 +11,7 @@ PROGRAM = """
 import resource
 from flax_qformer.memory import keep_memory, share_heap
 
-{before}
+{first}
 import jax
 import jax.numpy as jnp
 
@@ -21,14 +21,14 @@ for i in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     run(jnp.ones((8192, 2))).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    {after}
+    {then}
 print(min(faults))
 """
 
 
-def page_faults(before: str, after: str) -> int:
+def page_faults(first: str, then: str) -> int:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    program = [sys.executable, "-c", PROGRAM.format(before=before, after=after)]
+    program = [sys.executable, "-c", PROGRAM.format(first=first, then=then)]
     return int(subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout)
 
 

@@ -166,7 +166,7 @@ def train(settings: TrainSettings) -> str:
                 if done < settings.steps:
                     feed.read_ahead()
                 reports.add(given)
-                keep_memory()  # for the second step; telling it again costs nothing
+                keep_memory()  # once a step has run, and not before
                 if done % settings.save_every == 0 or done == settings.steps:
                     reports.catch_up()
                     save()
