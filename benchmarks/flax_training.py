@@ -4,7 +4,6 @@ Compiler and C library are told what `flax-qformer train` tells them; layers run
 "scan".
 """
 
-import ctypes
 import dataclasses
 import json
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import flax_qformer as fq
 from flax_qformer.checkpoint import initialise
 from flax_qformer.compiler import compiler_options
-from flax_qformer.memory import keep_memory, share_heap
+from flax_qformer.memory import give_back, keep_memory, share_heap
 from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step
 
 
@@ -32,7 +31,7 @@ def main() -> None:
     state = TrainState.create(params, optimizer)
     del params
     step = make_train_step(model, optimizer, compiler_options=compiler_options()).lower(state, batch).compile()
-    ctypes.CDLL(None).malloc_trim(0)  # what compiling left
+    give_back()
     for _ in sys.stdin:
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()

@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 def share_heap() -> None:
     """Give all threads one heap, the only one in which glibc keeps large blocks; call it before there are threads."""
-    _tell(M_ARENA_MAX, 1)
+    _call("mallopt", M_ARENA_MAX, 1)
 
 
 @functools.cache
@@ -24,11 +24,21 @@ def keep_memory() -> None:
     behind a large one. glibc (2.36) asks for a few bytes more to align a block and does not put them back when it is
     freed, so that its place would be too small for the next of that size, which would take a second one.
     """
-    _tell(M_MMAP_MAX, 0)
-    _tell(M_TRIM_THRESHOLD, -1)
+    _call("mallopt", M_MMAP_MAX, 0)
+    _call("mallopt", M_TRIM_THRESHOLD, -1)
 
 
-def _tell(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(parameter, value)
+def give_back() -> None:
+    """Give back what is free, such as compiling or an evaluation leaves.
+
+    Call it after what comes between the runs of what repeats: that takes of the places that `keep_memory` keeps, and
+    what of it stays makes them too small.
+    """
+    _call("malloc_trim", 0)
+
+
+def _call(function: str, *arguments: int) -> None:
+    """Call a function that glibc has, and others need not."""
+    function_of_glibc = getattr(ctypes.CDLL(None), function, None)
+    if function_of_glibc is not None:
+        function_of_glibc(*arguments)

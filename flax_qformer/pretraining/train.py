@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from flax_qformer.checkpoint import as_dtype, from_pretrained, initialise, save_pretrained
 from flax_qformer.compiler import compiler_options
 from flax_qformer.errors import InputError
-from flax_qformer.memory import keep_memory
+from flax_qformer.memory import give_back, keep_memory
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.data import Batches, evaluation_batches, open_source
 from flax_qformer.pretraining.model import Blip2ForPreTraining
@@ -121,6 +121,7 @@ def train(settings: TrainSettings) -> str:
         def save() -> None:
             data = of_all(feed.state)
             checkpoints.save(done, state, {"data": data, "settings": dataclasses.asdict(kept)})
+            give_back()
 
         def evaluate() -> None:
             """Unless it was done before the run stopped here."""
@@ -134,6 +135,7 @@ def train(settings: TrainSettings) -> str:
                 if jax.process_count() > 1:  # the others are in the midst of it
                     raise
                 logger.warning("no evaluation: %s", error)
+            give_back()
 
         with (
             logging_redirect_tqdm(),
