@@ -6,6 +6,7 @@ and softmax are float32 whatever the dtype.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core.scope import LazyRng, Scope
+from flax.errors import FlaxError
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -173,64 +174,65 @@ def whole(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
 
 
-def traced_once(layer_class: type[Block]) -> Any:
-    """The class for an encoder's layers: under `jax.jit`, layers that are alike are traced once.
+def layer_runner(recompute: bool) -> Callable[..., Any]:
+    """Make what runs an encoder's layers, as functions of arrays: (layer, activations, rest) -> what the layer returns.
 
-    What looks on meanwhile (`nn.tabulate`, `nn.intercept_methods`, names in a profile) sees the first of them. It is
-    made anew for each call of an encoder, so that nothing is left of what others called for, which Flax would not tell
-    apart. Without `jax.jit` each call would compile it, under `jax.grad` too.
+    Under `jax.jit`, layers that are alike are traced once; what looks on meanwhile (`nn.intercept_methods`, names in a
+    profile) sees the first of them. It is made anew for each call of an encoder, so that nothing is left of what others
+    called for. Without `jax.jit` each call would compile it, under `jax.grad` too.
+
+    Not by `nn.jit`, which knows its modules by their hash, in it the place of their class in memory: where one was made
+    and gone, another takes over its count of dropouts, and drops something else than it would.
+
+    Args:
+      recompute: see `recomputed`.
     """
-    # There, and only there, even what depends on no argument is traced.
-    return nn.jit(layer_class) if isinstance(jnp.zeros(()), jax.core.Tracer) else layer_class
+
+    def apply(layer: Block, activations: tuple, rest: tuple, params: Any, rngs: dict[str, jax.Array]) -> Any:
+        return layer.apply({"params": params}, *activations, *rest, rngs=rngs)
+
+    # Under jit, and only there, even what depends on no argument is traced.
+    function = jax.jit(apply, static_argnums=0) if isinstance(jnp.zeros(()), jax.core.Tracer) else apply
+    if recompute:
+        function = recomputed(function)
+
+    def run(layer: Block, activations: tuple, rest: tuple = ()) -> Any:
+        if not (layer.is_initializing() or layer.is_mutable_collection("intermediates")):
+            # Each run has a key of its own: Flax counts them.
+            rngs = {"dropout": layer.make_rng("dropout")} if layer.has_rng("dropout") else {}
+            params = layer.variables.get("params", {})
+            # Where a parameter is missing, the layer itself says in which layer.
+            with suppress(FlaxError):
+                return function(layer.clone(parent=None, name=None), activations, rest, params, rngs)
+        return layer(*activations, *rest)
+
+    return run
 
 
-def recomputed(layer: Block, activations: tuple, rest: tuple = ()) -> Any:
-    """Run a layer and, in the backward pass, run it again instead of keeping what it computed.
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In the backward pass, run a function again instead of keeping what it computed.
 
     This is `jax.checkpoint`, but it saves memory on CPU too: XLA's CPU compiler drops the barrier that should keep the
     two runs apart and merges them. Here the second run starts from the activations plus a zero that comes from the
     gradient, so that no compiler can tell it for the first. Forward-mode differentiation is not defined.
 
     Args:
-      activations: the layer's first arguments, arrays or None.
-      rest: further arrays or None.
-
-    Returns:
-      What the layer returns, of which the first part is an array.
+      function: of something static, activations (a tuple of arrays or None), and further trees of arrays. Of what it
+        returns, the first part is an array.
     """
-    if layer.is_initializing():
-        return layer(*activations, *rest)
-    scope, counters = layer.scope, {}
-    assert scope is not None
-    # Flax folds a dropout's key from the names above it and the count of its calls: both runs begin with the layer's.
-    before, names = _copied(scope.rng_counters), {stream: rng.suffix for stream, rng in scope.rngs.items()}
 
-    def run(activations: tuple, rest: tuple, params: Any, keys: dict[str, jax.Array]) -> Any:
-        inner = Scope({"params": params}, {stream: LazyRng(key, names[stream]) for stream, key in keys.items()})
-        inner.rng_counters = _copied(before)
-        output = layer.clone(parent=inner, name=None)(*activations, *rest)
-        counters.update(inner.rng_counters)
-        return output
+    def forward(static: Any, *arguments: Any) -> tuple[Any, Any]:
+        return function(static, *arguments), arguments
 
-    def forward(*arguments: Any) -> tuple[Any, Any]:
-        return run(*arguments), arguments
-
-    def backward(arguments: Any, gradients: Any) -> Any:
+    def backward(static: Any, arguments: Any, gradients: Any) -> Any:
         activations, *others = arguments
         zero = jnp.minimum(jnp.abs(gradients[0][:, :1, :1]), 0)  # of each image, lest chips exchange it
         activations = jax.tree.map(lambda x: x + zero[:: len(zero) // len(x)].astype(x.dtype), activations)
-        return jax.vjp(run, activations, *others)[1](gradients)
+        return jax.vjp(partial(function, static), activations, *others)[1](gradients)
 
-    function = jax.custom_vjp(run)
-    function.defvjp(forward, backward)
-    keys = {stream: rng.rng for stream, rng in scope.rngs.items()}
-    output = function(activations, rest, layer.variables["params"], keys)
-    scope.rng_counters.update(counters)
-    return output
-
-
-def _copied(counters: dict[Any, Any]) -> dict[Any, Any]:
-    return {name: _copied(value) if isinstance(value, dict) else value for name, value in counters.items()}
+    again = jax.custom_vjp(function, nondiff_argnums=(0,))
+    again.defvjp(forward, backward)
+    return again
 
 
 def check_stacked(encoder: Block, is_scanned: bool) -> None:

@@ -21,10 +21,9 @@ from .layers import (
     check_stacked,
     dot_product_attention,
     interleaved,
+    layer_runner,
     mask_bias,
-    recomputed,
     scanned,
-    traced_once,
     whole,
 )
 from .vision import Blip2VisionModel, VisionOutput
@@ -300,10 +299,12 @@ class Blip2QFormerEncoder(Block):
             return self._scan(x, image, bias, image_bias, head_mask, past, image_past, num_queries, deterministic)
         states, attentions, cross_attentions, caches, image_caches = [x], [], [], [], []
         queries, images = x[:, :num_queries], iter(image_past or ())
-        layer_class = traced_once(Blip2QFormerLayer)
+        run = layer_runner(c.gradient_checkpointing)
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
-            layer = layer_class(c, heads, cross_attends, num_queries, deterministic, name=f"layer_{i}", **self.policy)
+            layer = Blip2QFormerLayer(
+                c, heads, cross_attends, num_queries, deterministic, name=f"layer_{i}", **self.policy
+            )
             rest = (
                 bias,
                 image_bias,
@@ -311,11 +312,9 @@ class Blip2QFormerEncoder(Block):
                 None if past is None else past[i],
                 next(images, None) if cross_attends else None,
             )
+            x, queries, weights, cross_weights, cache, image_cache = run(layer, (x, image), rest)
             if c.gradient_checkpointing:
-                x, _, weights, cross_weights, cache, image_cache = recomputed(layer, (x, image), rest)
                 queries = x[:, :num_queries]  # the gradient has to come through the first output
-            else:
-                x, queries, weights, cross_weights, cache, image_cache = layer(x, image, *rest)
             states.append(x)
             attentions.append(weights)
             caches.append(cache)

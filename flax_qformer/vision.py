@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .activations import ACTIVATIONS
 from .config import Blip2VisionConfig
 from .errors import InputError
-from .layers import INITIALIZER, Block, check_stacked, dot_product_attention, recomputed, scanned, traced_once
+from .layers import INITIALIZER, Block, check_stacked, dot_product_attention, layer_runner, scanned
 
 
 @flax.struct.dataclass
@@ -118,10 +118,9 @@ class Blip2Encoder(Block):
         if self.scan_layers:
             return self._scan(x, deterministic)
         states, attentions = [x], []
-        layer_class = traced_once(Blip2EncoderLayer)
+        run = layer_runner(c.gradient_checkpointing)
         for i in range(c.num_hidden_layers):
-            layer = layer_class(c, deterministic, name=f"layers_{i}", **self.policy)
-            x, weights = recomputed(layer, (x,)) if c.gradient_checkpointing else layer(x)
+            x, weights = run(Blip2EncoderLayer(c, deterministic, name=f"layers_{i}", **self.policy), (x,))
             states.append(x)
             attentions.append(weights)
         return states, attentions

@@ -199,42 +199,69 @@ def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.M
         for name in ("vision_config", "qformer_config")
     }
     model = fq.Blip2QFormerModel(dataclasses.replace(CONFIG, **parts))
-    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    draw = partial(model.init_with_output, deterministic=False, capture_intermediates=True)
-    _, variables = jax.eval_shape(draw, rngs, **batch)
+    params = jax.eval_shape(model.init, jax.random.key(0), **batch)["params"]
+    traced.clear()
+    rngs = {"dropout": jax.random.key(1)}
+    call = partial(model.apply, **batch, deterministic=False, rngs=rngs)
+    jax.eval_shape(call, {"params": params})
     # Of the tower, of self-attention, of cross-attention.
     assert len(traced) == 3
+    _, variables = jax.eval_shape(partial(call, capture_intermediates=True), {"params": params})
     found = variables["intermediates"]["visual_encoder"]["encoder"]
     assert [set(found[f"layers_{i}"]) for i in range(4)] == [set(found["layers_0"])] * 4
+    del params["encoder"]["layer_3"]["attention"]["attention"]["query"]["kernel"]
+    with pytest.raises(ScopeParamNotFoundError, match="/encoder/layer_3/attention/attention/query"):
+        jax.eval_shape(call, {"params": params})
 
 
-def test_layers_are_not_compiled_where_nothing_is() -> None:
+def test_layers_are_not_compiled_where_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call would compile them anew."""
-    classes: list[Any] = []
+    compiled, jit = [], jax.jit
 
     def run(x: jax.Array) -> jax.Array:
-        classes.append(layers.traced_once(vision.Blip2EncoderLayer))
+        layers.layer_runner(recompute=True)
         return x
 
+    monkeypatch.setattr(jax, "jit", lambda *arguments, **details: compiled.append(1) or jit(*arguments, **details))
     run(jnp.ones(()))
     jax.grad(run)(1.0)
     jax.vmap(run)(jnp.ones(2))
-    assert classes == [vision.Blip2EncoderLayer] * 3
-    jax.jit(jax.grad(run))(1.0)
-    jax.jit(jax.vmap(run))(jnp.ones(2))
-    assert vision.Blip2EncoderLayer not in classes[3:]
+    assert not compiled
+    jit(jax.grad(run))(1.0)
+    jit(jax.vmap(run))(jnp.ones(2))
+    assert len(compiled) == 2
+
+
+@pytest.mark.slow
+def test_dropout_does_not_depend_on_what_ran_before(batch: Any) -> None:
+    rngs = {"dropout": jax.random.key(1), "negatives": jax.random.key(2)}
+
+    def lowered(model_class: Any) -> str:
+        model = model_class(CONFIG)
+        params = jax.eval_shape(model.init, jax.random.key(0), **batch)["params"]
+        call = partial(model.apply, **batch, deterministic=False, rngs=rngs)
+        return jax.jit(lambda params: call({"params": params})).lower(params).as_text()
+
+    programs = set()
+    for _ in range(8):
+        lowered(fq.Blip2QFormerModel)
+        jax.clear_caches()  # and what they kept from being gone
+        programs.add(lowered(Blip2ForPreTraining))
+        jax.clear_caches()
+    assert len(programs) == 1
 
 
 def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:
     model = fq.Blip2QFormerModel(CONFIG)
 
-    @jax.jit
-    def function(seed: int) -> fq.QFormerOutput:
+    def apart(seed: int) -> fq.QFormerOutput:
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply({"params": params}, **batch, deterministic=False, rngs=rngs)
 
+    function = jax.jit(apart)
     first, again, other = function(0), function(0), function(1)
     np.testing.assert_array_equal(first.query_embeddings, again.query_embeddings)
+    np.testing.assert_allclose(first.query_embeddings, apart(0).query_embeddings, atol=2e-6)
     assert not np.allclose(first.query_embeddings, other.query_embeddings, atol=1e-3)
     # The last dropout, before the residual of proj_layer: a tenth of its results is the residual alone.
     kept = first.last_hidden_state[:, : CONFIG.num_query_tokens]
