@@ -25,8 +25,11 @@ from .sharding import BATCH
 INITIALIZER = nn.initializers.normal(0.02)
 """BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
 
-SCORES_AT_ONCE = 2**20
-"""Attention scores that a CPU computes together."""
+SCORES_AT_ONCE = 9 * 2**18
+"""Attention scores that a core computes together: in float32 9 MiB, what a C library keeps from one use to the next."""
+
+LEAST_PIECES = 2 if jax.__version_info__ < (0, 11) else 1
+"""Pieces of the queries: jaxlib 0.10 attends on one core for each."""
 
 TOKENS_AT_ONCE = 16
 """Image tokens of the whole batch that a chip holds at once, to take those of other chips' images."""
@@ -316,22 +319,31 @@ def dot_product_attention(
 
 
 def _in_parts(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Attend for some heads of some images at a time.
+    """Attend for some images, and of them for some queries, at a time.
 
-    The scores of many heads are more memory than a C library keeps from one use to the next, and to get it anew from
-    the system, page by page, takes longer than the attention. In the backward pass each part is computed again.
+    The scores of many are more memory than a C library keeps, and to get it anew from the system, page by page, takes
+    longer than the attention. In the backward pass each part is computed again.
 
     arrays: query, key, value, each (batch, tokens, heads, head_dim).
     """
-    batch, num_queries, heads, head_dim = arrays[0].shape
-    most = SCORES_AT_ONCE // (num_queries * arrays[1].shape[1])
-    size = max((n for n in range(1, batch * heads + 1) if batch * heads % n == 0 and n <= most), default=1)
-    # Two parts are no faster than one.
-    if batch * heads <= 2 * size or jax.sharding.get_abstract_mesh().size > 1:
+    batch, num_queries, heads, _ = arrays[0].shape
+    scores = heads * num_queries * arrays[1].shape[1]  # of an image
+    if batch * scores < SCORES_AT_ONCE // 4 or jax.sharding.get_abstract_mesh().size > 1:
         return attend(*arrays)
-    parts = [x.swapaxes(1, 2).reshape(-1, size, x.shape[1], 1, head_dim) for x in arrays]
-    context = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), tuple(parts))
-    return context.reshape(batch, heads, num_queries, head_dim).swapaxes(1, 2)
+    images = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * scores <= 2 * SCORES_AT_ONCE))
+    pieces = min(num_queries, max(LEAST_PIECES, math.ceil(images * scores / SCORES_AT_ONCE)))
+
+    def part(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        if key.dtype == jnp.float32:
+            # First head by head, and then turned: at once XLA's CPU compiler reads them across 12 KiB for every number.
+            key = jnp.stack([key[:, :, head] for head in range(heads)], axis=1).swapaxes(1, 2)
+        queries = jnp.array_split(query, pieces, axis=1)
+        return jnp.concatenate([jax.checkpoint(attend)(piece, key, value) for piece in queries], axis=1)
+
+    # A few rounds side by side: what is in one of a loop, XLA runs one after the other.
+    parts = tuple(x.reshape(-1, images, *x.shape[1:]) for x in arrays)
+    _, context = jax.lax.scan(lambda _, arrays: (None, part(*arrays)), None, parts, unroll=4)
+    return context.reshape(arrays[0].shape)
 
 
 def _cudnn_takes(query: jax.Array) -> bool:

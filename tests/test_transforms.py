@@ -122,9 +122,9 @@ def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, b
     assert jax.tree.all(jax.tree.map(partial(np.allclose, rtol=1e-4, atol=1e-5), *map(value_and_grad, (True, False))))
 
 
-@pytest.mark.parametrize("at_once", [1, 2 * 35])
+@pytest.mark.parametrize("at_once", [1, 2 * 105])
 def test_attention_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value = (cases.draw(name, (2, tokens, 3, 4)) for name, tokens in (("q", 5), ("k", 7), ("v", 7)))
+    query, key, value = (cases.draw(name, (10, tokens, 3, 4)) for name, tokens in (("q", 5), ("k", 7), ("v", 7)))
 
     def context_and_gradients(parts: bool) -> Any:
         attended = jax.jit(lambda *arrays: layers.dot_product_attention(*arrays)[0])
