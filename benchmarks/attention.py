@@ -2,7 +2,8 @@
 
     python benchmarks/attention.py
 
-All layers of a tower after one another, nothing between them, measured in turn; medians in milliseconds.
+All layers of a tower after one another, each with the last one's result for its queries, measured in turn; medians in
+milliseconds.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.errors import FlaxError
+from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeParamShapeError
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -26,10 +26,10 @@ INITIALIZER = nn.initializers.normal(0.02)
 """BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
 
 SCORES_AT_ONCE = 9 * 2**18
-"""Attention scores that a core computes together: in float32 9 MiB, what a C library keeps from one use to the next."""
+"""Attention scores of a product on a CPU, those of two images of 257 tokens and 16 heads."""
 
 LEAST_PIECES = 2 if jax.__version_info__ < (0, 11) else 1
-"""Pieces of the queries: jaxlib 0.10 attends on one core for each."""
+"""The fewest pieces of an image's queries: JAX 0.10 computes each product of attention on one core."""
 
 TOKENS_AT_ONCE = 16
 """Image tokens of the whole batch that a chip holds at once, to take those of other chips' images."""
@@ -180,12 +180,15 @@ def whole(x: jax.Array) -> jax.Array:
 def layer_runner(recompute: bool) -> Callable[..., Any]:
     """Make what runs an encoder's layers, as functions of arrays: (layer, activations, rest) -> what the layer returns.
 
-    Under `jax.jit`, layers that are alike are traced once; what looks on meanwhile (`nn.intercept_methods`, names in a
-    profile) sees the first of them. It is made anew for each call of an encoder, so that nothing is left of what others
-    called for. Without `jax.jit` each call would compile it, under `jax.grad` too.
+    Under `jax.jit`, layers that are alike are traced once. What looks on meanwhile (`nn.intercept_methods`, names in a
+    profile) sees layers without their name and place, and there only the first of those that are alike. The function
+    is made anew for each call of an encoder, so that nothing is left of what others called for. Without `jax.jit` each
+    call would compile it, under `jax.grad` too.
 
-    Not by `nn.jit`, which knows its modules by their hash, in it the place of their class in memory: where one was made
-    and gone, another takes over its count of dropouts, and drops something else than it would.
+    Not by `nn.jit`, which counts dropouts under a hash of the module: a later class may have it too, where it comes to
+    the same place in memory, and would then drop something else than it should.
+
+    A layer with a mutable collection (`init`, `capture_intermediates`) runs as it is, and draws other dropout.
 
     Args:
       recompute: see `recomputed`.
@@ -200,12 +203,14 @@ def layer_runner(recompute: bool) -> Callable[..., Any]:
         function = recomputed(function)
 
     def run(layer: Block, activations: tuple, rest: tuple = ()) -> Any:
-        if not (layer.is_initializing() or layer.is_mutable_collection("intermediates")):
-            # Each run has a key of its own: Flax counts them.
-            rngs = {"dropout": layer.make_rng("dropout")} if layer.has_rng("dropout") else {}
+        assert layer.scope is not None
+        if not layer.scope.mutable:
+            # Each run has a key of its own: Flax counts them, and takes the stream `params` for want of `dropout`.
+            is_drawn = layer.has_rng("dropout") or layer.has_rng("params")
+            rngs = {"dropout": layer.make_rng("dropout")} if is_drawn else {}
             params = layer.variables.get("params", {})
-            # Where a parameter is missing, the layer itself says in which layer.
-            with suppress(FlaxError):
+            # Where a parameter is missing or misshapen, the layer itself says in which layer.
+            with suppress(ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeParamShapeError):
                 return function(layer.clone(parent=None, name=None), activations, rest, params, rngs)
         return layer(*activations, *rest)
 
@@ -330,19 +335,21 @@ def _in_parts(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array
     scores = heads * num_queries * arrays[1].shape[1]  # of an image
     if batch * scores < SCORES_AT_ONCE // 4 or jax.sharding.get_abstract_mesh().size > 1:
         return attend(*arrays)
+    # As many as fit with their queries in halves.
     images = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * scores <= 2 * SCORES_AT_ONCE))
     pieces = min(num_queries, max(LEAST_PIECES, math.ceil(images * scores / SCORES_AT_ONCE)))
 
-    def part(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def part(_: None, arrays: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+        query, key, value = arrays
         if key.dtype == jnp.float32:
             # First head by head, and then turned: at once XLA's CPU compiler reads them across 12 KiB for every number.
             key = jnp.stack([key[:, :, head] for head in range(heads)], axis=1).swapaxes(1, 2)
         queries = jnp.array_split(query, pieces, axis=1)
-        return jnp.concatenate([jax.checkpoint(attend)(piece, key, value) for piece in queries], axis=1)
+        return None, jnp.concatenate([jax.checkpoint(attend)(piece, key, value) for piece in queries], axis=1)
 
-    # A few rounds side by side: what is in one of a loop, XLA runs one after the other.
+    # XLA runs a loop's rounds one after the other, and what is in one round side by side.
     parts = tuple(x.reshape(-1, images, *x.shape[1:]) for x in arrays)
-    _, context = jax.lax.scan(lambda _, arrays: (None, part(*arrays)), None, parts, unroll=4)
+    _, context = jax.lax.scan(part, None, parts, unroll=4)
     return context.reshape(arrays[0].shape)
 
 

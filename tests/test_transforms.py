@@ -134,6 +134,7 @@ def test_attention_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> No
 
     whole = context_and_gradients(parts=False)
     monkeypatch.setattr(layers, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(layers, "LEAST_PIECES", 2)
     for part, expected in zip(context_and_gradients(parts=True), whole, strict=True):
         np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
 
@@ -214,22 +215,28 @@ def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.M
         jax.eval_shape(call, {"params": params})
 
 
-def test_layers_are_not_compiled_where_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_not_compiled_where_nothing_is(params: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call would compile them anew."""
     compiled, jit = [], jax.jit
 
-    def run(x: jax.Array) -> jax.Array:
-        layers.layer_runner(recompute=True)
-        return x
+    def counted(*arguments: Any, **details: Any) -> Any:
+        compiled.extend(function for function in arguments if function.__module__ == layers.__name__)
+        return jit(*arguments, **details)
 
-    monkeypatch.setattr(jax, "jit", lambda *arguments, **details: compiled.append(1) or jit(*arguments, **details))
-    run(jnp.ones(()))
-    jax.grad(run)(1.0)
-    jax.vmap(run)(jnp.ones(2))
+    monkeypatch.setattr(jax, "jit", counted)
+    call = apply()
+    jax.grad(lambda params: call(params, batch).query_embeddings.sum())(params)
     assert not compiled
-    jit(jax.grad(run))(1.0)
-    jit(jax.vmap(run))(jnp.ones(2))
-    assert len(compiled) == 2
+    jit(call).trace(params, batch)
+    assert len(compiled) == 2  # the tower's and the Q-Former's
+
+
+def test_dropout_by_the_stream_of_all_draws(batch: Any) -> None:
+    """Flax takes `params` for a stream that is not given."""
+    model = fq.Blip2QFormerModel(checkpointing(CONFIG, True))
+    params = jax.eval_shape(model.init, jax.random.key(0), **batch)["params"]
+    call = partial(model.apply, **batch, deterministic=False, rngs=jax.random.key(1))
+    assert str(jax.make_jaxpr(lambda params: call({"params": params}))(params)).count("custom_vjp_call[") == 2
 
 
 @pytest.mark.slow
@@ -245,7 +252,7 @@ def test_dropout_does_not_depend_on_what_ran_before(batch: Any) -> None:
     programs = set()
     for _ in range(8):
         lowered(fq.Blip2QFormerModel)
-        jax.clear_caches()  # and what they kept from being gone
+        jax.clear_caches()  # so that its classes go, and their places in memory are used again
         programs.add(lowered(Blip2ForPreTraining))
         jax.clear_caches()
     assert len(programs) == 1
