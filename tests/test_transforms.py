@@ -225,10 +225,13 @@ def test_layers_are_not_compiled_where_nothing_is(params: Any, batch: Any, monke
 
     monkeypatch.setattr(jax, "jit", counted)
     call = apply()
-    jax.grad(lambda params: call(params, batch).query_embeddings.sum())(params)
+    grad, vmap = jax.grad(lambda params: call(params, batch).query_embeddings.sum()), jax.vmap(call, (None, 0))
+    grad(params)
+    vmap(params, half_each(batch))
     assert not compiled
-    jit(call).trace(params, batch)
-    assert len(compiled) == 2  # the tower's and the Q-Former's
+    jit(grad).trace(params)
+    jit(vmap).trace(params, half_each(batch))
+    assert len(compiled) == 4  # the tower's and the Q-Former's
 
 
 def test_dropout_by_the_stream_of_all_draws(batch: Any) -> None:
