@@ -80,7 +80,7 @@ def convert(
             stored.setdefault(name, []).append(full_name)
     twice = [name for names in stored.values() if len(names) > 1 for name in sorted(names)]
     if twice:
-        raise InputError(f"parameters would be filled twice, by {listed(twice)}")
+        raise InputError(f"parameters would be filled twice, by {listed(twice)}; leave one of each out")
     for name in stored.get(BERT_BIAS.name(layout), []):
         wanted.append(bert_bias(layout, math.prod(tensors[name].shape)))
     check_shapes(

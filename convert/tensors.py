@@ -77,11 +77,13 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index} has no weight_map from tensor names to files")
+        raise InputError(
+            f"{index} has no weight_map from tensor names to files; name the checkpoint's folder, or its *.index.json"
+        )
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name or name == ".."]
     if outside:
-        raise InputError(f"{index} names files outside its folder: {listed(outside)}")
+        raise InputError(f"{index} names files outside its folder: {listed(outside)}; put all into one folder")
     if any(name.endswith(".json") for name in names):
         raise InputError(f"{index} names an index among its files; fetch it again")
     absent = [name for name in names if not (index.parent / name).is_file()]
@@ -96,7 +98,9 @@ def merged(shards: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]
     for shard in shards:
         twice = sorted(tensors.keys() & shard.keys())
         if twice:
-            raise InputError(f"{shard[twice[0]].path.parent}: two files hold the same tensors: {listed(twice)}")
+            raise InputError(
+                f"{shard[twice[0]].path.parent}: two files hold the same tensors: {listed(twice)}; fetch them again"
+            )
         tensors |= shard
     return tensors
 
@@ -152,7 +156,9 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
             continue
         info = dict(fields)
         if info["dtype"] not in _SAFETENSORS_DTYPES:
-            raise InputError(f"{listed([name])} has the dtype {info['dtype']}, which no parameter has")
+            raise InputError(
+                f"{listed([name])} has the dtype {info['dtype']}, which no parameter has; write it without that tensor"
+            )
         shape = tuple(info["shape"])
         offset = 8 + length + info["data_offsets"][0]
         tensors[name] = StoredTensor(path, offset, _SAFETENSORS_DTYPES[info["dtype"]], shape, _contiguous(shape))
@@ -402,8 +408,8 @@ def _state_dict(value: object) -> dict[str, StoredTensor]:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
     if not isinstance(value, Mapping) or not any(isinstance(tensor, StoredTensor) for tensor in value.values()):
-        raise InputError("no state dict: no dictionary from names to tensors")
+        raise InputError("no state dict: no dictionary from names to tensors; save model.state_dict()")
     others = [str(k) for k, v in value.items() if not isinstance(k, str) or not isinstance(v, StoredTensor)]
     if others:
-        raise InputError(f"the state dict holds what is no tensor: {listed(others)}")
+        raise InputError(f"the state dict holds what is no tensor: {listed(others)}; save it without")
     return dict(value)

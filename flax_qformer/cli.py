@@ -187,10 +187,13 @@ def export(options: argparse.Namespace) -> None:
 
 
 def caption(options: argparse.Namespace) -> None:
+    if not options.nucleus and (options.top_p is not None or options.seed is not None):
+        raise InputError("--top-p and --seed are of words that are drawn; add --nucleus")
     model, params, processor = _load(options, Blip2ForPreTraining)
     end = processor.tokenizer.sep_token_id
-    rules = {name: getattr(options, name) for name in ("num_beams", "min_length", "top_p")}
-    rules["max_length"] = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
+    max_length = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
+    if options.min_length > max_length:
+        raise InputError(f"--min-length {options.min_length} is above --max-length, {max_length}; make it less")
 
     apply: Any = model.apply
 
@@ -201,14 +204,17 @@ def caption(options: argparse.Namespace) -> None:
             pixels,
             eos_token_id=end,
             use_nucleus_sampling=options.nucleus,
+            num_beams=options.num_beams,
+            max_length=max_length,
+            min_length=options.min_length,
+            top_p=0.9 if options.top_p is None else options.top_p,
             method="caption",
             rngs={"sampling": key},
-            **rules,
         )
 
     for rows in _batches(len(options.images), options.batch_size):
         pixels = processor([options.images[row] for row in rows])["pixel_values"]
-        key = jax.random.fold_in(jax.random.key(options.seed), rows[0])
+        key = jax.random.fold_in(jax.random.key(options.seed or 0), rows[0])
         texts = processor.tokenizer.batch_decode(np.asarray(write(params, pixels, key)), skip_special_tokens=True)
         for row, text in dict(zip(rows, texts, strict=True)).items():
             tqdm.write(f"{options.images[row]}: {text}")
@@ -489,18 +495,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=caption)
     _add_images(command)
-    command.add_argument(
+    way = command.add_mutually_exclusive_group()
+    way.add_argument(
         "--num-beams", type=_positive, default=3, metavar="N", help="captions kept in mind (default: %(default)s)"
     )
-    command.add_argument("--nucleus", action="store_true", help="draw words instead of searching for the likeliest")
+    way.add_argument("--nucleus", action="store_true", help="draw words instead of searching for the likeliest")
     command.add_argument(
-        "--top-p",
-        type=float,
-        default=0.9,
-        metavar="P",
-        help="draw from words this likely together (default: %(default)s)",
+        "--top-p", type=float, metavar="P", help="with --nucleus: draw from words this likely together (default: 0.9)"
     )
-    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
+    command.add_argument("--seed", type=_seed, metavar="N", help="with --nucleus: of what is drawn (default: 0)")
     command.add_argument(
         "--max-length",
         type=_positive,

@@ -226,6 +226,12 @@ class Blip2Config(_Config):
         except InputError:
             return self
 
+    def recomputed(self) -> Self:
+        """With `gradient_checkpointing` in both towers."""
+        parts = {"qformer_config": self.qformer_config, "vision_config": self.vision_config}
+        again = {name: dataclasses.replace(part, gradient_checkpointing=True) for name, part in parts.items()}
+        return dataclasses.replace(self, **again)
+
     def kept_heads(self, layer: int) -> tuple[int, ...]:
         """Self-attention heads that a Q-Former layer still has, numbered as in the unpruned model."""
         pruned = dict(self.pruned_heads).get(layer, ())

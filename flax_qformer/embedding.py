@@ -220,7 +220,7 @@ def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedS
         settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config, mesh=mesh
     )
     processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
-    tokens = processor(text=[settings.text] * size, truncate=settings.truncate) if settings.text else {}
+    tokens = processor(text=[settings.text] * size, truncate=settings.truncate) if settings.text is not None else {}
     split = NamedSharding(mesh, BATCH)
     tokens = jax.device_put(tokens, split)
 

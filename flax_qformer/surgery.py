@@ -19,6 +19,7 @@ from .layers import INITIALIZER
 Params = Mapping[str, Any]
 
 _EMBEDDING = "embeddings/word_embeddings/embedding"
+_LM_BIAS = "lm_head/bias"
 _POSITIONS = "visual_encoder/embeddings/position_embedding"
 _HEADS_AXIS = {
     "attention/query/kernel": 1,
@@ -81,9 +82,16 @@ def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) 
     width = config.qformer_config.hidden_size
     if value.ndim != 2 or value.shape[1] != width or not len(value):
         raise InputError(f"word embeddings have shape {value.shape}; this model takes (words, {width})")
-    qformer = dataclasses.replace(config.qformer_config, vocab_size=len(value))
+    # [DEC] keeps its number, which is otherwise that of the last word.
+    start = config.qformer_config.start_token_id
+    qformer = dataclasses.replace(
+        config.qformer_config, vocab_size=len(value), bos_token_id=start if start < len(value) else None
+    )
     flat = _flat(params)
     flat[_EMBEDDING] = value
+    if _LM_BIAS in flat:
+        bias = flat[_LM_BIAS][: len(value)]
+        flat[_LM_BIAS] = jnp.pad(bias, (0, len(value) - len(bias)))
     return dataclasses.replace(config, qformer_config=qformer), unflatten_dict(flat, sep="/")
 
 

@@ -44,7 +44,7 @@ def check_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
     Raises:
       InputError: it is none, its place does not take one, or it is one of the inputs.
     """
-    with _writing(target):
+    with writing(target):
         if target.exists() and not target.is_file():
             raise InputError(f"{target} is not a file; name another place")
         if target.exists() and any(os.path.exists(other) and target.samefile(other) for other in inputs):
@@ -79,7 +79,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
       InputError: the target exists and may not be replaced, or cannot be written.
     """
     target = Path(os.path.abspath(target))
-    with _writing(target), _made(target.parent):
+    with writing(target), _made(target.parent):
         _remove_abandoned(target)
         check_absent(target, overwrite)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -113,7 +113,7 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
     check_writable(target)
     target = Path(os.path.abspath(target))
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    with _writing(target), _made(target.parent):
+    with writing(target), _made(target.parent):
         _remove_abandoned_files(target)
         try:
             with work.open("wb") as file:
@@ -127,17 +127,13 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def writing(target: Path, other: str = "another place") -> Iterator[None]:
+    """Say why something cannot be written; `other` is what to name instead."""
     try:
         yield
     except OSError as error:
-        raise unwritable(target, error, "another place") from None
-
-
-def unwritable(target: Path, error: OSError, other: str) -> InputError:
-    """What to raise for it; `other` is what to name instead."""
-    remedy = "free space, or name" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name"
-    return InputError(f"cannot write {target} ({error.strerror or error}); {remedy} {other}")
+        remedy = "free space, or name" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name"
+        raise InputError(f"cannot write {target} ({error.strerror or error}); {remedy} {other}") from None
 
 
 @contextlib.contextmanager

@@ -109,7 +109,9 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
     first = min(output.iterdir())
     first.write_bytes(first.read_bytes()[:-100])
 
-    both = [start(program(data, output, "--process", i, 2)) for i in range(2)]
+    link = tmp_path / "link"
+    link.symlink_to(data)
+    both = [start(program(name, output, "--process", i, 2)) for i, name in enumerate((data, link))]
     told = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     assert "13 shards of 26, the share of process 0 of 2: 104 rows, 1 with an error" in told[0][0]

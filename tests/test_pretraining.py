@@ -252,6 +252,28 @@ def test_cached_keys_and_values_continue_a_text(one: Case) -> None:
     pieces, whole = compute()
     np.testing.assert_allclose(pieces, whole, atol=1e-5)
 
+    with pytest.raises(fq.InputError, match="use_cache is for an image"):
+        model.apply(variables, None, ids, use_cache=True)
+    past = jax.eval_shape(lambda: model.apply(variables, one.pixels, use_cache=True)).past_key_values
+    with pytest.raises(fq.InputError, match=f"{batch} rows of past_key_values and 1 texts"):
+        jax.eval_shape(lambda past: model.apply(variables, None, ids[:1], past_key_values=past), past)
+
+
+def test_a_grown_vocabulary_changes_no_logit(one: Case) -> None:
+    words = one.model.config.qformer_config.vocab_size
+    config, params = fq.resize_token_embeddings(one.model.config, one.params, words + 5, jax.random.key(0))
+    indices = {name: one.inputs[name] for name in ("negative_image_index", "negative_text_index")}
+    inputs = (one.pixels, one.inputs["input_ids"], one.inputs["attention_mask"])
+
+    @jax.jit
+    def logits(variables: Any) -> list[jax.Array]:
+        models = (one.model, one.model.clone(config=config))
+        outputs = [model.apply(v, *inputs, **indices) for model, v in zip(models, variables, strict=True)]
+        return [output.itg_logits[..., :words] for output in outputs]
+
+    before, after = logits((one.variables, {"params": params}))
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
 
 def test_inputs_that_make_no_pairs(one: Case) -> None:
     ids = one.inputs["input_ids"]

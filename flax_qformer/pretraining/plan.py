@@ -1,6 +1,5 @@
 """What a training step needs of a TPU pod, told by the pod's own compiler, which runs on any machine."""
 
-import dataclasses
 import math
 import os
 import re
@@ -154,9 +153,7 @@ def plan(
     check_divides(batch, pod, "--batch")
     config = read_config(model).scanned()
     if remat:
-        parts = {name: getattr(config, name) for name in ("qformer_config", "vision_config")}
-        parts = {name: dataclasses.replace(part, gradient_checkpointing=True) for name, part in parts.items()}
-        config = dataclasses.replace(config, **parts)
+        config = config.recomputed()
     module = Blip2ForPreTraining(config, dtype=as_dtype(dtype))
     optimizer = make_optimizer(config, 1e-4)
     state, inputs = _state(module, optimizer, train, pod), _inputs(module, batch, text_length, pod)

@@ -160,7 +160,7 @@ def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
             continue
         if value is None and own[name].default is not None:
             raise InputError(f"{path} leaves {name} empty; give it a value, or leave the line out")
-        if isinstance(value, bool):
+        if own[name].type is bool and isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
             arguments += [f"--{flag}", *map(str, value)]
@@ -172,8 +172,12 @@ def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
 def to_yaml(settings: DataSettings) -> str:
     import yaml
 
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(settings).items()}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(_plain(settings), sort_keys=False)
+
+
+def _plain(settings: DataSettings) -> dict[str, Any]:
+    """As YAML keeps them, which has no tuples."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(settings).items()}
 
 
 def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> None:
@@ -184,10 +188,9 @@ def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> 
 
 def changed(before: Mapping[str, Any], now: DataSettings, names: Collection[str] | None = None) -> list[str]:
     """What became of the settings that a run was saved with: of these names, by default of all."""
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(now).items()}
     return [
         f"{name} was {before[name]} and is now {value}"
-        for name, value in values.items()
+        for name, value in _plain(now).items()
         if (names is None or name in names) and name in before and before[name] != value
     ]
 

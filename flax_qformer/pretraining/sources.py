@@ -132,7 +132,7 @@ class Images:
         image = row[self.image_column]
         key = row[self.id_column] if self.id_column else None
         if key is None and isinstance(image, Mapping) and image["bytes"] is None:
-            _, _, key = (image.get("path") or "").rpartition(os.path.join(os.path.abspath(self.name), ""))
+            _, _, key = (image.get("path") or "").rpartition(os.path.join(os.path.realpath(self.name), ""))
         return {"name": f"row {number} of {self.name}", "id": str(number if key in (None, "") else key), "image": image}
 
 
@@ -323,7 +323,7 @@ def _image_files(folder: Path) -> list[str]:
     """Those in a folder and below it, in order; what is hidden is left out."""
     suffixes = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
     files = []
-    for place, folders, names in os.walk(folder.absolute()):
+    for place, folders, names in os.walk(folder.resolve()):  # as datasets names files
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in names if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
         files += [os.path.join(place, name) for name in names]

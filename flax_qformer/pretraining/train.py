@@ -38,7 +38,7 @@ from flax_qformer.sharding import batch_part, check_divides, named_mesh, shard_b
 from flax_qformer.source import locate
 from flax_qformer.stopping import Stopped, noted_signals
 from flax_qformer.surgery import stack_layers
-from flax_qformer.writing import check_space, new_file, unwritable
+from flax_qformer.writing import check_space, new_file, writing
 
 logger = logging.getLogger(__name__)
 
@@ -389,7 +389,7 @@ def _check_output(output: Path, checkpoints: Checkpoints, settings: TrainSetting
     """Whether the run's folder can be made, or the run in it can go on."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is not a folder; name another --output")
-    with _writing(output):
+    with writing(output, "another --output"):
         visible = [path for path in output.iterdir() if path.name[0] != "."] if output.is_dir() else []
         if visible and not (output / SETTINGS).is_file():
             raise InputError(f"{output} holds something else than a run; name another --output")
@@ -414,7 +414,7 @@ def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None
 @contextlib.contextmanager
 def _begun(output: Path, overwrite: bool) -> Iterator[None]:
     """Make the run's folder, or empty it of another run; within the block it is this program's alone."""
-    with _writing(output):
+    with writing(output, "another --output"):
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
     with lock:
@@ -433,14 +433,6 @@ def _begun(output: Path, overwrite: bool) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(output, error, "another --output") from None
-
-
 def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
     source, dtype = locate(settings.model), as_dtype(settings.dtype)
     if source.config and not source.params and not source.weights:
@@ -449,14 +441,13 @@ def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dic
     else:
         model, params = from_pretrained(settings.model, dtype, jnp.float32, model_class=Blip2ForPreTraining, mesh=mesh)
     config = model.config
-    qformer, vision = config.qformer_config, config.vision_config
+    qformer = config.qformer_config
     if settings.dropout is not None:
         rate = settings.dropout
         qformer = dataclasses.replace(qformer, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
+    config = dataclasses.replace(config, qformer_config=qformer)
     if settings.gradient_checkpointing:
-        qformer = dataclasses.replace(qformer, gradient_checkpointing=True)
-        vision = dataclasses.replace(vision, gradient_checkpointing=True)
-    config = dataclasses.replace(config, qformer_config=qformer, vision_config=vision)
+        config = config.recomputed()
     if settings.scan_layers:
         config = config.scanned()
         if config.scan_layers:
