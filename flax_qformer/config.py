@@ -228,9 +228,11 @@ class Blip2Config(_Config):
 
     def recomputed(self) -> Self:
         """With `gradient_checkpointing` in both towers."""
-        parts = {"qformer_config": self.qformer_config, "vision_config": self.vision_config}
-        again = {name: dataclasses.replace(part, gradient_checkpointing=True) for name, part in parts.items()}
-        return dataclasses.replace(self, **again)
+        return dataclasses.replace(
+            self,
+            vision_config=dataclasses.replace(self.vision_config, gradient_checkpointing=True),
+            qformer_config=dataclasses.replace(self.qformer_config, gradient_checkpointing=True),
+        )
 
     def kept_heads(self, layer: int) -> tuple[int, ...]:
         """Self-attention heads that a Q-Former layer still has, numbered as in the unpruned model."""

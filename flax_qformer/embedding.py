@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from flax_qformer.convert.tensors import open_tensors
+
 from .checkpoint import as_dtype, from_pretrained
 from .compiler import compiler_options
 from .errors import InputError, first_line
@@ -33,7 +35,7 @@ from .processes import any_process, is_first
 from .processor import Processor
 from .qformer import Blip2QFormerModel
 from .sharding import BATCH, named_mesh, on
-from .source import DEFAULT_MODEL
+from .source import DEFAULT_MODEL, locate
 from .stopping import Stopped, noted_signals
 from .writing import check_writable, new_file
 
@@ -42,8 +44,11 @@ logger = logging.getLogger(__name__)
 FIXED = ("model", "config", "tokenizer", "text", "truncate", "image_column", "dtype", "embedding_dtype", "shard_size")
 """What decides of the embeddings or their shards, and so may not change between a stop and its resumption."""
 
-ROWS, SUM_OF_IDS = "rows", "sum of ids"
-"""By which the data is known again, beside the settings."""
+ROWS, SUM_OF_IDS, SUM_OF_FILES = "rows", "sum of ids", "sum of the model's files"
+"""By which the data and the model are known again, beside the settings."""
+
+SAMPLE = 2**16
+"""Bytes that are read of a model's file at each end, to know it again."""
 
 NOTES = b"flax_qformer"
 """Where the schema of a shard says what made it."""
@@ -109,7 +114,7 @@ def embed_data(settings: EmbedSettings) -> str:
     _check_place(settings)
     images = open_images(source)
     notes = {name: getattr(settings, name) for name in FIXED}
-    notes |= {ROWS: len(images), SUM_OF_IDS: _sum_of_ids(images)}
+    notes |= {ROWS: len(images), SUM_OF_IDS: _sum_of_ids(images), SUM_OF_FILES: _sum_of_files(settings.model)}
     errors = _errors_of_shards(settings.output, notes)
     rows = range(len(images))
     starts = rows[:: settings.shard_size]
@@ -145,6 +150,21 @@ def _sum_of_ids(images: Images) -> int:
     return zlib.crc32("\n".join(images[number]["id"] for number in sorted(numbers)).encode())
 
 
+def _sum_of_files(model: str) -> int:
+    """A sum by which a model is known again: of its config, and the ends of all files with parameters."""
+    source, total = locate(model), 0
+    files = {tensor.path for path in source.weights for tensor in open_tensors(path).values()}
+    files |= {path for path in source.params.rglob("*") if path.is_file()} if source.params else set()
+    if source.config:
+        files.add(source.config)
+    for path in sorted(files):
+        with path.open("rb") as file:
+            total = zlib.crc32(file.read(SAMPLE), total)
+            file.seek(max(path.stat().st_size - SAMPLE, 0))
+            total = zlib.crc32(file.read(), total)
+    return total
+
+
 def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]:
     """The shards that are whole, and how many errors are in each.
 
@@ -163,9 +183,14 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
         changed = [name for name, value in notes.items() if before.get(name) != value]
         if ROWS in changed or SUM_OF_IDS in changed:
             raise InputError(
-                f"the shards in {folder} are of other images ({before.get(ROWS)} then, {notes[ROWS]} now); "
-                "name another --output"
+                f"the shards in {folder} are of other images ({before.get(ROWS)} then, {notes[ROWS]} now, by their "
+                "ids); name another --output"
             )
+        if changed == [SUM_OF_FILES]:
+            raise InputError(
+                f"the shards in {folder} are of other parameters than {notes['model']} has now; name another --output"
+            )
+        changed = [name for name in changed if name in FIXED]
         if changed:
             told = "; ".join(f"{name} was {before.get(name)} and is now {notes[name]}" for name in changed)
             raise InputError(

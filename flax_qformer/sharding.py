@@ -102,8 +102,12 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """
     _check_axes(mesh)
     sharding, (_, count) = NamedSharding(mesh, BATCH), batch_part(mesh)
-    for name, array in batch.items():
-        check_divides(len(array) * count, mesh, name)
+    lengths = {name: np.shape(array)[:1] for name, array in batch.items()}
+    if len(set(lengths.values())) > 1 or () in lengths.values():
+        told = ", ".join(f"{name} has {length[0] if length else 'none'}" for name, length in lengths.items())
+        raise InputError(f"all of a batch must have as many rows; {told}")
+    for name, (length,) in lengths.items():
+        check_divides(length * count, mesh, name)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}
 
 
@@ -166,6 +170,8 @@ def _check_axes(mesh: Mesh) -> None:
 
 
 def _fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
+    if not all(isinstance(size, int | np.integer) for size in sizes.values()):
+        raise InputError(f"a mesh has whole numbers of devices along data, fsdp and tensor, not {[*sizes.values()]}")
     rest = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(rest) == 1 and known > 0 and count % known == 0:

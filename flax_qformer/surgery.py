@@ -55,10 +55,13 @@ def prune_heads(
     """
     before = dict(config.pruned_heads)
     merged = {layer: {*before.get(layer, ()), *heads.get(layer, ())} for layer in {*before, *heads}}
-    pruned = dataclasses.replace(config, pruned_heads=tuple((layer, tuple(gone)) for layer, gone in merged.items()))
     flat = _flat(params)
-    if any(path.startswith("encoder/layers/") for path in flat):
-        raise InputError("the parameters' layers are stacked, and pruned ones differ; take fq.unstack_layers(params)")
+    if config.scan_layers or any(path.startswith("encoder/layers/") for path in flat):
+        raise InputError(
+            "the layers are stacked, and pruned ones differ; take fq.unstack_layers(params), and a config without "
+            "scan_layers"
+        )
+    pruned = dataclasses.replace(config, pruned_heads=tuple((layer, tuple(gone)) for layer, gone in merged.items()))
     for layer in heads:
         kept = pruned.kept_heads(layer)
         places = jnp.array([place for place, head in enumerate(config.kept_heads(layer)) if head in kept], int)
@@ -161,7 +164,7 @@ def stack_layers(params: Params) -> dict[str, Any]:
             for first in range(0, len(encoder), size)
         ]
         if len({str(jax.tree.map(jnp.shape, group)) for group in groups}) > 1:
-            raise InputError("the layers cannot be stacked: a pruned model's differ from one another")
+            raise InputError("a pruned model's layers differ, and cannot be stacked; run it without scan_layers")
         return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)}
 
     def change(encoder: Params, prefix: str) -> Params:
@@ -196,7 +199,8 @@ def unstack_layers(params: Params) -> dict[str, Any]:
 def _with_encoders(params: Params, change: Callable[[Params, str], Params]) -> dict[str, Any]:
     tree = dict(params)
     if not tree.keys() & {"encoder", "visual_encoder"}:
-        raise InputError(f"no model's parameters, which have an encoder, but {', '.join(tree) or 'nothing'}")
+        found = ", ".join(tree) or "nothing"
+        raise InputError(f'no model\'s parameters, which have an encoder, but {found}; give the tree below "params"')
     if tree.get("encoder"):
         tree["encoder"] = change(tree["encoder"], "layer_")
     tower = tree.get("visual_encoder", {})

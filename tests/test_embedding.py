@@ -188,9 +188,9 @@ def test_what_cannot_go_on_is_refused(
     fewer = tmp_path / "fewer"
     shutil.copytree(data, fewer)
     (fewer / "000.png").unlink()
-    refused("of other images (203 then, 202 now)", data=fewer)
+    refused("of other images (203 then, 202 now, by their ids)", data=fewer)
     shutil.copyfile(data / "001.png", fewer / "more" / "999.png")
-    refused("of other images (203 then, 203 now)", data=fewer)
+    refused("of other images (203 then, 203 now, by their ids)", data=fewer)
     # Nothing is left to do; elsewhere, and with batches of another size, it is the same source.
     shutil.copytree(data, tmp_path / "moved")
     main(program(tmp_path / "moved", uninterrupted, "--batch-size", 9))
@@ -218,9 +218,18 @@ def test_half_precision_and_nothing_but_errors(tmp_path: Path, capsys: pytest.Ca
     broken.mkdir()
     for i in range(3):
         (broken / f"{i}.jpg").write_text("no image")
-    output = tmp_path / "embeddings"
-    main(program(broken, output, "--embedding-dtype", "float16", "--num-workers", 0))
+    output, model = tmp_path / "embeddings", tmp_path / "model"
+    shutil.copytree(DEFAULT_MODEL, model)
+    command = program(broken, output, "--embedding-dtype", "float16", "--num-workers", 0, "--model", model)
+    main(command)
     assert "1 shards: 3 rows, 3 with an error" in capsys.readouterr().out
     table = pq.read_table(output)
     assert table["embeddings"].null_count == 3
     assert str(table.schema.field("embeddings").type.value_type) == "halffloat"
+    # The model is trained on, in the same place.
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "of other parameters than" in capsys.readouterr().err

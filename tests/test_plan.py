@@ -18,7 +18,7 @@ import flax_qformer as fq
 from flax_qformer.cli import main
 from flax_qformer.config import BLIP2_VIT_L
 from flax_qformer.pretraining.hlo import traffic
-from flax_qformer.pretraining.plan import flops
+from flax_qformer.pretraining.plan import CHIPS, flops
 
 PROGRAM = """HloModule step
 
@@ -138,7 +138,13 @@ def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", "v5e:2x2", "--batch", "16384", config=SHALLOW)
     assert done.returncode == 0, done.stderr
     assert "missing" in done.stdout
-    assert "--batch" in done.stdout
+    advised = re.search(r"--batch (\d+)", done.stdout)
+    assert advised
+    plan = json.loads(run(tmp_path, "--topology", "v5e:2x2", "--json", *advised[0].split(), config=SHALLOW).stdout)
+    assert plan["fits"]
+    assert plan["headroom"] > 0
+    memory = sum(plan[part] for part in ("parameters", "optimizer", "temporaries", "headroom"))
+    assert memory == pytest.approx(CHIPS["v5e"].memory)
 
 
 @pytest.mark.slow

@@ -198,6 +198,8 @@ def test_heads_lie_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[s
 def test_unfit_meshes_are_refused(text: str, message: str) -> None:
     with pytest.raises(fq.InputError, match=message):
         fq.make_mesh(**parse_mesh(text))
+    with pytest.raises(fq.InputError, match="whole numbers"):
+        fq.make_mesh("2")
 
 
 def test_a_mesh_of_other_axes_is_refused() -> None:
@@ -215,3 +217,5 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     mesh = fq.make_mesh()
     with pytest.raises(fq.InputError, match=f"{2 * jax.device_count()} does"):
         fq.shard_batch({"input_ids": np.zeros((2 * jax.device_count() + 1, 3))}, mesh)
+    with pytest.raises(fq.InputError, match="as many rows; a has 2, b has 4"):
+        fq.shard_batch({"a": np.zeros(2), "b": np.zeros(4)}, mesh)

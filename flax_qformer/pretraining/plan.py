@@ -172,15 +172,15 @@ def plan(
     try:
         compiled = traced.lower().compile(COMPILER)
     except jax.errors.JaxRuntimeError as error:
-        temporaries = _temporaries(str(error), chip.memory - sum(kept))
-        if temporaries is None:
+        needed = _needed(str(error), chip.memory)
+        if needed is None:
             raise InputError(f"the step does not compile for {topology}: {first_line(error)}") from None
-        advice = tuple(_advice(chip, kept, temporaries, batch, pod, remat))
+        temporaries, headroom = needed - sum(kept), chip.memory - needed
+        advice = tuple(_advice(chip, sum(kept), temporaries, batch, pod, remat))
         nothing: dict[str, Any] = {"memory_traffic": None, "wire": {}, "collectives": {}, "seconds": {}}
-        headroom = chip.memory - sum(kept) - temporaries
         return Plan(**described, **nothing, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
-    memory, moved = compiled.memory_analysis(), traffic(compiled.as_text())
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # With the arguments; `temp_size_in_bytes` is more than is ever there at once.
+    height, moved = compiled.memory_analysis().peak_memory_in_bytes, traffic(compiled.as_text())
     seconds = {
         "compute": described["flops"] / chip.flops,
         "memory": moved.memory / chip.memory_rate,
@@ -188,8 +188,8 @@ def plan(
     }
     return Plan(
         **described,
-        temporaries=memory.temp_size_in_bytes + used - sum(kept),
-        headroom=chip.memory - used - memory.temp_size_in_bytes,
+        temporaries=height - sum(kept),
+        headroom=chip.memory - height,
         memory_traffic=moved.memory,
         wire=moved.wire,
         collectives=moved.collectives,
@@ -289,25 +289,27 @@ def _short(value: float, unit: str) -> str:
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
-def _temporaries(error: str, room: float) -> float | None:
-    """What a step that does not fit would need besides what is kept, as the compiler says it; None if it does not."""
+def _needed(error: str, memory: float) -> float | None:
+    """What a step that does not fit would need, as the compiler says it; None if it does not.
+
+    What the compiler calls temporaries has the arguments in it.
+    """
     if needed := re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds", error):
         return float(needed[1]) * UNITS[needed[2]]
     if beyond := re.search(r"[Ee]xceeded \w+ capacity by ([\d.]+)([KMGT]?)", error):
-        return room + float(beyond[1]) * UNITS[beyond[2]]
+        return memory + float(beyond[1]) * UNITS[beyond[2]]
     return None
 
 
-def _advice(
-    chip: Chip, kept: tuple[float, float], temporaries: float, batch: int, pod: Mesh, remat: bool
-) -> Iterator[str]:
+def _advice(chip: Chip, kept: float, temporaries: float, batch: int, pod: Mesh, remat: bool) -> Iterator[str]:
     """What to try: temporaries mostly grow with the batch."""
     parts = pod.shape["data"] * pod.shape["fsdp"]
     if not remat:
         yield "--remat, which keeps one layer's activations at a time"
-    fitting = int(batch * max(chip.memory - sum(kept), 0) / temporaries * 0.95) // parts * parts
+    # An image takes less where the compiler runs out, and spares.
+    fitting = int(batch * max(chip.memory - kept, 0) / temporaries * 0.75) // parts * parts
     if fitting:
         yield f"--batch {fitting}"
-    if pod.shape["data"] > 1 and temporaries < chip.memory:
+    if pod.shape["data"] > 1 and temporaries + kept / pod.shape["data"] < chip.memory:
         tensor = f",tensor={pod.shape['tensor']}" if pod.shape["tensor"] > 1 else ""
         yield f"--mesh fsdp=-1{tensor}, which splits the parameters over all chips"

@@ -207,7 +207,7 @@ def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
     path = Path(settings.data)
     try:
         if path.is_file() and path.suffix == ".parquet":
-            splits = datasets.load_dataset("parquet", data_files=str(path))
+            splits = _load_tables({"train": [path]})
         elif path.is_file() and path.suffix == ".tar":
             splits = {"train": _load_tars([path], settings, captions)}
         elif path.is_file():
@@ -260,9 +260,7 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
     if tars := _by_split(folder, "*.tar"):
         return {name: _load_tars(paths, settings, captions) for name, paths in tars.items()}
     if tables := _by_split(folder, "*.parquet"):
-        # By itself datasets would leave out what no name assigns to a split, where another's does.
-        files = {name: [str(path) for path in paths] for name, paths in tables.items()}
-        return datasets.load_dataset("parquet", data_files=files)
+        return _load_tables(tables)
     if not captions:
         features = datasets.Features({"image": datasets.Image(decode=False)})
         return {"train": datasets.Dataset.from_dict({"image": _image_files(folder)}, features)}
@@ -270,6 +268,21 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
         f"{folder} has neither metadata.jsonl or metadata.csv (file_name and a caption in each row) nor .tar or "
         ".parquet files; add the captions, or name another folder"
     )
+
+
+def _load_tables(paths: Mapping[str, Sequence[Path]]) -> Any:
+    """Rows of Parquet files, by split. By itself datasets leaves out files of no split, and fails on empty ones."""
+    import pyarrow.parquet as pq
+
+    def has_rows(path: Path) -> bool:
+        try:
+            return pq.read_metadata(path).num_rows > 0
+        except Exception:  # which datasets tells
+            return True
+
+    files = {name: [str(path) for path in some if has_rows(path)] for name, some in paths.items()}
+    files = {name: some for name, some in files.items() if some}
+    return _datasets().load_dataset("parquet", data_files=files) if files else {}
 
 
 def _by_split(folder: Path, pattern: str) -> dict[str, list[Path]]:
