@@ -48,7 +48,7 @@ ROWS, SUM_OF_IDS, SUM_OF_FILES = "rows", "sum of ids", "sum of the model's files
 """By which the data and the model are known again, beside the settings."""
 
 SAMPLE = 2**16
-"""Bytes that are read of a model's file at each end, to know it again."""
+"""Bytes of a sample of a model's file."""
 
 NOTES = b"flax_qformer"
 """Where the schema of a shard says what made it."""
@@ -151,17 +151,18 @@ def _sum_of_ids(images: Images) -> int:
 
 
 def _sum_of_files(model: str) -> int:
-    """A sum by which a model is known again: of its config, and the ends of all files with parameters."""
+    """A sum by which a model is known again: of its config and its parameters, of large files a thousand samples."""
     source, total = locate(model), 0
     files = {tensor.path for path in source.weights for tensor in open_tensors(path).values()}
     files |= {path for path in source.params.rglob("*") if path.is_file()} if source.params else set()
     if source.config:
         files.add(source.config)
     for path in sorted(files):
+        size = path.stat().st_size
         with path.open("rb") as file:
-            total = zlib.crc32(file.read(SAMPLE), total)
-            file.seek(max(path.stat().st_size - SAMPLE, 0))
-            total = zlib.crc32(file.read(), total)
+            for start in range(0, size, max(SAMPLE, size // 1000)):
+                file.seek(start)
+                total = zlib.crc32(file.read(SAMPLE), total)
     return total
 
 
@@ -175,8 +176,13 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
     for path in sorted(folder.glob("*.parquet")):
         try:
             with pq.ParquetFile(path) as file:
-                before = json.loads(file.schema_arrow.metadata[NOTES])
+                metadata = file.schema_arrow.metadata or {}
+                if NOTES not in metadata:
+                    raise InputError(f"{path} is no shard of embeddings; name another --output")
+                before = json.loads(metadata[NOTES])
                 column = file.read(columns=["error"])["error"]
+        except InputError:
+            raise
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is no whole shard (%s): making it anew", path, first_line(error))
             continue

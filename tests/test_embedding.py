@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pandas as pd
 import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -199,6 +200,8 @@ def test_what_cannot_go_on_is_refused(
 
     other = tmp_path / "other"
     other.mkdir()
+    pq.write_table(pa.table({"a": [1]}), other / "00000-of-00026.parquet")
+    refused("00000-of-00026.parquet is no shard of embeddings", output=other)
     refused("lies inside the data", output=data / "embeddings")
     (other / "kept.parquet").touch()
     refused("other holds something else than shards, kept.parquet", output=other)
