@@ -157,12 +157,15 @@ def _sum_of_files(model: str) -> int:
     files |= {path for path in source.params.rglob("*") if path.is_file()} if source.params else set()
     if source.config:
         files.add(source.config)
-    for path in sorted(files):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for start in range(0, size, max(SAMPLE, size // 1000)):
-                file.seek(start)
-                total = zlib.crc32(file.read(SAMPLE), total)
+    try:
+        for path in sorted(files):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for start in range(0, size, max(SAMPLE, size // 1000)):
+                    file.seek(start)
+                    total = zlib.crc32(file.read(SAMPLE), total)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); check its permissions") from None
     return total
 
 

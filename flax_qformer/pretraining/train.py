@@ -440,12 +440,11 @@ def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dic
         model, params = initialise(source.config, Blip2ForPreTraining, dtype, settings.seed, mesh)
     else:
         model, params = from_pretrained(settings.model, dtype, jnp.float32, model_class=Blip2ForPreTraining, mesh=mesh)
-    config = model.config
-    qformer = config.qformer_config
-    if settings.dropout is not None:
-        rate = settings.dropout
+    config, rate = model.config, settings.dropout
+    if rate is not None:
+        qformer = config.qformer_config
         qformer = dataclasses.replace(qformer, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
-    config = dataclasses.replace(config, qformer_config=qformer)
+        config = dataclasses.replace(config, qformer_config=qformer)
     if settings.gradient_checkpointing:
         config = config.recomputed()
     if settings.scan_layers:
