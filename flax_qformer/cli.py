@@ -188,7 +188,7 @@ def export(options: argparse.Namespace) -> None:
 
 def caption(options: argparse.Namespace) -> None:
     if not options.nucleus and (options.top_p is not None or options.seed is not None):
-        raise InputError("--top-p and --seed are of words that are drawn; add --nucleus")
+        raise InputError("--top-p and --seed are for --nucleus, which draws words; add it, or leave them out")
     model, params, processor = _load(options, Blip2ForPreTraining)
     end = processor.tokenizer.sep_token_id
     max_length = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)

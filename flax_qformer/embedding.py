@@ -35,7 +35,7 @@ from .processes import any_process, is_first
 from .processor import Processor
 from .qformer import Blip2QFormerModel
 from .sharding import BATCH, named_mesh, on
-from .source import DEFAULT_MODEL, locate
+from .source import DEFAULT_MODEL, TOKENIZER_FILES, find_tokenizer, locate
 from .stopping import Stopped, noted_signals
 from .writing import check_writable, new_file
 
@@ -114,7 +114,7 @@ def embed_data(settings: EmbedSettings) -> str:
     _check_place(settings)
     images = open_images(source)
     notes = {name: getattr(settings, name) for name in FIXED}
-    notes |= {ROWS: len(images), SUM_OF_IDS: _sum_of_ids(images), SUM_OF_FILES: _sum_of_files(settings.model)}
+    notes |= {ROWS: len(images), SUM_OF_IDS: _sum_of_ids(images), SUM_OF_FILES: _sum_of_files(settings)}
     errors = _errors_of_shards(settings.output, notes)
     rows = range(len(images))
     starts = rows[:: settings.shard_size]
@@ -150,22 +150,28 @@ def _sum_of_ids(images: Images) -> int:
     return zlib.crc32("\n".join(images[number]["id"] for number in sorted(numbers)).encode())
 
 
-def _sum_of_files(model: str) -> int:
-    """A sum by which a model is known again: of its config and its parameters, of large files a thousand samples."""
-    source, total = locate(model), 0
-    files = {tensor.path for path in source.weights for tensor in open_tensors(path).values()}
-    files |= {path for path in source.params.rglob("*") if path.is_file()} if source.params else set()
-    if source.config:
-        files.add(source.config)
-    try:
-        for path in sorted(files):
+def _sum_of_files(settings: EmbedSettings) -> int:
+    """A sum by which a model is known again: of its files, of large ones a thousand samples."""
+    source = locate(settings.model)
+    config = Path(settings.config) if settings.config else source.config
+    files = {path for path in (config, source.image_processor) if path}
+    if source.params:
+        files.update(path for path in source.params.rglob("*") if path.is_file())
+    else:
+        files.update(tensor.path for path in source.weights for tensor in open_tensors(path).values())
+    if settings.text is not None:
+        tokenizer = find_tokenizer(settings.tokenizer) if settings.tokenizer else source.tokenizer
+        files.update(tokenizer / name for name in TOKENIZER_FILES if tokenizer and (tokenizer / name).is_file())
+    total = 0
+    for path in sorted(files, key=lambda path: (path.name, path)):  # wherever they lie
+        try:
             size = path.stat().st_size
             with path.open("rb") as file:
                 for start in range(0, size, max(SAMPLE, size // 1000)):
                     file.seek(start)
                     total = zlib.crc32(file.read(SAMPLE), total)
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read ({error.strerror}); check its permissions") from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); check it and its permissions") from None
     return total
 
 
@@ -180,15 +186,15 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
         try:
             with pq.ParquetFile(path) as file:
                 metadata = file.schema_arrow.metadata or {}
-                if NOTES not in metadata:
-                    raise InputError(f"{path} is no shard of embeddings; name another --output")
-                before = json.loads(metadata[NOTES])
-                column = file.read(columns=["error"])["error"]
-        except InputError:
-            raise
+                before = json.loads(metadata.get(NOTES, "null"))
+                column = file.read(columns=["error"])["error"] if before else None
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is no whole shard (%s): making it anew", path, first_line(error))
             continue
+        if column is None:
+            raise InputError(f"{path} is no shard of embeddings; name another --output")
+        # Shards of earlier versions do not say what the model's files were.
+        before = {SUM_OF_FILES: notes[SUM_OF_FILES]} | before
         changed = [name for name, value in notes.items() if before.get(name) != value]
         if ROWS in changed or SUM_OF_IDS in changed:
             raise InputError(
@@ -197,7 +203,8 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
             )
         if changed == [SUM_OF_FILES]:
             raise InputError(
-                f"the shards in {folder} are of other parameters than {notes['model']} has now; name another --output"
+                f"the files of {notes['model']} are others than those that the shards in {folder} were made with; "
+                "name another --output"
             )
         changed = [name for name in changed if name in FIXED]
         if changed:

@@ -446,15 +446,18 @@ class QFormer(Block):
             if encoder_hidden_states is not None:
                 raise InputError("give pixel_values or encoder_hidden_states, not both")
             encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
+        layers = self.config.qformer_config.num_hidden_layers
+        if past_key_values is not None and len(past_key_values) != layers:
+            raise InputError(f"past_key_values are of {len(past_key_values)} layers; the model has {layers}")
         rows_past, num_past = past_key_values[0][0].shape[:2] if past_key_values else (0, 0)
         if num_past and encoder_hidden_states is not None:
             raise InputError("past_key_values hold the queries: give the text that follows them, and no image")
-        if num_past and input_ids is not None and rows_past != len(input_ids):
-            raise InputError(f"{rows_past} rows of past_key_values and {len(input_ids)} texts; give as many of each")
         if use_cache and past_key_values is None and encoder_hidden_states is None and image_key_values is None:
             raise InputError("use_cache is for an image and what follows: give pixel_values or encoder_hidden_states")
         if not image_key_values:
             check_inputs(self.config, encoder_hidden_states, input_ids)
+        if num_past and input_ids is not None and rows_past != len(input_ids):
+            raise InputError(f"{rows_past} rows of past_key_values and {len(input_ids)} texts; give as many of each")
         if first_position is None:
             first_position = max(num_past - self.config.num_query_tokens, 0)
             _check_length(self.config.qformer_config, first_position, input_ids)

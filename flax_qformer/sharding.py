@@ -104,8 +104,8 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     sharding, (_, count) = NamedSharding(mesh, BATCH), batch_part(mesh)
     lengths = {name: np.shape(array)[:1] for name, array in batch.items()}
     if len(set(lengths.values())) > 1 or () in lengths.values():
-        told = ", ".join(f"{name} has {length[0] if length else 'none'}" for name, length in lengths.items())
-        raise InputError(f"all of a batch must have as many rows; {told}")
+        told = ", ".join(f"{name} {length[0] if length else 'none'}" for name, length in lengths.items())
+        raise InputError(f"the arrays of a batch must have equally many rows; these have: {told}")
     for name, (length,) in lengths.items():
         check_divides(length * count, mesh, name)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}

@@ -80,21 +80,22 @@ def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) 
     """Replace the word embeddings by others, (any number of words, width); the config's vocab_size follows.
 
     Raises:
-      InputError: they have another width than the model.
+      InputError: they have another width than the model, or a stage-1 model's [DEC] is not among them.
     """
     width = config.qformer_config.hidden_size
     if value.ndim != 2 or value.shape[1] != width or not len(value):
         raise InputError(f"word embeddings have shape {value.shape}; this model takes (words, {width})")
-    # [DEC] keeps its number, which is otherwise that of the last word.
-    start = config.qformer_config.start_token_id
-    qformer = dataclasses.replace(
-        config.qformer_config, vocab_size=len(value), bos_token_id=start if start < len(value) else None
-    )
+    qformer, start = config.qformer_config, config.qformer_config.start_token_id
     flat = _flat(params)
     flat[_EMBEDDING] = value
     if _LM_BIAS in flat:
+        if start >= len(value):
+            raise InputError(f"{len(value)} words are without [DEC], number {start}, which begins captions; keep it")
+        # [DEC] keeps its number, which is otherwise that of the last word.
+        qformer = dataclasses.replace(qformer, bos_token_id=start)
         bias = flat[_LM_BIAS][: len(value)]
         flat[_LM_BIAS] = jnp.pad(bias, (0, len(value) - len(bias)))
+    qformer = dataclasses.replace(qformer, vocab_size=len(value))
     return dataclasses.replace(config, qformer_config=qformer), unflatten_dict(flat, sep="/")
 
 
@@ -106,7 +107,7 @@ def resize_token_embeddings(
     Source: transformers `PreTrainedModel.resize_token_embeddings`.
 
     Raises:
-      InputError: the vocabulary would have no words.
+      InputError: the vocabulary would have no words, or a stage-1 model's would lose [DEC].
     """
     if vocab_size < 1:
         raise InputError(f"vocab_size is {vocab_size}; it must be a whole number above 0")

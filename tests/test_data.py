@@ -162,6 +162,14 @@ def test_images_have_names_and_need_no_captions(tmp_path: Path) -> None:
     assert named(tmp_path / "a.parquet") == {str(i): content for i, content in enumerate(pngs)}
     write_parquet(tmp_path / "b.parquet", {"image": structs, "id": [70, None, 90]})
     assert named(tmp_path / "b.parquet") == {"70": pngs[0], "1": pngs[1], "90": pngs[2]}
+    # Files that Parquet names, through a link as well.
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_folder(tmp_path / "real" / "x", [{"file_name": "0.png"}])
+    (tmp_path / "real" / "x" / "metadata.jsonl").unlink()
+    for written, opened in (("real", "real"), ("real", "link"), ("link", "link")):
+        image = {"bytes": None, "path": str(tmp_path / written / "x" / "0.png")}
+        write_parquet(tmp_path / "real" / "a.parquet", {"image": [image]})
+        assert named(tmp_path / opened) == {"x/0.png": pngs[0]}, (written, opened)
 
 
 def test_form_of_a_batch(tmp_path: Path, processor: fq.Processor) -> None:
@@ -376,6 +384,8 @@ def test_data_that_is_none(tmp_path: Path) -> None:
             open_source(settings(Path(data), **changes))
         assert "\n" not in str(error.value)
 
+    write_parquet(tmp_path / "empty.parquet", {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
+    refused(tmp_path / "empty.parquet", "has no rows; add images")
     data = write_folder(tmp_path / "data", [{"file_name": "a.png", "label": "dog", "size": 3}])
     refused(data, "no column that is known to hold captions, only image, label, size; name one with --caption-column")
     refused(data, "no column title, only image, label, size", caption_column="title")

@@ -216,7 +216,10 @@ def test_what_cannot_go_on_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_half_precision_and_nothing_but_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_precision_and_nothing_but_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flax_qformer.embedding.SAMPLE", 64)
     broken = tmp_path / "broken"
     broken.mkdir()
     for i in range(3):
@@ -229,10 +232,23 @@ def test_half_precision_and_nothing_but_errors(tmp_path: Path, capsys: pytest.Ca
     table = pq.read_table(output)
     assert table["embeddings"].null_count == 3
     assert str(table.schema.field("embeddings").type.value_type) == "halffloat"
-    # The model is trained on, in the same place.
-    with (model / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"!")
+    # The same model is known again; then it is trained on, in the same place.
+    main(command)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[len(weights) // 1000 * 500] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
     with pytest.raises(SystemExit):
         main(command)
-    assert "of other parameters than" in capsys.readouterr().err
+    assert "model are others than those that the shards" in capsys.readouterr().err
+
+
+def test_an_empty_text_is_a_text(data: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "images", tmp_path / "embeddings"
+    folder.mkdir()
+    shutil.copy(data / "000.png", folder)
+    main(["embed", "--data", str(folder), "--output", str(output), "--text", "", "--num-workers", "0"])
+    model, params = fq.from_pretrained(DEFAULT_MODEL)
+    batch = fq.Processor.from_pretrained(DEFAULT_MODEL)([data / "000.png"], "")
+    expected = jax.jit(model.apply)({"params": params}, **batch).query_embeddings
+    (embeddings,) = pd.read_parquet(output)["embeddings"]
+    np.testing.assert_allclose(embeddings, expected.ravel(), atol=1e-5)

@@ -142,9 +142,9 @@ def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
     assert advised
     plan = json.loads(run(tmp_path, "--topology", "v5e:2x2", "--json", *advised[0].split(), config=SHALLOW).stdout)
     assert plan["fits"]
-    assert plan["headroom"] > 0
-    memory = sum(plan[part] for part in ("parameters", "optimizer", "temporaries", "headroom"))
-    assert memory == pytest.approx(CHIPS["v5e"].memory)
+    # It is three quarters of what would seem to fit.
+    room = CHIPS["v5e"].memory - plan["parameters"] - plan["optimizer"]
+    assert 0.6 * room < plan["temporaries"] < room
 
 
 @pytest.mark.slow

@@ -217,5 +217,5 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     mesh = fq.make_mesh()
     with pytest.raises(fq.InputError, match=f"{2 * jax.device_count()} does"):
         fq.shard_batch({"input_ids": np.zeros((2 * jax.device_count() + 1, 3))}, mesh)
-    with pytest.raises(fq.InputError, match="as many rows; a has 2, b has 4"):
+    with pytest.raises(fq.InputError, match="equally many rows; these have: a 2, b 4"):
         fq.shard_batch({"a": np.zeros(2), "b": np.zeros(4)}, mesh)

@@ -176,7 +176,7 @@ def plan(
         if needed is None:
             raise InputError(f"the step does not compile for {topology}: {first_line(error)}") from None
         temporaries, headroom = needed - sum(kept), chip.memory - needed
-        advice = tuple(_advice(chip, sum(kept), temporaries, batch, pod, remat))
+        advice = tuple(_advice(chip.memory, sum(kept), temporaries, _bytes(state.trained), batch, pod, remat))
         nothing: dict[str, Any] = {"memory_traffic": None, "wire": {}, "collectives": {}, "seconds": {}}
         return Plan(**described, **nothing, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
     # With the arguments; `temp_size_in_bytes` is more than is ever there at once.
@@ -301,15 +301,19 @@ def _needed(error: str, memory: float) -> float | None:
     return None
 
 
-def _advice(chip: Chip, kept: float, temporaries: float, batch: int, pod: Mesh, remat: bool) -> Iterator[str]:
-    """What to try: temporaries mostly grow with the batch."""
+def _advice(
+    memory: float, kept: float, temporaries: float, gradients: float, batch: int, pod: Mesh, remat: bool
+) -> Iterator[str]:
+    """What to try: temporaries grow with the batch, but for the gradients."""
     parts = pod.shape["data"] * pod.shape["fsdp"]
-    if not remat:
-        yield "--remat, which keeps one layer's activations at a time"
-    # An image takes less where the compiler runs out, and spares.
-    fitting = int(batch * max(chip.memory - kept, 0) / temporaries * 0.75) // parts * parts
-    if fitting:
-        yield f"--batch {fitting}"
-    if pod.shape["data"] > 1 and temporaries + kept / pod.shape["data"] < chip.memory:
+    room, activations = memory - kept - gradients, max(temporaries - gradients, 1)
+    if room > 0:
+        if not remat:
+            yield "--remat, which keeps one layer's activations at a time"
+        # What does not fit, the compiler makes smaller than it is where it fits.
+        fitting = int(batch * room / activations * 0.75) // parts * parts
+        if fitting:
+            yield f"--batch {fitting}"
+    if pod.shape["data"] > 1 and (kept + gradients) / pod.shape["data"] + activations < memory:
         tensor = f",tensor={pod.shape['tensor']}" if pod.shape["tensor"] > 1 else ""
         yield f"--mesh fsdp=-1{tensor}, which splits the parameters over all chips"

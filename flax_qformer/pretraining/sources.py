@@ -132,7 +132,10 @@ class Images:
         image = row[self.image_column]
         key = row[self.id_column] if self.id_column else None
         if key is None and isinstance(image, Mapping) and image["bytes"] is None:
-            _, _, key = (image.get("path") or "").rpartition(os.path.join(os.path.realpath(self.name), ""))
+            key = image.get("path") or ""
+            # Files are found by one, and Parquet may name them by the other.
+            for folder in (os.path.realpath(self.name), os.path.abspath(self.name)):
+                _, _, key = key.rpartition(os.path.join(folder, ""))
         return {"name": f"row {number} of {self.name}", "id": str(number if key in (None, "") else key), "image": image}
 
 
