@@ -277,7 +277,7 @@ IMAGE = str(EXAMPLE_IMAGE)
         (["embed", IMAGE, "cut.png", "--batch-size", "1"], "cut.png is damaged or cut off"),
         (["embed", IMAGE, "--text", "a", "b"], "1 images and 2 texts"),
         (["embed", IMAGE, "--model", str(DEFAULT_MODEL / "config.json")], "name the checkpoint's folder"),
-        (["caption", IMAGE, "--top-p", "0.5"], "add --nucleus"),
+        (["caption", IMAGE, "--top-p", "0.5"], "are for --nucleus"),
         (["caption", IMAGE, "--nucleus", "--num-beams", "2"], "not allowed with argument"),
         (["caption", IMAGE, "--min-length", "9", "--max-length", "5"], "--min-length 9 is above --max-length, 5"),
         (["embed", IMAGE, "--text", "dog " * 100], "102 tokens, but the model reads at most 64"),
