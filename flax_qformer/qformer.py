@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import flax.struct
@@ -10,22 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from .activations import ACTIVATIONS
-from .config import Blip2Config, Blip2QFormerConfig
-from .errors import InputError
-from .layers import (
+from .attention import (
     CROSS_ATTENTION_MASK,
-    INITIALIZER,
     SELF_ATTENTION_MASK,
-    Block,
     attention_without_keys,
-    check_stacked,
     dot_product_attention,
-    interleaved,
-    layer_runner,
     mask_bias,
-    scanned,
-    whole,
 )
+from .config import Blip2Config, Blip2QFormerConfig
+from .encoders import check_stacked, layer_runner, scanned
+from .errors import InputError
+from .layers import INITIALIZER, Block, interleaved
+from .sharding import whole
 from .vision import Blip2VisionModel, VisionOutput
 
 KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
@@ -265,6 +261,49 @@ class Blip2QFormerLayer(Block):
         return _ResidualOutput(self.config, name=f"output{suffix}", **self.policy)(inner, x, self.deterministic)
 
 
+@flax.struct.dataclass
+class EncoderInputs:
+    """What the layers go by, beside the tokens. N tokens are `num_queries` queries, and then the text.
+
+    Attributes:
+      image: (batch, image tokens, image width)
+      bias: (batch, 1, 1 or N, past + N), added to the scores of self-attention.
+      image_bias: (batch, 1, 1 or num_queries, image tokens), added to those of cross-attention.
+      head_mask: (layers, batch or 1, heads, 1, 1), factors on the weights of both.
+      past: keys and values of self-attention that are past, of each layer.
+      image_past: those of cross-attention, of each layer that has it.
+    """
+
+    image: jax.Array | None
+    bias: jax.Array | None
+    image_bias: jax.Array | None
+    head_mask: jax.Array | None
+    past: tuple[KeyValue, ...] | None
+    image_past: tuple[KeyValue, ...] | None
+    num_queries: int = flax.struct.field(pytree_node=False)
+    deterministic: bool = flax.struct.field(pytree_node=False)
+
+
+class EncoderOutput(NamedTuple):
+    """What the layers give.
+
+    Attributes:
+      queries: their last state; of layers one by one, none recomputed, its gradient leaves the last layer's text out.
+      states: (batch, N, width) before the first and after each layer.
+      attentions: (batch, heads, N, past + N) of each layer.
+      cross_attentions: (batch, heads, num_queries, image tokens) of each layer that cross-attends.
+      past: keys and values of self-attention, those given included.
+      image_past: those of cross-attention, where they were made.
+    """
+
+    queries: jax.Array
+    states: list[jax.Array]
+    attentions: list[jax.Array]
+    cross_attentions: list[jax.Array]
+    past: list[KeyValue]
+    image_past: list[KeyValue]
+
+
 class Blip2QFormerEncoder(Block):
     """The Q-Former's layers. Source: diffusers `Blip2QFormerEncoder`.
 
@@ -275,96 +314,63 @@ class Blip2QFormerEncoder(Block):
     config: Blip2Config
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        image: jax.Array | None,
-        bias: jax.Array | None,
-        image_bias: jax.Array | None,
-        head_mask: jax.Array | None,
-        past: tuple[KeyValue, ...] | None,
-        image_past: tuple[KeyValue, ...] | None,
-        num_queries: int,
-        deterministic: bool,
-    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
-        """x: (batch, N, width), image: (batch, image tokens, image width) -> states and what they came from.
-
-        First the queries' last state: of layers one by one, none recomputed, its gradient leaves the last layer's text
-        out. The states are those before the first and after each layer; then, of each layer, the weights, those of
-        cross-attention, the keys and values, and those of cross-attention.
-        """
+    def __call__(self, x: jax.Array, inputs: EncoderInputs) -> EncoderOutput:
+        """x: (batch, N, width)."""
         c = self.config.qformer_config
         check_stacked(self, self.config.scan_layers)
         if self.config.scan_layers:
-            return self._scan(x, image, bias, image_bias, head_mask, past, image_past, num_queries, deterministic)
-        states, attentions, cross_attentions, caches, image_caches = [x], [], [], [], []
-        queries, images = x[:, :num_queries], iter(image_past or ())
+            return self._scan(x, inputs)
+        queries, images = x[:, : inputs.num_queries], iter(inputs.image_past or ())
+        found: tuple[list[Any], ...] = ([x], [], [], [], [])
         run = layer_runner(c.gradient_checkpointing)
         for i in range(c.num_hidden_layers):
             heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
             layer = Blip2QFormerLayer(
-                c, heads, cross_attends, num_queries, deterministic, name=f"layer_{i}", **self.policy
+                c, heads, cross_attends, inputs.num_queries, inputs.deterministic, name=f"layer_{i}", **self.policy
             )
             rest = (
-                bias,
-                image_bias,
-                None if head_mask is None else head_mask[i],
-                None if past is None else past[i],
+                inputs.bias,
+                inputs.image_bias,
+                None if inputs.head_mask is None else inputs.head_mask[i],
+                None if inputs.past is None else inputs.past[i],
                 next(images, None) if cross_attends else None,
             )
-            x, queries, weights, cross_weights, cache, image_cache = run(layer, (x, image), rest)
+            x, queries, *others = run(layer, (x, inputs.image), rest)
             if c.gradient_checkpointing:
-                queries = x[:, :num_queries]  # the gradient has to come through the first output
-            states.append(x)
-            attentions.append(weights)
-            caches.append(cache)
-            if cross_weights is not None:
-                cross_attentions.append(cross_weights)
-            if image_cache is not None:
-                image_caches.append(image_cache)
-        return queries, states, attentions, cross_attentions, caches, image_caches
+                queries = x[:, : inputs.num_queries]  # the gradient has to come through the first output
+            for one, of_all in zip((x, *others), found, strict=True):
+                if one is not None:
+                    of_all.append(one)
+        return EncoderOutput(queries, *found)
 
-    def _scan(
-        self,
-        x: jax.Array,
-        image: jax.Array | None,
-        bias: jax.Array | None,
-        image_bias: jax.Array | None,
-        head_mask: jax.Array | None,
-        past: tuple[KeyValue, ...] | None,
-        image_past: tuple[KeyValue, ...] | None,
-        num_queries: int,
-        deterministic: bool,
-    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array], list[KeyValue], list[KeyValue]]:
+    def _scan(self, x: jax.Array, inputs: EncoderInputs) -> EncoderOutput:
         depth, size = self.config.qformer_config.num_hidden_layers, self.config.qformer_config.cross_attention_frequency
         groups = depth // size
 
         def run(group: Blip2QFormerEncoder, x: jax.Array, row: Any) -> tuple:
-            head_masks, caches, image_cache = row
-            past = caches and tuple(jax.tree.map(lambda leaf, i=i: leaf[i], caches) for i in range(size))
-            image_past = image_cache and (image_cache,)
-            _, states, *others = group(
-                x, image, bias, image_bias, head_masks, past, image_past, num_queries, deterministic
-            )
+            head_mask, past, image_past = row
+            past = past and tuple(jax.tree.map(lambda leaf, i=i: leaf[i], past) for i in range(size))
+            image_past = image_past and (image_past,)
+            own = dataclasses.replace(inputs, head_mask=head_mask, past=past, image_past=image_past)
+            _, states, *others = group(x, own)
             return states[-1], (states[1:], *others)
 
         def rows(tree: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), tree)
 
         past, image_past = (
-            jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if caches else None
-            for caches in (past, image_past)
+            jax.tree.map(lambda *layers: jnp.stack(layers), *given) if given else None
+            for given in (inputs.past, inputs.image_past)
         )
         qformer = dataclasses.replace(self.config.qformer_config, num_hidden_layers=size)
         config = dataclasses.replace(self.config, qformer_config=qformer, scan_layers=False)
         group = Blip2QFormerEncoder(config, name="layers", **self.policy)
-        last, outputs = scanned(group, groups, x, (*rows((head_mask, past)), image_past), run)
-        states, attentions, cross_attentions, caches, image_caches = (
+        last, outputs = scanned(group, groups, x, (*rows((inputs.head_mask, past)), image_past), run)
+        states, *others = (
             [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(groups) for layer in layers]
             for layers in outputs
         )
-        states = [x, *states[:-1], last]
-        return last[:, :num_queries], states, attentions, cross_attentions, caches, image_caches
+        return EncoderOutput(last[:, : inputs.num_queries], [x, *states[:-1], last], *others)
 
 
 class ProjLayer(Block):
@@ -480,26 +486,26 @@ class QFormer(Block):
         if head_mask is not None:
             head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
 
-        queries, states, attentions, cross_attentions, caches, image_caches = self.encoder(
-            x,
-            encoder_hidden_states,
-            bias,
-            image_bias,
-            head_mask,
-            past_key_values,
-            image_key_values,
-            num_queries,
-            deterministic,
+        inputs = EncoderInputs(
+            image=encoder_hidden_states,
+            bias=bias,
+            image_bias=image_bias,
+            head_mask=head_mask,
+            past=past_key_values,
+            image_past=image_key_values,
+            num_queries=num_queries,
+            deterministic=deterministic,
         )
+        output = self.encoder(x, inputs)
         return QFormerOutput(
-            last_hidden_state=states[-1],
-            pooler_output=states[-1][:, 0],
-            query_embeddings=queries if num_queries else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
-            past_key_values=tuple(caches) if use_cache else None,
-            image_key_values=tuple(image_caches) if use_cache else None,
+            last_hidden_state=output.states[-1],
+            pooler_output=output.states[-1][:, 0],
+            query_embeddings=output.queries if num_queries else None,
+            hidden_states=tuple(output.states) if output_hidden_states else None,
+            attentions=tuple(output.attentions) if output_attentions else None,
+            cross_attentions=tuple(output.cross_attentions) if output_attentions else None,
+            past_key_values=tuple(output.past) if use_cache else None,
+            image_key_values=tuple(output.image_past) if use_cache else None,
         )
 
 

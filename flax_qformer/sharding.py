@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .compiler import rounds_at_once
 from .errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -37,6 +39,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 """Pattern of a path's end -> the mesh's axis for each axis of the parameter. The first that fits holds, for optimizer
 state as well; what no row names (biases of the width, LayerNorms) is on every chip whole."""
+
+TOKENS_AT_ONCE = 16
+"""Image tokens of the whole batch that a chip holds at once, to take those of other chips' images."""
 
 Tree = TypeVar("Tree")
 
@@ -155,6 +160,46 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     axes = (None,) * (len(shape) - len(axes)) + axes
     whole = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
     return NamedSharding(mesh, PartitionSpec(*whole))
+
+
+def keep_batch(x: jax.Array) -> jax.Array:
+    """Keep the first axis split over the mesh that is set: XLA may else split widths, and sum over the wire."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH[0] if axis in mesh.auto_axes)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
+
+
+def is_batch_split() -> bool:
+    """Whether the mesh that is set, if any, gives each chip a part of the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in BATCH[0] if axis in mesh.auto_axes)
+
+
+def rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[index]`; on a mesh a few tokens at a time, since every chip gets them of the whole batch to choose from.
+
+    x: (batch, tokens, width), index: (batch,).
+    """
+    if not is_batch_split():
+        return x[index]
+    batch, tokens, width = x.shape
+    pieces = math.ceil(tokens / TOKENS_AT_ONCE)
+    x = jnp.pad(x, ((0, 0), (0, pieces * TOKENS_AT_ONCE - tokens), (0, 0)))
+    x = x.reshape(batch, pieces, TOKENS_AT_ONCE, width).swapaxes(0, 1)
+
+    def choose(_: None, piece: jax.Array) -> tuple[None, jax.Array]:
+        return None, keep_batch(keep_batch(piece)[index])
+
+    _, chosen = jax.lax.scan(choose, None, x, unroll=rounds_at_once(pieces))
+    return chosen.swapaxes(0, 1).reshape(batch, -1, width)[:, :tokens]
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Bring all of a parameter to every chip of the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
 
 
 def held_bytes(params: Any) -> tuple[int, int]:

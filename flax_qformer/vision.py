@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from .activations import ACTIVATIONS
+from .attention import dot_product_attention
 from .config import Blip2VisionConfig
+from .encoders import check_stacked, layer_runner, scanned
 from .errors import InputError
-from .layers import INITIALIZER, Block, check_stacked, dot_product_attention, layer_runner, scanned
+from .layers import INITIALIZER, Block
 
 
 @flax.struct.dataclass

@@ -15,7 +15,7 @@ from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 import cases
 import flax_qformer as fq
 from conftest import checkpointing, write_upstream
-from flax_qformer import layers, qformer, vision
+from flax_qformer import attention, encoders, layers, qformer, vision
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 
 CONFIG = fq.Blip2Config.from_dict(
@@ -127,14 +127,14 @@ def test_attention_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> No
     query, key, value = (cases.draw(name, (10, tokens, 3, 4)) for name, tokens in (("q", 5), ("k", 7), ("v", 7)))
 
     def context_and_gradients(parts: bool) -> Any:
-        attended = jax.jit(lambda *arrays: layers.dot_product_attention(*arrays)[0])
+        attended = jax.jit(lambda *arrays: attention.dot_product_attention(*arrays)[0])
         assert ("while" in attended.lower(query, key, value).as_text()) == parts
         context, pull = jax.vjp(attended, query, key, value)
         return context, *pull(jnp.cos(context))
 
     whole = context_and_gradients(parts=False)
-    monkeypatch.setattr(layers, "SCORES_AT_ONCE", at_once)
-    monkeypatch.setattr(layers, "LEAST_PIECES", 2)
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(attention, "LEAST_PIECES", 2)
     for part, expected in zip(context_and_gradients(parts=True), whole, strict=True):
         np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
 
@@ -187,7 +187,7 @@ def test_parameters_are_checked_and_not_drawn_again() -> None:
 
 
 def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced, attend = [], layers.dot_product_attention
+    traced, attend = [], attention.dot_product_attention
 
     def counted(*arrays: jax.Array, **details: Any) -> Any:
         traced.append(arrays[0].shape)
@@ -220,7 +220,7 @@ def test_layers_are_not_compiled_where_nothing_is(params: Any, batch: Any, monke
     compiled, jit = [], jax.jit
 
     def counted(*arguments: Any, **details: Any) -> Any:
-        compiled.extend(function for function in arguments if function.__module__ == layers.__name__)
+        compiled.extend(function for function in arguments if function.__module__ == encoders.__name__)
         return jit(*arguments, **details)
 
     monkeypatch.setattr(jax, "jit", counted)
