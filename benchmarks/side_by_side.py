@@ -63,8 +63,12 @@ def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def times_faster(ours: list[float], *others: list[float]) -> float:
-    """The median over the rounds of what the fastest of the others took, by what we took."""
-    return statistics.median(min(rest) / own for own, *rest in zip(ours, *others, strict=True))
+    """The median over the rounds of what the other took, of several the one that is faster in all, by what we took.
+
+    Not of what was faster in each round, which of two equal ones is the luckier.
+    """
+    other = min(others, key=statistics.median)
+    return statistics.median(theirs / own for own, theirs in zip(ours, other, strict=True))
 
 
 def product(dtype: str, size: int) -> Callable[[], jax.Array]:

@@ -49,9 +49,7 @@ def dot_product_attention(
         scores = jnp.einsum(f"bhqd,{keys}->bhqk", query.swapaxes(1, 2), key, preferred_element_type=jnp.float32)
         if bias is not None:
             scores += bias
-        # The softmax is divided by its sum at the end: XLA then makes all of this one loop over blocks, on CPU too.
-        powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        total = powers.sum(axis=-1, keepdims=True)
+        powers, total = _softmax(scores)
         used = powers.astype(dtype)
         if dropout is not None:
             used = dropout(used)
@@ -73,6 +71,12 @@ def dot_product_attention(
     return context, weights
 
 
+def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Powers, and their sums. Divided at the end of attention, XLA makes all of it one loop over blocks, on CPU too."""
+    powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return powers, powers.sum(axis=-1, keepdims=True)
+
+
 def _in_parts(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """Attend for some images, and of them for some queries, at a time.
 
@@ -90,17 +94,35 @@ def _in_parts(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array
     pieces = min(num_queries, max(LEAST_PIECES, math.ceil(images * scores / SCORES_AT_ONCE)))
 
     def part(_: None, arrays: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
-        query, key, value = arrays
+        query, key, value = (x.swapaxes(1, 2) for x in arrays)
         if key.dtype == jnp.float32:
-            # First head by head, and then turned: at once XLA's CPU compiler reads them across 12 KiB for every number.
-            key = jnp.stack([key[:, :, head] for head in range(heads)], axis=1).swapaxes(1, 2)
-        queries = jnp.array_split(query, pieces, axis=1)
-        return None, jnp.concatenate([jax.checkpoint(attend)(piece, key, value) for piece in queries], axis=1)
+            # Head by head, and then turned: at once XLA's CPU compiler reads them across 12 KiB for every number.
+            key = jnp.stack([arrays[1][:, :, head] for head in range(heads)], axis=1)
+        query, key, value = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+
+        def piece(query: jax.Array) -> jax.Array:
+            context = jax.checkpoint(_of_heads)(query, key, value)
+            return context.reshape(images, heads, *context.shape[1:]).swapaxes(1, 2)
+
+        return None, jnp.concatenate([piece(some) for some in jnp.array_split(query, pieces, axis=1)], axis=1)
 
     # XLA runs a loop's rounds one after the other, and what is in one round side by side.
     parts = tuple(x.reshape(-1, images, *x.shape[1:]) for x in arrays)
     _, context = jax.lax.scan(part, None, parts, unroll=4)
     return context.reshape(arrays[0].shape)
+
+
+def _of_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attention of heads, of whichever images. XLA's CPU compiler makes it one loop, but not over an axis of length 1.
+
+    query: (n, queries, head_dim), key, value: (n, keys, head_dim) -> the shape of the query.
+    """
+    scores = jnp.einsum("nqd,nkd->nqk", query, key, preferred_element_type=jnp.float32)
+    powers, total = _softmax(scores)
+    context = jnp.einsum("nqk,nkd->nqd", powers.astype(query.dtype), value, preferred_element_type=jnp.float32)
+    # Fewer divisors than 4096 it would turn into factors first, outside of the loop.
+    divisor = total + 0 * context if total.size < 4096 else total
+    return (context / divisor).astype(query.dtype)
 
 
 def _cudnn_takes(query: jax.Array) -> bool:
