@@ -1,4 +1,4 @@
-"""A model on many chips: the mesh, and which axis of a parameter lies along which of the mesh's.
+"""A model on many chips: the mesh, which axis of a parameter lies along which of the mesh's, what splits in between.
 
 Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads and inner
 widths. The program stays that of one chip: XLA puts the collectives in, and the losses see the whole batch.
