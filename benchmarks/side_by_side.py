@@ -63,9 +63,9 @@ def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def times_faster(ours: list[float], *others: list[float]) -> float:
-    """The median over the rounds of what the other took, of several the one that is faster in all, by what we took.
+    """The median over the rounds of the other's time by ours; of several others, of the one with the least median.
 
-    Not of what was faster in each round, which of two equal ones is the luckier.
+    The faster in each round would be, of two equal ones, the luckier.
     """
     other = min(others, key=statistics.median)
     return statistics.median(theirs / own for own, theirs in zip(ours, other, strict=True))

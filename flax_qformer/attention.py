@@ -13,6 +13,9 @@ from .layers import Dense
 SCORES_AT_ONCE = 9 * 2**18
 """Attention scores of a product on a CPU, those of two images of 257 tokens and 16 heads."""
 
+FEWEST_DIVISORS = 4096
+"""XLA's CPU compiler turns a division by fewer into a product with their inverses, which it computes first."""
+
 LEAST_PIECES = 2 if jax.__version_info__ < (0, 11) else 1
 """The fewest pieces of an image's queries: JAX 0.10 computes each product of attention on one core."""
 
@@ -72,33 +75,38 @@ def dot_product_attention(
 
 
 def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Powers, and their sums. Divided at the end of attention, XLA makes all of it one loop over blocks, on CPU too."""
+    """The powers, and their sums (..., 1): divided at the end, so that XLA makes attention one loop, on CPU too.
+
+    scores: (..., keys).
+    """
     powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     return powers, powers.sum(axis=-1, keepdims=True)
 
 
-def _in_parts(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def _in_parts(at_once: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """Attend for some images, and of them for some queries, at a time.
 
     The scores of many are more memory than a C library keeps, and to get it anew from the system, page by page, takes
     longer than the attention. In the backward pass each part is computed again.
 
-    arrays: query, key, value, each (batch, tokens, heads, head_dim).
+    Args:
+      at_once: how to attend where there is little to do, or a mesh.
+      arrays: query, key, value, each (batch, tokens, heads, head_dim).
     """
     batch, num_queries, heads, _ = arrays[0].shape
     scores = heads * num_queries * arrays[1].shape[1]  # of an image
     if batch * scores < SCORES_AT_ONCE // 4 or jax.sharding.get_abstract_mesh().size > 1:
-        return attend(*arrays)
+        return at_once(*arrays)
     # As many as fit with their queries in halves.
     images = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * scores <= 2 * SCORES_AT_ONCE))
     pieces = min(num_queries, max(LEAST_PIECES, math.ceil(images * scores / SCORES_AT_ONCE)))
 
     def part(_: None, arrays: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
-        query, key, value = (x.swapaxes(1, 2) for x in arrays)
+        query, key, value = arrays
         if key.dtype == jnp.float32:
             # Head by head, and then turned: at once XLA's CPU compiler reads them across 12 KiB for every number.
-            key = jnp.stack([arrays[1][:, :, head] for head in range(heads)], axis=1)
-        query, key, value = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+            key = jnp.stack([key[:, :, head] for head in range(heads)], axis=1).swapaxes(1, 2)
+        query, key, value = (x.swapaxes(1, 2).reshape(images * heads, *x.shape[1::2]) for x in (query, key, value))
 
         def piece(query: jax.Array) -> jax.Array:
             context = jax.checkpoint(_of_heads)(query, key, value)
@@ -113,15 +121,15 @@ def _in_parts(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array
 
 
 def _of_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attention of heads, of whichever images. XLA's CPU compiler makes it one loop, but not over an axis of length 1.
+    """Attention over one axis of heads and images: of two, one of length 1 would keep XLA from making it one loop.
 
     query: (n, queries, head_dim), key, value: (n, keys, head_dim) -> the shape of the query.
     """
     scores = jnp.einsum("nqd,nkd->nqk", query, key, preferred_element_type=jnp.float32)
     powers, total = _softmax(scores)
     context = jnp.einsum("nqk,nkd->nqd", powers.astype(query.dtype), value, preferred_element_type=jnp.float32)
-    # Fewer divisors than 4096 it would turn into factors first, outside of the loop.
-    divisor = total + 0 * context if total.size < 4096 else total
+    # As many divisors as numbers are divided in the loop (an infinite one becomes NaN).
+    divisor = total + 0 * context if total.size < FEWEST_DIVISORS else total
     return (context / divisor).astype(query.dtype)
 
 

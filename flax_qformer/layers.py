@@ -110,8 +110,3 @@ def _product(x: jax.Array, kernel: jax.Array, axes: int, result: DTypeLike) -> j
     contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=result)
     return y.reshape(*before, *out_shape)
-
-
-def interleaved(*arrays: jax.Array) -> jax.Array:
-    """N arrays of (batch, ...) to (N * batch, ...), row by row; each row stays on its chip."""
-    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])

@@ -20,8 +20,8 @@ from .attention import (
 from .config import Blip2Config, Blip2QFormerConfig
 from .encoders import check_stacked, layer_runner, scanned
 from .errors import InputError
-from .layers import INITIALIZER, Block, interleaved
-from .sharding import whole
+from .layers import INITIALIZER, Block
+from .sharding import interleaved, whole
 from .vision import Blip2VisionModel, VisionOutput
 
 KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
@@ -272,6 +272,7 @@ class EncoderInputs:
       head_mask: (layers, batch or 1, heads, 1, 1), factors on the weights of both.
       past: keys and values of self-attention that are past, of each layer.
       image_past: those of cross-attention, of each layer that has it.
+      deterministic: drop nothing.
     """
 
     image: jax.Array | None
@@ -321,6 +322,7 @@ class Blip2QFormerEncoder(Block):
         if self.config.scan_layers:
             return self._scan(x, inputs)
         queries, images = x[:, : inputs.num_queries], iter(inputs.image_past or ())
+        # In the order of `EncoderOutput`, which is that of what a layer returns.
         found: tuple[list[Any], ...] = ([x], [], [], [], [])
         run = layer_runner(c.gradient_checkpointing)
         for i in range(c.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""A model on many chips: the mesh, which axis of a parameter lies along which of the mesh's, what splits in between.
+"""A model on many chips: the mesh, which axis of a parameter lies along which of the mesh's, and activations on it.
 
 Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads and inner
 widths. The program stays that of one chip: XLA puts the collectives in, and the losses see the whole batch.
@@ -194,6 +194,11 @@ def rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
     _, chosen = jax.lax.scan(choose, None, x, unroll=rounds_at_once(pieces))
     return chosen.swapaxes(0, 1).reshape(batch, -1, width)[:, :tokens]
+
+
+def interleaved(*arrays: jax.Array) -> jax.Array:
+    """N arrays of (batch, ...) to (N * batch, ...), row by row; each row stays on its chip."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.config import Blip2QFormerConfig
 from flax_qformer.errors import InputError
-from flax_qformer.layers import Block, interleaved
+from flax_qformer.layers import Block
 from flax_qformer.pretraining.generation import Rules, search_caption, write_caption
 from flax_qformer.pretraining.losses import (
     contrastive_loss,
@@ -18,7 +18,7 @@ from flax_qformer.pretraining.losses import (
     similarities,
 )
 from flax_qformer.qformer import KeyValue, QFormer, check_inputs
-from flax_qformer.sharding import is_batch_split, rows
+from flax_qformer.sharding import interleaved, is_batch_split, rows
 
 TEMPERATURE = 0.07
 
