@@ -21,7 +21,7 @@ from .config import Blip2Config, Blip2QFormerConfig
 from .encoders import check_stacked, layer_runner, scanned
 from .errors import InputError
 from .layers import INITIALIZER, Block
-from .sharding import interleaved, whole
+from .sharding import interleaved, replicated
 from .vision import Blip2VisionModel, VisionOutput
 
 KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
@@ -66,7 +66,7 @@ class _Table(Block):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids: (...) -> (..., width)."""
         # Rows of a table that is split by width would come split by width too, not by batch.
-        table = whole(self.param("embedding", INITIALIZER, self.shape, self.param_dtype))
+        table = replicated(self.param("embedding", INITIALIZER, self.shape, self.param_dtype))
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(self.dtype)
 

@@ -177,7 +177,7 @@ def is_batch_split() -> bool:
     return any(mesh.shape[axis] > 1 for axis in BATCH[0] if axis in mesh.auto_axes)
 
 
-def rows(x: jax.Array, index: jax.Array) -> jax.Array:
+def pick_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """`x[index]`; on a mesh a few tokens at a time, since every chip gets them of the whole batch to choose from.
 
     x: (batch, tokens, width), index: (batch,).
@@ -201,7 +201,7 @@ def interleaved(*arrays: jax.Array) -> jax.Array:
     return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
     """Bring all of a parameter to every chip of the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x

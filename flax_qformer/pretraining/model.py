@@ -18,7 +18,7 @@ from flax_qformer.pretraining.losses import (
     similarities,
 )
 from flax_qformer.qformer import KeyValue, QFormer, check_inputs
-from flax_qformer.sharding import interleaved, is_batch_split, rows
+from flax_qformer.sharding import interleaved, is_batch_split, pick_rows
 
 TEMPERATURE = 0.07
 
@@ -148,10 +148,10 @@ class Blip2ForPreTraining(QFormer):
         images: jax.Array | None = None
         seen = queries.image_key_values
         if not seen:
-            images = interleaved(image, rows(image, negative_image_index), image)
+            images = interleaved(image, pick_rows(image, negative_image_index), image)
         elif is_batch_split() or self.config.qformer_config.gradient_checkpointing:
             # Chips would exchange several times as much for keys and values, and recomputed layers would keep them.
-            images = rows(image, negative_image_index)
+            images = pick_rows(image, negative_image_index)
         else:
             seen = jax.tree.map(lambda x: interleaved(x, x[negative_image_index], x), seen)
         itm_logits = self._match(
