@@ -81,12 +81,12 @@ class Blip2TextEmbeddings(Block):
         self,
         queries: jax.Array | None,
         input_ids: jax.Array | None,
-        first_position: int | jax.Array,
+        positions: jax.Array,
         deterministic: bool,
     ) -> jax.Array:
         """queries: (batch, queries, width), input_ids: (batch, T), either may be None -> (batch, N, width).
 
-        The text's first token has the position `first_position`.
+        positions: (T,) of the text's tokens.
         """
         c = self.config
         parts = [] if queries is None else [queries.astype(self.dtype)]
@@ -95,8 +95,8 @@ class Blip2TextEmbeddings(Block):
             # PyTorch's padding_idx: the row of the padding token is never trained.
             is_pad = (input_ids == c.pad_token_id)[..., None]
             words = jnp.where(is_pad, jax.lax.stop_gradient(words), words)
-            positions = _Table((c.max_position_embeddings, c.hidden_size), name="position_embeddings", **self.policy)
-            parts.append(words + positions(first_position + jnp.arange(input_ids.shape[1])))
+            places = _Table((c.max_position_embeddings, c.hidden_size), name="position_embeddings", **self.policy)
+            parts.append(words + places(positions))
         x = self.layer_norm("LayerNorm", c.layer_norm_eps)(jnp.concatenate(parts, axis=1))
         return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
 
@@ -432,7 +432,7 @@ class QFormer(Block):
         head_mask: jax.Array | None = None,
         past_key_values: tuple[KeyValue, ...] | None = None,
         image_key_values: tuple[KeyValue, ...] | None = None,
-        first_position: int | jax.Array | None = None,
+        positions: jax.Array | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -444,7 +444,7 @@ class QFormer(Block):
           image_key_values: of images that were read before, one for each text; or beside `encoder_hidden_states`, for
             three times as many texts: these go with the second of each three, the first and the third share one that
             was read before.
-          first_position: position of the text's first token; by default what is past without its queries.
+          positions: (T,) of the text's tokens; by default in order, from what is past without its queries on.
         """
         input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
             None if value is None else jnp.asarray(value)
@@ -466,16 +466,17 @@ class QFormer(Block):
             check_inputs(self.config, encoder_hidden_states, input_ids)
         if num_past and input_ids is not None and rows_past != len(input_ids):
             raise InputError(f"{rows_past} rows of past_key_values and {len(input_ids)} texts; give as many of each")
-        if first_position is None:
-            first_position = max(num_past - self.config.num_query_tokens, 0)
-            _check_length(self.config.qformer_config, first_position, input_ids)
+        if positions is None:
+            first = max(num_past - self.config.num_query_tokens, 0)
+            positions = jnp.arange(first, first + (0 if input_ids is None else input_ids.shape[1]))
+            _check_length(self.config.qformer_config, first + len(positions))
 
         queries = None
         if encoder_hidden_states is not None or image_key_values:
             rows = encoder_hidden_states if input_ids is None else input_ids
             assert rows is not None
             queries = jnp.broadcast_to(self.query_tokens, (len(rows), *self.query_tokens.shape[1:]))
-        x = self.embeddings(queries, input_ids, first_position, deterministic)
+        x = self.embeddings(queries, input_ids, positions, deterministic)
         num_queries = 0 if queries is None else queries.shape[1]
 
         bias = image_bias = None
@@ -600,8 +601,7 @@ def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Ar
         raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
 
 
-def _check_length(config: Blip2QFormerConfig, first_position: int, input_ids: jax.Array | None) -> None:
-    length = first_position + (0 if input_ids is None else input_ids.shape[1])
+def _check_length(config: Blip2QFormerConfig, length: int) -> None:
     if length > config.max_position_embeddings:
         raise InputError(
             f"the text has {length} tokens, the model {config.max_position_embeddings} positions: truncate the text"

@@ -4,6 +4,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.config import Blip2QFormerConfig
@@ -132,12 +133,16 @@ class Blip2ForPreTraining(QFormer):
         attention_mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
         check_inputs(self.config, image, input_ids)
+        check_inputs(self.config, None, input_ids)  # a text is read by itself, too
+        if attention_mask.shape != input_ids.shape:
+            raise InputError(f"attention_mask has shape {attention_mask.shape}; input_ids have {input_ids.shape}")
         for index in (negative_image_index, negative_text_index):
             if index is not None and jnp.shape(index) != (len(image),):
                 raise InputError(f"an index of negatives has shape {jnp.shape(index)}; it must be ({len(image)},)")
-        queries = self.read(encoder_hidden_states=image, use_cache=True, deterministic=deterministic)
-        image_features = self._normalised(self.vision_proj(queries.last_hidden_state))
-        text_features = self.text_features(input_ids, attention_mask, deterministic=deterministic)
+        caption_ids = input_ids.at[:, 0].set(self.config.qformer_config.start_token_id)
+        queries, texts, captions, seen = self._read_apart(image, input_ids, caption_ids, attention_mask, deterministic)
+        image_features = self._normalised(self.vision_proj(queries))
+        text_features = self._normalised(self.text_proj(texts[:, 0]))
         logits = similarities(image_features, text_features) / self.temp.astype(jnp.float32)
 
         if negative_image_index is None:
@@ -146,7 +151,6 @@ class Blip2ForPreTraining(QFormer):
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
         # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
         images: jax.Array | None = None
-        seen = queries.image_key_values
         if not seen:
             images = interleaved(image, pick_rows(image, negative_image_index), image)
         elif is_batch_split() or self.config.qformer_config.gradient_checkpointing:
@@ -162,8 +166,7 @@ class Blip2ForPreTraining(QFormer):
             seen,
         ).reshape(-1, 3, 2)
 
-        caption_ids = input_ids.at[:, 0].set(self.config.qformer_config.start_token_id)
-        itg_logits = self._continue(caption_ids, attention_mask, queries.past_key_values or (), deterministic)
+        itg_logits = self.lm_head(captions, self._words())
 
         loss_itc = contrastive_loss(logits, image_id)
         loss_itm = matching_loss(itm_logits)
@@ -279,19 +282,40 @@ class Blip2ForPreTraining(QFormer):
             input_ids=token[:, None],
             attention_mask=mask,
             past_key_values=past_key_values,
-            first_position=position,
+            positions=position[None],
             use_cache=True,
         )
         own = jax.tree.map(lambda x: x[:, -1:], output.past_key_values)
         return self.lm_head(output.pooler_output, self._words()), own
 
-    def _continue(self, ids: jax.Array, mask: jax.Array, past: tuple[KeyValue, ...], deterministic: bool) -> jax.Array:
-        """Logits (batch, T, vocabulary) of what follows each token, which sees the queries and the text before it."""
-        length = ids.shape[1]
-        causal = jnp.tril(jnp.ones((length, length))) * mask[:, None, :]
-        seen = jnp.concatenate([jnp.ones((len(ids), length, self.config.num_query_tokens)), causal], axis=-1)
-        text = self.read(input_ids=ids, attention_mask=seen, past_key_values=past, deterministic=deterministic)
-        return self.lm_head(text.last_hidden_state, self._words())
+    def _read_apart(
+        self, image: jax.Array, input_ids: jax.Array, caption_ids: jax.Array, mask: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[KeyValue, ...]]:
+        """Read the image, the texts and the captions at once: the layers run once, and on more rows.
+
+        Queries see the image and one another, a text sees itself, and a caption the queries and of itself what came
+        before. Source: the masks of arXiv 2301.12597, figure 2; LAVIS reads one after the other.
+
+        input_ids, caption_ids, mask: (batch, T) -> the states of queries, texts and captions, (batch, tokens, width)
+        each, and keys and values of the image, where they were made.
+        """
+        num_queries, length = self.config.num_query_tokens, input_ids.shape[1]
+        part = np.repeat(np.arange(3), (num_queries, length, length))
+        sees = part[:, None] == part
+        sees[-length:, :num_queries] = True
+        sees[-length:, -length:] = np.tri(length)
+        counts = jnp.concatenate([jnp.ones((len(mask), num_queries)), mask, mask], axis=1)
+        output = self.read(
+            None,
+            jnp.concatenate([input_ids, caption_ids], axis=1),
+            sees * counts[:, None, :],
+            encoder_hidden_states=image,
+            positions=jnp.tile(jnp.arange(length), 2),
+            use_cache=True,
+            deterministic=deterministic,
+        )
+        queries, texts, captions = jnp.split(output.last_hidden_state, (num_queries, num_queries + length), axis=1)
+        return queries, texts, captions, output.image_key_values or ()
 
     def _match(
         self,
