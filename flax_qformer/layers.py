@@ -6,6 +6,7 @@ and softmax are float32 whatever the dtype.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -93,20 +94,28 @@ class LayerNorm(Block):
         """x: (..., width) -> the same shape in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(axis=-1, keepdims=True)
-        # Not from the mean of squares, which cancels at eps 1e-12.
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype)
+        return _normalised(x, scale, bias, self.eps).astype(self.dtype)
+
+
+@partial(jax.jit, static_argnums=3)
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm in float32. Computed again for the gradient, not kept: on chips, memory is what a step waits for."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    # Not from the mean of squares, which cancels at eps 1e-12.
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return centred * (jax.lax.rsqrt(variance + eps) * scale) + bias
 
 
 def _product(x: jax.Array, kernel: jax.Array, axes: int, result: DTypeLike) -> jax.Array:
     """The product over the last axes of x and the first of a kernel, as many of each."""
     before, out_shape = x.shape[: x.ndim - axes], kernel.shape[axes:]
     if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
-        # XLA's CPU compiler turns gradients of kernels with more axes wherever it reads them; a TPU copies the kernels.
+        # Of matrices: XLA's CPU compiler turns gradients of kernels with more axes wherever it reads them, and what the
+        # gradient of a kernel is made of where there are more axes before.
         width = math.prod(kernel.shape[:axes])
-        x, kernel, axes = x.reshape(*before, width), kernel.reshape(width, math.prod(out_shape)), 1
+        x, kernel, axes = x.reshape(math.prod(before), width), kernel.reshape(width, math.prod(out_shape)), 1
     contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=result)
     return y.reshape(*before, *out_shape)
