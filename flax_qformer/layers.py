@@ -97,10 +97,10 @@ class LayerNorm(Block):
         return _normalised(x, scale, bias, self.eps).astype(self.dtype)
 
 
-@partial(jax.jit, static_argnums=3)
-@partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+@partial(jax.jit, static_argnums=3)  # so that calls without a jit around them do not trace it each time
+@partial(jax.checkpoint, static_argnums=3, prevent_cse=False)  # a compiler may keep it after all
 def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm in float32. Computed again for the gradient, not kept: on chips, memory is what a step waits for."""
+    """LayerNorm in float32; of it only x is kept for the gradient, since on chips memory binds a training step."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(axis=-1, keepdims=True)
     # Not from the mean of squares, which cancels at eps 1e-12.
@@ -112,8 +112,8 @@ def _product(x: jax.Array, kernel: jax.Array, axes: int, result: DTypeLike) -> j
     """The product over the last axes of x and the first of a kernel, as many of each."""
     before, out_shape = x.shape[: x.ndim - axes], kernel.shape[axes:]
     if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
-        # Of matrices: XLA's CPU compiler turns gradients of kernels with more axes wherever it reads them, and what the
-        # gradient of a kernel is made of where there are more axes before.
+        # As matrices: with more axes XLA's CPU compiler turns a kernel's gradient wherever it reads it, and before that
+        # the activations which it is made of. A TPU would copy the kernels.
         width = math.prod(kernel.shape[:axes])
         x, kernel, axes = x.reshape(math.prod(before), width), kernel.reshape(width, math.prod(out_shape)), 1
     contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))

@@ -469,7 +469,7 @@ class QFormer(Block):
         if positions is None:
             first = max(num_past - self.config.num_query_tokens, 0)
             positions = jnp.arange(first, first + (0 if input_ids is None else input_ids.shape[1]))
-            _check_length(self.config.qformer_config, first + len(positions))
+            check_length(self.config.qformer_config, first + len(positions))
 
         queries = None
         if encoder_hidden_states is not None or image_key_values:
@@ -601,7 +601,8 @@ def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Ar
         raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
 
 
-def _check_length(config: Blip2QFormerConfig, length: int) -> None:
+def check_length(config: Blip2QFormerConfig, length: int) -> None:
+    """Raise InputError where a text has more tokens than the model positions."""
     if length > config.max_position_embeddings:
         raise InputError(
             f"the text has {length} tokens, the model {config.max_position_embeddings} positions: truncate the text"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,16 @@ def test_a_grown_vocabulary_changes_no_logit(one: Case) -> None:
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
+def test_texts_are_read_as_if_alone(one: Case) -> None:
+    """Beside queries and captions, also where nothing of a text counts."""
+    ids, mask = one.inputs["input_ids"], np.array(one.inputs["attention_mask"])
+    mask[0] = 0
+    indices = {name: one.inputs[name] for name in ("negative_image_index", "negative_text_index")}
+    together = jax.jit(one.model.apply)(one.variables, one.pixels, ids, mask, **indices).text_features
+    alone = jax.jit(partial(one.model.apply, method="text_features"))(one.variables, ids, mask)
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
 def test_inputs_that_make_no_pairs(one: Case) -> None:
     ids = one.inputs["input_ids"]
     for arguments, message in (
@@ -282,6 +293,7 @@ def test_inputs_that_make_no_pairs(one: Case) -> None:
         ((one.pixels,), "losses need pairs"),
         ((one.pixels, ids[:2]), "images and 2 texts"),
         ((one.pixels, ids[:, :0]), "no tokens"),
+        ((one.pixels, np.tile(ids, 50)), "positions: truncate the text"),
         ((one.pixels, ids, np.ones_like(ids)[:, 1:]), "attention_mask has shape"),
     ):
         with pytest.raises(fq.InputError, match=message):

@@ -165,6 +165,13 @@ def test_gradient_checkpointing_saves_memory() -> None:
     assert temporary_bytes(True) < 0.6 * temporary_bytes(False)
 
 
+def test_layer_norm_keeps_nothing_of_float32() -> None:
+    x, layer = jnp.ones((2, 5, 16), jnp.bfloat16), layers.LayerNorm(eps=1e-12, dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)
+    kept = jax.tree.leaves(jax.vjp(layer.apply, params, x)[1])
+    assert [leaf.dtype for leaf in kept if jnp.size(leaf) >= x.size] == [x.dtype]
+
+
 def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: Any) -> None:
     model = fq.Blip2QFormerModel(CONFIG)
 

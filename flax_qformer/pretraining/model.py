@@ -18,7 +18,7 @@ from flax_qformer.pretraining.losses import (
     negative_logits,
     similarities,
 )
-from flax_qformer.qformer import KeyValue, QFormer, check_inputs
+from flax_qformer.qformer import KeyValue, QFormer, check_inputs, check_length
 from flax_qformer.sharding import interleaved, is_batch_split, pick_rows
 
 TEMPERATURE = 0.07
@@ -133,7 +133,9 @@ class Blip2ForPreTraining(QFormer):
         attention_mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
         check_inputs(self.config, image, input_ids)
-        check_inputs(self.config, None, input_ids)  # a text is read by itself, too
+        check_length(self.config.qformer_config, input_ids.shape[1])
+        if not input_ids.shape[1]:
+            raise InputError("input_ids have no tokens; a text has [CLS] at least")
         if attention_mask.shape != input_ids.shape:
             raise InputError(f"attention_mask has shape {attention_mask.shape}; input_ids have {input_ids.shape}")
         for index in (negative_image_index, negative_text_index):
@@ -282,7 +284,7 @@ class Blip2ForPreTraining(QFormer):
             input_ids=token[:, None],
             attention_mask=mask,
             past_key_values=past_key_values,
-            positions=position[None],
+            positions=jnp.reshape(position, 1),
             use_cache=True,
         )
         own = jax.tree.map(lambda x: x[:, -1:], output.past_key_values)
@@ -308,7 +310,8 @@ class Blip2ForPreTraining(QFormer):
         output = self.read(
             None,
             jnp.concatenate([input_ids, caption_ids], axis=1),
-            sees * counts[:, None, :],
+            # Below padding, which a text of nothing else attends to.
+            jnp.where(sees, counts[:, None, :], -1.0),
             encoder_hidden_states=image,
             positions=jnp.tile(jnp.arange(length), 2),
             use_cache=True,
