@@ -164,3 +164,11 @@ def test_pods_that_there_are_not(topology: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", topology, "--batch", "64", config=SHALLOW)
     assert done.returncode == 2
     assert re.search("take one such as|the largest is v5e:16x16", done.stderr.splitlines()[-1])
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_texts_that_the_model_cannot_read(tmp_path: Path) -> None:
+    done = run(tmp_path, "--topology", "v5e:4x4", "--batch", "64", "--text-length", "513", config=SHALLOW)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("--text-length is 513; the model has 512 positions")

@@ -152,6 +152,9 @@ def plan(
     pod = _pod(topology, mesh)
     check_divides(batch, pod, "--batch")
     config = read_config(model).scanned()
+    positions = config.qformer_config.max_position_embeddings
+    if text_length > positions:
+        raise InputError(f"--text-length is {text_length}; the model has {positions} positions")
     if remat:
         config = config.recomputed()
     module = Blip2ForPreTraining(config, dtype=as_dtype(dtype))
