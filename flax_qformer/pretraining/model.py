@@ -310,7 +310,7 @@ class Blip2ForPreTraining(QFormer):
         output = self.read(
             None,
             jnp.concatenate([input_ids, caption_ids], axis=1),
-            # Below padding, which a text of nothing else attends to.
+            # Left out twice as far as padding, which a text of nothing but padding attends to.
             jnp.where(sees, counts[:, None, :], -1.0),
             encoder_hidden_states=image,
             positions=jnp.tile(jnp.arange(length), 2),
