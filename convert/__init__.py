@@ -27,7 +27,6 @@ from flax_qformer.convert.layouts import (
     TIED,
     Layout,
     Parameter,
-    Part,
     bert_bias,
     parameters,
 )
@@ -42,7 +41,7 @@ PARAMETER_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, m
 def convert(
     tensors: Mapping[str, StoredTensor],
     config: Blip2Config,
-    parts: Iterable[Part] = ("proj_layer",),
+    parts: Iterable[str] = ("proj_layer",),
     *,
     dtype: DTypeLike | None = None,
     allow_non_finite: bool = False,
@@ -53,7 +52,7 @@ def convert(
     Args:
       tensors: as `tensors.open_tensors` lists them; read as they are converted.
       config: the model that they belong to.
-      parts: what the model has besides queries, towers and layers.
+      parts: modules that the checkpoint must have; those of `PARTS` that it has besides are read as well.
       dtype: cast the parameters; by default each keeps its own.
       allow_non_finite: accept infinities and NaN.
       place: from path and shape to where a parameter goes, by default to JAX's default device. Of the files, only what
@@ -68,13 +67,13 @@ def convert(
     """
     layout = layout_of(tensors)
     rule, prefix = LEFT_OUT[layout], PREFIX[layout]
+    parts = [part for part in PARTS if part in {*parts, *parts_of(tensors)}]
     wanted = list(parameters(config, layout, parts))
-    unused = _names(layout, [part for part in PARTS if part not in parts]) | {TIED[layout][0]}
     stored: dict[str, list[str]] = {}
     left_out = []
     for full_name in tensors:
         name = full_name.removeprefix(prefix)
-        if rule.fullmatch(name) or name in unused:
+        if rule.fullmatch(name) or name == TIED[layout][0]:
             left_out.append(full_name)
         else:
             stored.setdefault(name, []).append(full_name)
@@ -86,7 +85,7 @@ def convert(
     check_shapes(
         {name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted}
     )
-    if "heads" in parts:
+    if "lm_head" in parts:
         _check_tied(tensors, layout)
     pairs = [(parameter, tensors[stored[parameter.name][0]]) for parameter in wanted]
     _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
@@ -110,7 +109,7 @@ def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "dif
       InputError: the tree is not that of the config.
     """
     flat = flatten_dict(dict(params), sep="/")
-    parts: list[Part] = [part for part, rows in PARTS.items() if any(row.path in flat for row in rows)]
+    parts = [part for part, rows in PARTS.items() if any(row.path in flat for row in rows)]
     wanted = list(parameters(config, layout, parts))
     if BERT_BIAS.path in flat:
         wanted.append(bert_bias(layout, np.size(flat[BERT_BIAS.path])))
@@ -121,22 +120,17 @@ def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "dif
     if layout == "diffusers":
         return tensors | {"embeddings.position_ids": position_ids}
     tensors["Qformer.bert.embeddings.position_ids"] = position_ids
-    if "heads" in parts:
+    if "lm_head" in parts:
         decoder, words = TIED[layout]
         tensors[decoder] = tensors[words]
     return tensors
 
 
-def parts_of(names: Collection[str]) -> set[Part]:
+def parts_of(names: Collection[str]) -> set[str]:
     """The parts of which a checkpoint has at least a tensor."""
     layout = layout_of(names)
     found = {name.removeprefix(PREFIX[layout]) for name in names}
-    return {part for part in PARTS if found & _names(layout, [part])}
-
-
-def _names(layout: Layout, parts: Iterable[Part]) -> set[str]:
-    names = {row.name(layout) for part in parts for row in PARTS[part]}
-    return names | {BERT_BIAS.name(layout)} if "heads" in parts else names
+    return {part for part, rows in PARTS.items() if found & {row.name(layout) for row in rows}}
 
 
 def _check_tied(tensors: Mapping[str, StoredTensor], layout: Layout) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 from flax_qformer.config import Blip2Config
 
 Layout = Literal["diffusers", "lavis"]
-Part = Literal["proj_layer", "heads"]
 
 
 @dataclass(frozen=True)
@@ -177,11 +176,7 @@ PROJ_LAYER = (
 )
 
 _CLS = "cls.predictions"
-HEADS = (
-    *_dense("vision_proj", "vision_proj", "vision_proj", "width", "features"),
-    *_dense("text_proj", "text_proj", "text_proj", "width", "features"),
-    *_dense("itm_head", "itm_head", "itm_head", "width", "2"),
-    Row("temp", "temp", "temp", " -> "),
+LM_HEAD = (
     *_dense(
         "lm_head/transform/dense", f"{_CLS}.transform.dense", f"Qformer.{_CLS}.transform.dense", "width", "transformed"
     ),
@@ -198,8 +193,15 @@ BERT_BIAS = Row("lm_head/bert_bias", f"{_CLS}.bias", f"Qformer.{_CLS}.bias", "an
 """The LM head's bias from before LAVIS added a word, and with it a bias of the decoder's own. Nothing reads it; it may
 have any length or be absent, and is kept so that a checkpoint comes back whole."""
 
-PARTS: dict[Part, tuple[Row, ...]] = {"proj_layer": PROJ_LAYER, "heads": HEADS}
-"""What a model has besides, by class: `Blip2QFormerModel` the one, `Blip2ForPreTraining` the other."""
+PARTS: dict[str, tuple[Row, ...]] = {
+    "proj_layer": PROJ_LAYER,
+    "vision_proj": _dense("vision_proj", "vision_proj", "vision_proj", "width", "features"),
+    "text_proj": _dense("text_proj", "text_proj", "text_proj", "width", "features"),
+    "itm_head": _dense("itm_head", "itm_head", "itm_head", "width", "2"),
+    "temp": (Row("temp", "temp", "temp", " -> "),),
+    "lm_head": LM_HEAD,
+}
+"""`Blip2QFormerModel` reads the first, `Blip2ForPreTraining` the others; a checkpoint may hold any of them."""
 
 SECTIONS: tuple[tuple[Callable[[Blip2Config], range], tuple[Row, ...]], ...] = (
     (lambda c: range(1), MODEL),
@@ -255,7 +257,7 @@ class Parameter:
         return np.asarray(merged.transpose(np.argsort(self.order)), order="C")
 
 
-def parameters(config: Blip2Config, layout: Layout, parts: Iterable[Part] = ("proj_layer",)) -> Iterator[Parameter]:
+def parameters(config: Blip2Config, layout: Layout, parts: Iterable[str] = ("proj_layer",)) -> Iterator[Parameter]:
     """Every parameter of a model that has these parts, with its name in a layout."""
     once = [(lambda c: range(1), PARTS[part]) for part in parts]
     for layers, rows in (*SECTIONS, *once):

@@ -2,8 +2,8 @@
 
 import flax_qformer as fq
 
-model, params = fq.from_pretrained(path_or_hub_id)
-processor = fq.Processor.from_pretrained(path_or_hub_id)
+model, params = fq.from_pretrained()
+processor = fq.Processor.from_pretrained()
 output = model.apply({"params": params}, **processor(images=image, text="dog"))
 """
 
@@ -24,6 +24,7 @@ from .surgery import (
     stack_layers,
     unstack_layers,
 )
+from .version import __version__
 from .vision import Blip2VisionModel, VisionOutput
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Processor",
     "QFormerOutput",
     "VisionOutput",
+    "__version__",
     "attention_maps",
     "convert_checkpoint",
     "draw_attention",

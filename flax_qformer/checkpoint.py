@@ -25,15 +25,15 @@ from safetensors.numpy import save_file
 
 from .config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
 from .convert import check_finite, check_shapes, convert, export, layout_of, parts_of
-from .convert.layouts import BERT_BIAS, Layout, Part, parameters
+from .convert.layouts import BERT_BIAS, PARTS, Layout, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError, first_line
-from .pretraining.model import Blip2ForPreTraining
+from .pretraining.model import TEMPERATURE, Blip2ForPreTraining
 from .processes import from_first, is_first, tells_of_lost_process, wait_for_all
 from .processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 from .qformer import Blip2QFormerModel
 from .sharding import held_bytes, shard_params, sharding_of
-from .source import PARAMS, TOKENIZER_FILES, Source, locate
+from .source import DEFAULT_MODEL, PARAMS, TOKENIZER_FILES, Source, locate
 from .surgery import stack_layers, unstack_layers
 from .writing import check_absent, check_apart, check_space, new_folder
 
@@ -53,15 +53,15 @@ Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding]
 """From a parameter's path and shape to where it goes."""
 Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
 
-PARTS: dict[type[AnyModel], Part] = {Blip2QFormerModel: "proj_layer", Blip2ForPreTraining: "heads"}
-"""The part that only a model of this class has."""
+KINDS = {"proj_layer": "identity", "temp": f"constant {TEMPERATURE}"}
+"""How modules are initialised that a checkpoint lacks; all others are "randomly initialised"."""
 
 log = logging.getLogger(__name__)
 
 
 @overload
 def from_pretrained(
-    path_or_hub_id: str | os.PathLike[str],
+    path_or_hub_id: str | os.PathLike[str] = ...,
     dtype: DTypeLike = ...,
     param_dtype: DTypeLike | None = ...,
     *,
@@ -74,7 +74,7 @@ def from_pretrained(
 
 @overload
 def from_pretrained(
-    path_or_hub_id: str | os.PathLike[str],
+    path_or_hub_id: str | os.PathLike[str] = ...,
     dtype: DTypeLike = ...,
     param_dtype: DTypeLike | None = ...,
     *,
@@ -86,7 +86,7 @@ def from_pretrained(
 
 
 def from_pretrained(
-    path_or_hub_id: str | os.PathLike[str],
+    path_or_hub_id: str | os.PathLike[str] = DEFAULT_MODEL,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     *,
@@ -99,11 +99,12 @@ def from_pretrained(
 
     Args:
       path_or_hub_id: a folder of ours, upstream's `qformer` folder or its parent, LAVIS's folder, a single checkpoint
-        file, the `*.index.json` of a sharded one, or a hub id.
+        file, the `*.index.json` of a sharded one, or a hub id; by default the small model inside the package.
       dtype: what the model computes in: float32, bfloat16 or float16.
       param_dtype: what the parameters are kept in; by default each as it is stored.
-      model_class: `Blip2QFormerModel` or `Blip2ForPreTraining`; by default what the checkpoint is. What a class has
-        and the checkpoint lacks is drawn afresh, as the log says: heads from a seed, `proj_layer` as the identity.
+      model_class: `Blip2QFormerModel` or `Blip2ForPreTraining`; by default what the checkpoint is. Modules that the
+        class reads and the checkpoint lacks are newly initialised, heads randomly and `proj_layer` to the identity; the
+        log and `model.config.newly_initialised` name them. Modules that only the other class reads are in the tree too.
       config: a `config.json`, or the config itself, where the checkpoint brings none or a wrong one.
       allow_non_finite: accept infinities and NaN in a PyTorch checkpoint, and those that a cast makes.
       mesh: spread the parameters over it, as `shard_params` would. Each process reads what goes to its own devices; of
@@ -121,6 +122,8 @@ def from_pretrained(
     if mesh is not None:
         here, whole = held_bytes(loaded.params)
         log.info("the devices here hold %.1f of %.1f MB of parameters", here / 1e6, whole / 1e6)
+    if loaded.config.newly_initialised:
+        log.warning("%s: %s", path_or_hub_id, loaded.initialised())
     model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
     if not loaded.config.scan_layers:
         return model, loaded.params
@@ -135,10 +138,11 @@ def initialise(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """A model with all its parameters drawn afresh, in float32; arguments and result as of `from_pretrained`."""
+    """A model with all its parameters initialised, in float32; arguments and result as of `from_pretrained`."""
     config = config if isinstance(config, Blip2Config) else Blip2Config.from_json(Path(config))
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
-    return model_class(config, dtype=as_dtype(dtype)), _drawn(model_class, config, seed=seed, place=place)
+    params = _initial(model_class, config, seed=seed, place=place)
+    return model_class(_with_new(config, params), dtype=as_dtype(dtype)), params
 
 
 def read_config(path_or_hub_id: str | os.PathLike[str]) -> Blip2Config:
@@ -158,7 +162,8 @@ def save_pretrained(
 ) -> None:
     """Write a model to a folder, in the dtypes that its parameters have. The folder is whole or absent.
 
-    Of several processes, all call this together.
+    Modules that `model` does not read but the tree holds are written too. Modules that training has changed are no
+    longer recorded as newly initialised. Of several processes, all call this together.
 
     Raises:
       InputError: the folder exists and may not be replaced, or the parameters are not those of the model.
@@ -166,10 +171,12 @@ def save_pretrained(
     params = unstack_layers(params)
     shapes = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
     _check(shapes, model.config, type(model))
+    new = tuple((name, kind) for name, kind in model.config.newly_initialised if _is_new(name, params))
+    config = replace(model.config, newly_initialised=new)
     with new_folder(Path(path), overwrite) if is_first() else contextlib.nullcontext("") as folder:
         folder = Path(from_first(str(folder)))
         if is_first():
-            _write_files(folder, {"config.json": _config_file(model.config, type(model))})
+            _write_files(folder, {"config.json": _config_file(config, type(model))})
             if processor is not None:
                 processor.save_pretrained(folder)
         _write_params(folder, params)
@@ -227,7 +234,7 @@ def export_checkpoint(
       source: anything that `from_pretrained` takes.
       destination: the folder to make, whole or not at all.
       layout: by whose names. "diffusers", the default, is for upstream's `Blip2QFormerModel.from_pretrained`; a stage-1
-        model gets a `proj_layer` that passes everything through, and keeps its heads, which upstream leaves alone.
+        model without a `proj_layer` gets one that is the identity, and keeps its heads, which upstream ignores.
         "lavis", the default for a stage-1 model, is for the `load_state_dict` of LAVIS's.
       overwrite: replace an existing folder.
 
@@ -243,9 +250,8 @@ def export_checkpoint(
     loaded = _load(found, None, None, None, allow_non_finite=True)
     if layout is None:
         layout = "lavis" if loaded.model_class is Blip2ForPreTraining else "diffusers"
-    if layout == "diffusers" and loaded.model_class is Blip2ForPreTraining:
-        params = loaded.params | _drawn(Blip2QFormerModel, loaded.config, ["proj_layer"])
-        loaded = replace(loaded, model_class=Blip2QFormerModel, params=params)
+    if layout == "diffusers":
+        loaded = _completed(replace(loaded, model_class=Blip2QFormerModel))
     settings, notes = _settings(found, loaded, None)
     tensors = export(loaded.params, loaded.config, layout)
     with new_folder(Path(destination), overwrite) as folder:
@@ -255,6 +261,15 @@ def export_checkpoint(
         # safetensors lets nobody else read what it writes.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     return f"{loaded.summary()}; wrote {destination}{notes}"
+
+
+def check_heads(config: Blip2Config, name: str) -> None:
+    """Raise InputError where heads of a stage-1 model come from no checkpoint and were not trained."""
+    missing = [part for part, _ in config.newly_initialised if part in Blip2ForPreTraining.parts]
+    if missing:
+        raise InputError(
+            f"{name} has no trained {', '.join(missing)}; train them (flax-qformer train), or name a stage-1 model"
+        )
 
 
 def as_dtype(name: DTypeLike) -> jnp.dtype:
@@ -277,18 +292,30 @@ class _Loaded:
     params: dict[str, Any]
     layout: str
     left_out: Sequence[str] = ()
+    initial: frozenset[str] = frozenset()
+    """Modules that the checkpoint did not hold."""
 
     def summary(self) -> str:
-        leaves = jax.tree.leaves(self.params)
+        leaves = jax.tree.leaves({name: tree for name, tree in self.params.items() if name not in self.initial})
         dtypes = Counter(leaf.dtype.name for leaf in leaves)
         size = sum(leaf.size for leaf in leaves)
-        # Of a table of positions, which is a constant, the last part tells; of parts of a model the first.
-        kinds = {name.removeprefix("blip.").split(".")[-1 if "position_ids" in name else 0] for name in self.left_out}
-        named = f" ({', '.join(sorted(kinds))})" if kinds else ""
+        kinds = sorted(set(map(_rule, self.left_out)))
+        named = f" ({', '.join(kinds)})" if kinds else ""
         return (
             f"read {len(leaves)} tensors, {size:,} parameters in {' and '.join(dtypes)} ({self.layout} names); "
             f"{len(self.left_out)} tensors left out by rule{named}"
-        )
+        ) + (f"; {self.initialised()}" if self.config.newly_initialised else "")
+
+    def initialised(self) -> str:
+        """The modules that no checkpoint held and no training has changed, each with how it was initialised."""
+        return "newly initialised: " + ", ".join(map(": ".join, self.config.newly_initialised))
+
+
+def _rule(name: str) -> str:
+    """What a tensor is that a rule leaves out: a constant, a copy, or another part of BLIP-Diffusion."""
+    if name.endswith("position_ids"):
+        return "position_ids"
+    return "tied decoder.weight" if name.endswith("decoder.weight") else name.removeprefix("blip.").split(".")[0]
 
 
 def _load(
@@ -301,22 +328,43 @@ def _load(
 ) -> _Loaded:
     """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
     if source.params:
-        loaded = _load_ours(source.params, model_class, _config(source, config), dtype, allow_non_finite, place)
+        loaded = _load_ours(source, model_class, _config(source, config), dtype, allow_non_finite, place)
     elif source.weights:
         loaded = _load_pytorch(source, model_class, config, dtype, allow_non_finite, place)
     else:
         raise InputError(f"{source.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
-    wanted = _shapes(loaded.config, loaded.model_class)
-    fresh = sorted({path.split("/")[0] for path in wanted} - loaded.params.keys())
-    if not fresh:
+    return _completed(loaded, dtype, place)
+
+
+def _completed(loaded: _Loaded, dtype: jnp.dtype | None = None, place: Place | None = None) -> _Loaded:
+    """With the modules that the class reads and the checkpoint lacks, newly initialised."""
+    missing = [part for part in loaded.model_class.parts if part not in loaded.params]
+    if not missing:
         return loaded
-    log.warning("%s has no %s: drawn afresh", source.name, ", ".join(fresh))
-    return replace(loaded, params=loaded.params | _drawn(loaded.model_class, loaded.config, fresh, dtype, place=place))
+    initial = _initial(loaded.model_class, loaded.config, missing, dtype, place=place)
+    config, made = _with_new(loaded.config, missing), loaded.initial.union(missing)
+    return replace(loaded, config=config, params=loaded.params | initial, initial=made)
+
+
+def _with_new(config: Blip2Config, names: Iterable[str]) -> Blip2Config:
+    """The config with these modules recorded as newly initialised."""
+    new = {name: KINDS.get(name, "randomly initialised") for name in names}
+    return replace(config, newly_initialised=tuple((dict(config.newly_initialised) | new).items()))
+
+
+def _is_new(name: str, params: Mapping[str, Any]) -> bool:
+    """Whether a module that was newly initialised has not been trained: the first step moves biases from zero."""
+    if name == "temp":
+        return bool(params[name] == jnp.asarray(TEMPERATURE, params[name].dtype))
+    # The queries have no bias, and are trained with the layers.
+    module = flatten_dict(params.get("encoder" if name == "query_tokens" else name, {}))
+    return bool(module) and not any(jnp.any(leaf) for path, leaf in module.items() if path[-1] == "bias")
 
 
 def _class_of(source: Source) -> type[AnyModel] | None:
     names = read_json(source.config).get("architectures") if source.config else None
-    return {c.__name__: c for c in PARTS}.get(names[0]) if isinstance(names, list) and names else None
+    classes = {c.__name__: c for c in (Blip2QFormerModel, Blip2ForPreTraining)}
+    return classes.get(names[0]) if isinstance(names, list) and names else None
 
 
 def _load_pytorch(
@@ -329,12 +377,12 @@ def _load_pytorch(
 ) -> _Loaded:
     tensors = merged(_open(path) for path in source.weights)
     layout, parts = layout_of(tensors), parts_of(tensors)
-    is_stage_1 = parts == {"heads"}
+    is_stage_1 = bool(parts) and "proj_layer" not in parts
     model_class = model_class or _class_of(source) or (Blip2ForPreTraining if is_stage_1 else Blip2QFormerModel)
     assumed = config is None and source.config is None and layout == "lavis"
     used = (BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION) if assumed else _config(source, config)
-    # What is missing as a whole is drawn; from a checkpoint with neither part, nothing is missing.
-    wanted = [PARTS[model_class]] if not parts or PARTS[model_class] in parts else []
+    # A module that is missing as a whole is initialised later; a checkpoint without any is not one of these models.
+    wanted = [] if parts else model_class.parts
     if layout == "lavis" and not any("visual_encoder." in name for name in tensors):
         tensors |= _lavis_tower(source, used)
     try:
@@ -345,7 +393,7 @@ def _load_pytorch(
     return _Loaded(model_class, used, params, layout, left_out)
 
 
-def _drawn(
+def _initial(
     model_class: type[AnyModel],
     config: Blip2Config,
     names: Iterable[str] | None = None,
@@ -353,7 +401,7 @@ def _drawn(
     seed: int = 0,
     place: Place | None = None,
 ) -> dict[str, Any]:
-    """Fresh parameters, all or those under some names."""
+    """Initial parameters, all or those of some modules."""
     model, size = model_class(config, param_dtype=dtype or jnp.float32), config.vision_config.image_size
 
     def draw(key: jax.Array) -> dict[str, Any]:
@@ -401,17 +449,15 @@ def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None)
     return Blip2Config.from_json(path)
 
 
-def _shapes(config: Blip2Config, model_class: type[AnyModel]) -> dict[str, tuple[int, ...]]:
-    return {parameter.path: parameter.shape for parameter in parameters(config, "diffusers", [PARTS[model_class]])}
-
-
 def _check(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_class: type[AnyModel]) -> None:
+    """Check that a tree is whole: all that its class reads, and of the other class's modules all or nothing."""
     found = {path: shape for path, shape in shapes.items() if path != BERT_BIAS.path}
-    check_shapes(found, _shapes(config, model_class))
+    parts = {part for part in PARTS if part in model_class.parts or any(path.split("/")[0] == part for path in found)}
+    check_shapes(found, {p.path: p.shape for p in parameters(config, "diffusers", sorted(parts))})
 
 
 def _load_ours(
-    folder: Path,
+    source: Source,
     model_class: type[AnyModel] | None,
     config: Blip2Config,
     dtype: jnp.dtype | None,
@@ -420,11 +466,12 @@ def _load_ours(
 ) -> _Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    path = folder.absolute()  # orbax takes no other
+    assert source.params
+    folder, path = source.params, source.params.absolute()  # orbax takes no other
     with _reading(folder):
         stored = flatten_dict(ocp.metadata(path).metadata, sep="/")
         shapes = {name: leaf.shape for name, leaf in stored.items()}
-    stored_class = Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel
+    stored_class = _class_of(source) or (Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel)
     _check(shapes, config, stored_class)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # orbax asks for one
     wanted = {
@@ -438,9 +485,7 @@ def _load_ours(
     if dtype is not None and not allow_non_finite:
         finite = jax.device_get({path: _all_finite(leaf) for path, leaf in flatten_dict(params, sep="/").items()})
         check_finite([path for path, is_finite in finite.items() if not is_finite], dtype)
-    model_class = model_class or stored_class
-    of_class = {path.split("/")[0] for path in _shapes(config, model_class)}
-    return _Loaded(model_class, config, {name: tree for name, tree in params.items() if name in of_class}, "flax")
+    return _Loaded(model_class or stored_class, config, params, "flax")
 
 
 @jax.jit

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -25,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .attention_maps import attention_maps, draw_attention
-from .checkpoint import DTYPES, Model, as_dtype, convert_checkpoint, export_checkpoint, from_pretrained
+from .checkpoint import DTYPES, Model, as_dtype, check_heads, convert_checkpoint, export_checkpoint, from_pretrained
 from .compiler import compiler_options
 from .errors import InputError, first_line
 from .memory import share_heap
@@ -38,6 +37,7 @@ from .processor import Processor, open_image, pair_up
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
 from .stopping import Stopped
+from .version import __version__
 from .writing import check_writable, new_file
 
 TEXT_MULTIPLE = 16
@@ -305,6 +305,8 @@ def plan(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model, dict[str, Any], Processor]:
     dtype = as_dtype(options.dtype)
     model, params = from_pretrained(options.model, dtype, model_class=model_class, config=options.config)
+    if model_class is Blip2ForPreTraining:
+        check_heads(model.config, options.model)
     return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
 
 
@@ -381,7 +383,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flax-qformer", description="BLIP-Diffusion's Q-Former in JAX/Flax.")
     parser.set_defaults(settings=None)
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("flax-qformer"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -548,9 +550,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--train",
         nargs="+",
-        choices=("vision", "qformer", "heads", "all"),
+        metavar="PART",
         default=("qformer", "heads"),
-        help="what is trained (default: qformer heads)",
+        help="what is trained: vision, qformer, heads, all, or regular expressions of paths (default: qformer heads)",
     )
     command.add_argument(
         "--text-length", type=_positive, default=32, metavar="N", help="tokens of a caption (default: %(default)s)"

@@ -16,7 +16,7 @@ import PIL.ImageOps
 
 from .config import Blip2Config, read_json
 from .errors import InputError, first_line
-from .source import BERT, Source, find_tokenizer, locate
+from .source import BERT, DEFAULT_MODEL, Source, find_tokenizer, locate
 
 Image: TypeAlias = PIL.Image.Image | np.ndarray | str | os.PathLike[str] | bytes | BinaryIO
 
@@ -180,7 +180,7 @@ class Processor:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | os.PathLike[str],
+        path_or_hub_id: str | os.PathLike[str] = DEFAULT_MODEL,
         *,
         config: Blip2Config | None = None,
         tokenizer: str | os.PathLike[str] | None = None,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import flax.struct
@@ -393,9 +393,13 @@ class ProjLayer(Block):
 
 
 class QFormer(Block):
-    """The vision tower, the queries and the layers: what `Blip2QFormerModel` and `Blip2ForPreTraining` share."""
+    """The vision tower, the queries and the layers: what `Blip2QFormerModel` and `Blip2ForPreTraining` share.
+
+    `parts` names the modules that a class has besides.
+    """
 
     config: Blip2Config
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def setup(self) -> None:
         c = self.config
@@ -520,6 +524,8 @@ class Blip2QFormerModel(QFormer):
     model = Blip2QFormerModel(config)
     output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
     """
+
+    parts: ClassVar[tuple[str, ...]] = ("proj_layer",)
 
     def setup(self) -> None:
         super().setup()

@@ -156,6 +156,8 @@ class Checkpoints:
 
         manifest = self._manifest(step)
         was, now = manifest["arrays"], _forms(state)
+        # Earlier versions saved no frozen parameters that the losses do not read: these are as the model has them.
+        now = {name: form for name, form in now.items() if name in was or not name.startswith("frozen.")}
         other = sorted(name for name in was | now if was.get(name) != now.get(name))
         if other:
             name = other[0]
@@ -166,9 +168,10 @@ class Checkpoints:
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _named(state).items()
+            if name in now
         }
-        loaded = ocp.load(self._path(step), wanted)
-        return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in wanted]), manifest["notes"]
+        arrays = _named(state) | ocp.load(self._path(step), wanted)
+        return jax.tree.unflatten(jax.tree.structure(state), arrays.values()), manifest["notes"]
 
 
 def _named(state: Any) -> dict[str, jax.Array]:

@@ -1,5 +1,7 @@
 """The model of the first stage: a Q-Former with the heads that its three losses need."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -91,6 +93,8 @@ class Blip2ForPreTraining(QFormer):
     model = Blip2ForPreTraining(config)
     output = model.apply({"params": params}, **batch, rngs={"negatives": key})
     """
+
+    parts: ClassVar[tuple[str, ...]] = ("vision_proj", "text_proj", "itm_head", "temp", "lm_head")
 
     def setup(self) -> None:
         super().setup()

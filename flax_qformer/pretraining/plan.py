@@ -17,7 +17,7 @@ from flax_qformer.checkpoint import as_dtype, read_config
 from flax_qformer.errors import InputError, first_line
 from flax_qformer.pretraining.hlo import traffic
 from flax_qformer.pretraining.model import Blip2ForPreTraining
-from flax_qformer.pretraining.optimizer import Group, make_optimizer
+from flax_qformer.pretraining.optimizer import Selection, make_optimizer
 from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.sharding import BATCH, check_divides, named_mesh, shardings
 
@@ -131,7 +131,7 @@ def plan(
     *,
     mesh: str = "data=-1",
     remat: bool = False,
-    train: tuple[Group, ...] = ("qformer", "heads"),
+    train: Selection = ("qformer", "heads"),
     text_length: int = 32,
     dtype: str = "bfloat16",
 ) -> Plan:
@@ -253,7 +253,7 @@ def _pod(topology: str, mesh: str) -> Mesh:
     return named_mesh(mesh, described.devices)
 
 
-def _state(module: Blip2ForPreTraining, optimizer: Any, train: tuple[Group, ...], pod: Mesh) -> TrainState:
+def _state(module: Blip2ForPreTraining, optimizer: Any, train: Selection, pod: Mesh) -> TrainState:
     size = module.config.vision_config.image_size
 
     def create() -> TrainState:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flax_qformer.errors import InputError
-from flax_qformer.pretraining.optimizer import Group
+from flax_qformer.pretraining.optimizer import OptimizerName
 from flax_qformer.pretraining.sources import DataSettings
 from flax_qformer.source import DEFAULT_MODEL
 
-FIXED = ("model", "train", "ema_decay", "accumulation", "scan_layers", "seed")
+FIXED = ("model", "train", "optimizer", "group_learning_rates", "ema_decay", "accumulation", "scan_layers", "seed")
 """What decides of the state's form or the data's order, and so may not change between a stop and its resumption."""
 
 
@@ -25,9 +25,13 @@ class TrainSettings(DataSettings):
         but no weights, all is drawn afresh.
       tokenizer: folder or hub id, where the checkpoint brings none.
       overwrite: start anew, in place of the run that is in the folder.
-      train: what is trained: vision, qformer, heads, or all.
+      train: what is trained: vision, qformer, heads, all, or regular expressions of paths such as
+        encoder/layer_0/crossattention/attention/query/kernel.
       steps: how many to take in all.
+      optimizer: adamw, lion, adafactor or sgd.
       learning_rate: the highest, after the warm-up; it falls along a cosine to a tenth.
+      group_learning_rates: other learning rates, each after the group or regular expression that it is for, such as
+        vision 1e-5 crossattention 2e-4; the first that fits a parameter holds.
       warmup: steps until the highest learning rate.
       weight_decay: AdamW's; none on biases, LayerNorms and the temperature.
       b1: AdamW's decay of the first moment.
@@ -37,7 +41,8 @@ class TrainSettings(DataSettings):
       accumulation: batches whose gradients are averaged for one step; each is contrasted by itself.
       ema_decay: of the moving average of the parameters, which is what is evaluated and kept; 0 for none.
       dropout: of the Q-Former, in place of its config's.
-      dtype: what is computed in: float32, bfloat16 or float16; parameters stay float32.
+      dtype: what is computed in: float32 or bfloat16; trained parameters are float32, frozen ones as the checkpoint has
+        them.
       gradient_checkpointing: recompute each layer in the backward pass, for less memory.
       scan_layers: run the layers in a loop, which compiles faster, and on a CPU runs slower; by default on chips alone.
         A pruned model cannot.
@@ -57,9 +62,11 @@ class TrainSettings(DataSettings):
     model: str = str(DEFAULT_MODEL)
     tokenizer: str | None = None
     overwrite: bool = False
-    train: tuple[Group, ...] = ("qformer", "heads")
+    train: tuple[str, ...] = ("qformer", "heads")
     steps: int = 1000
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-4
+    group_learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)
     warmup: int = 100
     weight_decay: float = 0.05
     b1: float = 0.9
@@ -87,10 +94,16 @@ class TrainSettings(DataSettings):
         _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank"))
         # A pair alone has no negatives.
         _check_least(self, 2, ("batch_size", "evaluate_on"))
-        if not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
+        for name, rate in {"learning_rate": self.learning_rate, **self.group_learning_rates}.items():
+            if not 0 < rate < float("inf"):
+                raise InputError(f"{name} is {rate}; it must be a number above 0")
         if not self.train:
             raise InputError("train names nothing; name vision, qformer, heads or all")
+        if self.dtype == "float16":
+            raise InputError(
+                "dtype is float16, in which small gradients underflow without loss scaling; train in bfloat16, which "
+                "has the range of float32, or in float32"
+            )
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
         for name in ("b1", "b2", "ema_decay", "dropout"):
@@ -162,8 +175,9 @@ def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
             raise InputError(f"{path} leaves {name} empty; give it a value, or leave the line out")
         if own[name].type is bool and isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            arguments += [f"--{flag}", *map(str, value)]
+        elif isinstance(value, list | dict):
+            parts = value if isinstance(value, list) else [part for pair in value.items() for part in pair]
+            arguments += [f"--{flag}", *map(str, parts)] if parts else []
         else:
             arguments.append(f"--{flag}={value}")
     return arguments

@@ -16,18 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import path_aware_map
 from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flax_qformer.checkpoint import as_dtype, from_pretrained, initialise, save_pretrained
+from flax_qformer.checkpoint import as_dtype, check_heads, from_pretrained, initialise, save_pretrained
 from flax_qformer.compiler import compiler_options
+from flax_qformer.convert.layouts import PARTS
 from flax_qformer.errors import InputError
 from flax_qformer.memory import give_back, keep_memory
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.data import Batches, evaluation_batches, open_source
 from flax_qformer.pretraining.model import Blip2ForPreTraining
-from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule
+from flax_qformer.pretraining.optimizer import Selection, make_optimizer, make_schedule, select
 from flax_qformer.pretraining.retrieval import Retrieval
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, changed, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
@@ -77,9 +79,14 @@ def train(settings: TrainSettings) -> str:
         schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
         # All at once: on the devices, a rate would wait for the step that they do.
         rates = np.asarray(schedule(np.arange(settings.steps)))
+        schedules: dict[str, Any] = {
+            name: make_schedule(rate, settings.steps, settings.warmup)
+            for name, rate in settings.group_learning_rates.items()
+        }
         optimizer = make_optimizer(
             model.config,
-            schedule,
+            schedules | {"all": schedule} if schedules else schedule,
+            optimizer=settings.optimizer,
             weight_decay=settings.weight_decay,
             b1=settings.b1,
             b2=settings.b2,
@@ -87,7 +94,13 @@ def train(settings: TrainSettings) -> str:
             layer_decay=settings.layer_decay,
             accumulation=settings.accumulation,
         )
-        state = TrainState.create(params, optimizer, settings.train, ema=settings.ema_decay > 0, seed=settings.seed)
+        trained = _trained(params, settings.train)
+        params = path_aware_map(
+            lambda path, leaf: leaf.astype(jnp.float32) if "/".join(path) in trained else leaf, params
+        )
+        state = TrainState.create(
+            params, optimizer, trained.__contains__, ema=settings.ema_decay > 0, seed=settings.seed
+        )
         state = shard_params(state, mesh)
         step = make_train_step(
             model,
@@ -190,6 +203,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
       InputError: a setting, the data or the model is unfit.
     """
     model, params = from_pretrained(settings.model, as_dtype(settings.dtype), model_class=Blip2ForPreTraining)
+    check_heads(model.config, settings.model)
     processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
     source = open_source(settings, "all" if settings.everything else "held_out")
     examples = _examples(source, processor, settings, settings.evaluate_on)
@@ -436,10 +450,10 @@ def _begun(output: Path, overwrite: bool) -> Iterator[None]:
 def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
     source, dtype = locate(settings.model), as_dtype(settings.dtype)
     if source.config and not source.params and not source.weights:
-        logger.warning("%s has no weights: all are drawn afresh", source.name)
+        logger.warning("%s has no weights: all are randomly initialised", source.name)
         model, params = initialise(source.config, Blip2ForPreTraining, dtype, settings.seed, mesh)
     else:
-        model, params = from_pretrained(settings.model, dtype, jnp.float32, model_class=Blip2ForPreTraining, mesh=mesh)
+        model, params = from_pretrained(settings.model, dtype, model_class=Blip2ForPreTraining, mesh=mesh)
     config, rate = model.config, settings.dropout
     if rate is not None:
         qformer = config.qformer_config
@@ -455,6 +469,18 @@ def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dic
             logger.warning("the layers are not alike, so that they cannot be scanned: compiling takes longer")
     processor = Processor.from_pretrained(settings.model, config=config, tokenizer=settings.tokenizer)
     return model.clone(config=config), params, processor
+
+
+def _trained(params: Mapping[str, Any], train: Selection) -> set[str]:
+    """The paths of what is trained: of what is selected, all that the losses read."""
+    selected = select(params, train)
+    unread = {path.split("/")[0] for path in selected} & (PARTS.keys() - set(Blip2ForPreTraining.parts))
+    trained = {path for path in selected if path.split("/")[0] not in unread}
+    if not trained:
+        raise InputError(f"the stage-1 losses do not read {', '.join(unread)}; name something else in `train`")
+    if unread:
+        logger.info("%s stays frozen: the stage-1 losses do not read it", ", ".join(unread))
+    return trained
 
 
 def _open_held_out(settings: TrainSettings) -> Source | None:
