@@ -170,7 +170,7 @@ def check_finite(non_finite: Sequence[str], dtype: DTypeLike | None) -> None:
         cast = "" if dtype is None else f" as {np.dtype(dtype)}"
         raise InputError(
             f"infinities or NaN in {len(non_finite)} tensors{cast} ({listed(non_finite)}); if they are meant, convert "
-            "it with `flax-qformer convert --allow-non-finite` (allow_non_finite=True)"
+            "it with `convert_checkpoint(..., allow_non_finite=True)`"
         )
 
 
@@ -185,7 +185,7 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
     if doubles and dtype is None:
         raise InputError(
             f"{len(doubles)} tensors are float64, which JAX does not keep: {listed(doubles)}; convert it with "
-            "`flax-qformer convert --dtype float32` (param_dtype='float32')"
+            "`convert_checkpoint(..., dtype='float32')`, or read it with `param_dtype='float32'`"
         )
 
 

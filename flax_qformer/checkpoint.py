@@ -388,7 +388,7 @@ def _load_pytorch(
     try:
         params, left_out = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place)
     except InputError as error:
-        about = "; the published geometry is assumed, `flax-qformer convert --config FILE` (config=FILE) takes another"
+        about = "; the published geometry is assumed; `config=FILE` takes another"
         raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
     return _Loaded(model_class, used, params, layout, left_out)
 
@@ -440,10 +440,7 @@ def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None)
         return Blip2Config.from_dict(config)
     path = source.config if config is None else Path(config)
     if path is None:
-        raise InputError(
-            f"{source.name} has no config.json; put one there, or convert it with `flax-qformer convert --config FILE` "
-            "(config=FILE)"
-        )
+        raise InputError(f"{source.name} has no config.json; put one there, or give `config=FILE`")
     if not os.path.isfile(path):
         raise InputError(f"there is no config {path}; check the name")
     return Blip2Config.from_json(path)
@@ -556,7 +553,7 @@ def _settings(
     except InputError as error:
         if tokenizer is not None:
             raise
-        return files, f" without a tokenizer ({error}): `flax-qformer convert --tokenizer DIR` adds one"
+        return files, f" without a tokenizer ({error}): `convert_checkpoint(..., tokenizer=DIR)` adds one"
     for name in TOKENIZER_FILES:
         try:
             files[name] = (folder / name).read_bytes()

@@ -48,18 +48,23 @@ TRAIN_PACKAGES = ("datasets", "grain", "pyarrow", "tensorboardX", "tyro", "yaml"
 """What pip installs with `flax-qformer[train]`."""
 
 
+OPTION = re.compile(r"--[a-z0-9][a-z0-9-]*")
+
+
 DATA_OPTIONS = ("image_column", "embedding_dtype", "shard_size", "num_workers", "mesh", "process", "distributed")
 """Those of `embed` that go with --data alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what the user can put right ends it with one line and exit status 2."""
-    logging.basicConfig(format="%(message)s")
     logging.getLogger("flax_qformer").setLevel(logging.INFO)
     # These tell in lines of their own what an error then says.
     for library in ("DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     options, rest = _parser().parse_known_args(arguments)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter(options))
+    logging.basicConfig(handlers=[handler])
     share_heap()
     _keep_compiled()
     try:
@@ -71,10 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.run(options)
         sys.stdout.flush()
     except InputError as error:
-        print(f"flax-qformer {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(_with_options(str(error), options).split())
+        print(f"flax-qformer {options.command}: {message}", file=sys.stderr)
         _leave(2)
     except Stopped as stop:
-        print(f"flax-qformer {options.command}: {stop}", file=sys.stderr)
+        print(f"flax-qformer {options.command}: {_with_options(str(stop), options)}", file=sys.stderr)
         sys.exit(128 + stop.signal)
     except OSError as error:
         # Often standard output: who read it has gone, or its disk is full. Python would try once more at its end.
@@ -91,6 +97,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         traceback.print_exc()
         _leave(1)
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__("%(message)s")
+        self._options = options
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _with_options(super().format(record), self._options)
+
+
+def _with_options(message: str, options: argparse.Namespace) -> str:
+    """The library's message with options in place of the arguments that it names in backticks.
+
+    `overwrite=True` becomes --overwrite where the running command has that option. A call of `convert_checkpoint`
+    becomes the command `flax-qformer convert`. Other text in backticks stays.
+    """
+    kind = options.settings
+    fields = {field.name: field.type for field in dataclasses.fields(kind)} if kind else {}
+    known = {f"--{name.replace('_', '-')}" for name in fields} or set(OPTION.findall(options.parser.format_usage()))
+
+    def option(match: re.Match[str]) -> str:
+        is_convert, name, value = match["convert"], match["name"], (match["value"] or "").strip("'")
+        flag = f"--{name.replace('_', '-')}"
+        if not is_convert and flag not in known:
+            return match[0]
+        if value == "False" and fields.get(name) is bool:
+            flag = f"--no-{flag[2:]}"
+        elif value and value != "True":
+            flag = f"{flag} {value}"
+        return f"`flax-qformer convert {flag}`" if is_convert else flag
+
+    return re.sub(r"`(?P<convert>convert_checkpoint\(\.\.\., )?(?P<name>\w+)(=(?P<value>[^`)]*))?\)?`", option, message)
 
 
 def _leave(status: int) -> NoReturn:
@@ -169,21 +208,21 @@ def attend(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    print(
-        convert_checkpoint(
-            options.source,
-            options.destination,
-            dtype=options.dtype,
-            config=options.config,
-            tokenizer=options.tokenizer,
-            overwrite=options.overwrite,
-            allow_non_finite=options.allow_non_finite,
-        )
+    done = convert_checkpoint(
+        options.source,
+        options.destination,
+        dtype=options.dtype,
+        config=options.config,
+        tokenizer=options.tokenizer,
+        overwrite=options.overwrite,
+        allow_non_finite=options.allow_non_finite,
     )
+    print(_with_options(done, options))
 
 
 def export(options: argparse.Namespace) -> None:
-    print(export_checkpoint(options.source, options.destination, layout=options.layout, overwrite=options.overwrite))
+    done = export_checkpoint(options.source, options.destination, layout=options.layout, overwrite=options.overwrite)
+    print(_with_options(done, options))
 
 
 def caption(options: argparse.Namespace) -> None:
@@ -299,7 +338,8 @@ def plan(options: argparse.Namespace) -> None:
         text_length=options.text_length,
         dtype=options.dtype,
     )
-    print(json.dumps(dataclasses.asdict(told) | {"bound": told.bound}) if options.json else told)
+    text = json.dumps(dataclasses.asdict(told) | {"bound": told.bound}) if options.json else str(told)
+    print(_with_options(text, options))
 
 
 def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model, dict[str, Any], Processor]:
@@ -564,6 +604,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=train, settings=TrainSettings)
     command = commands.add_parser("evaluate", add_help=False, help="how well images and captions find each other")
     command.set_defaults(run=evaluate, settings=EvaluateSettings)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 

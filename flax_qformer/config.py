@@ -225,7 +225,7 @@ class Blip2Config(_Config):
         elif not qformer.num_hidden_layers or not self.vision_config.num_hidden_layers:
             reason = "a tower has none"
         if reason:
-            raise InputError(f"the layers cannot be scanned: {reason}; leave scan_layers off")
+            raise InputError(f"the layers cannot be scanned: {reason}; leave `scan_layers` off")
 
     def scanned(self) -> Self:
         """With `scan_layers` if the layers can run in a loop, else as it is."""

@@ -138,10 +138,10 @@ def _check_place(settings: EmbedSettings) -> None:
     """Whether the folder can take the shards: there is nothing else in it, and they do not become part of the data."""
     output, data = settings.output, Path(settings.data)
     if data.exists() and output.resolve().is_relative_to(data.resolve()):
-        raise InputError(f"{output} lies inside the data; name an --output elsewhere")
+        raise InputError(f"{output} lies inside the data; name an `output` elsewhere")
     for path in output.iterdir() if output.is_dir() else ():
         if not re.fullmatch(r"\..*|\d{5,}-of-\d{5,}\.parquet", path.name):
-            raise InputError(f"{output} holds something else than shards, {path.name}; name another --output")
+            raise InputError(f"{output} holds something else than shards, {path.name}; name another `output`")
 
 
 def _sum_of_ids(images: Images) -> int:
@@ -192,26 +192,26 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
             logger.warning("%s is no whole shard (%s): making it anew", path, first_line(error))
             continue
         if column is None:
-            raise InputError(f"{path} is no shard of embeddings; name another --output")
+            raise InputError(f"{path} is no shard of embeddings; name another `output`")
         # Shards of earlier versions do not say what the model's files were.
         before = {SUM_OF_FILES: notes[SUM_OF_FILES]} | before
         changed = [name for name, value in notes.items() if before.get(name) != value]
         if ROWS in changed or SUM_OF_IDS in changed:
             raise InputError(
                 f"the shards in {folder} are of other images ({before.get(ROWS)} then, {notes[ROWS]} now, by their "
-                "ids); name another --output"
+                "ids); name another `output`"
             )
         if changed == [SUM_OF_FILES]:
             raise InputError(
                 f"the files of {notes['model']} are others than those that the shards in {folder} were made with; "
-                "name another --output"
+                "name another `output`"
             )
         changed = [name for name in changed if name in FIXED]
         if changed:
-            told = "; ".join(f"{name} was {before.get(name)} and is now {notes[name]}" for name in changed)
+            told = "; ".join(f"`{name}` was {before.get(name)} and is now {notes[name]}" for name in changed)
             raise InputError(
                 f"the shards in {folder} cannot be completed with other settings: {told}. Set them back, "
-                "or name another --output"
+                "or name another `output`"
             )
         errors[path] = len(column) - column.null_count
     return errors

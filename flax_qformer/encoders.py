@@ -20,7 +20,7 @@ def check_stacked(encoder: Block, is_scanned: bool) -> None:
     names = encoder.variables.get("params", {})
     if names and ("layers" in names) != is_scanned:
         form, remedy = ("apart", "fq.stack_layers") if is_scanned else ("stacked", "fq.unstack_layers")
-        raise InputError(f"the parameters' layers are {form}, and scan_layers is {is_scanned}; take {remedy}(params)")
+        raise InputError(f"the parameters' layers are {form}, and `scan_layers` is {is_scanned}; take {remedy}(params)")
 
 
 def layer_runner(recompute: bool) -> Callable[..., Any]:

@@ -4,7 +4,8 @@
 class InputError(ValueError):
     """Input that cannot be used: one sentence on what is wrong and what to do.
 
-    The command line prints it as it stands and exits with status 2.
+    It names the library's own arguments, in backticks: `overwrite=True`. The command line prints it with its options
+    in their place and exits with status 2.
     """
 
 

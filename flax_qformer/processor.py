@@ -199,7 +199,7 @@ class Processor:
         source = locate(path_or_hub_id, weights=False)
         if config is None:
             if source.config is None:
-                raise InputError(f"{source.name} has no config.json; give the model's config (config=model.config)")
+                raise InputError(f"{source.name} has no config.json; give `config=model.config`")
             config = Blip2Config.from_json(source.config)
         size = config.vision_config.image_size
         load = partial(_load_tokenizer, source, config, tokenizer)
@@ -243,7 +243,7 @@ class Processor:
           InputError: an image or a text cannot be used, or they do not pair up.
         """
         if images is None and text is None:
-            raise InputError("nothing to process: give images, text, or both")
+            raise InputError("nothing to process: give `images`, `text`, or both")
         batch: dict[str, np.ndarray] = {}
         if images is not None:
             images = _list_of_images(images)
@@ -258,19 +258,19 @@ class Processor:
         self, texts: list[str], truncate: bool, multiple: int | None, max_length: int | None
     ) -> dict[str, np.ndarray]:
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError("text must be a string or a list of strings, at least one")
+            raise InputError("`text` must be a string or a list of strings, at least one")
         for item in texts:
             if not item.isascii() and item != item.encode(errors="ignore").decode():
                 raise InputError(f"the text {item[:40]!r} is not valid Unicode; write it in UTF-8")
         for name, value in (("pad_to_multiple_of", multiple), ("max_length", max_length)):
             if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be a whole number above 0")
+                raise InputError(f"`{name}` is {value}; it must be a whole number above 0")
         qformer = self.config.qformer_config
         longest = qformer.max_position_embeddings
         if max_length is not None:
             if max_length > longest:
                 raise InputError(
-                    f"max_length (--max-text-length) is {max_length}, but the model reads at most {longest} tokens"
+                    f"`max_length` (in training `max_text_length`) is {max_length}; the model reads at most {longest}"
                 )
             truncate, longest = True, max_length
         limit = longest if truncate else None
@@ -279,7 +279,7 @@ class Processor:
         if max(lengths) > longest:
             raise InputError(
                 f"a text has {max(lengths)} tokens, but the model reads at most {longest}: shorten it, or cut it with "
-                f"--truncate (truncate=True); it begins {texts[int(np.argmax(lengths))][:40]!r}"
+                f"`truncate=True`; it begins {texts[int(np.argmax(lengths))][:40]!r}"
             )
         padded = max_length or max(lengths)
         if multiple:

@@ -456,20 +456,22 @@ class QFormer(Block):
         )
         if pixel_values is not None:
             if encoder_hidden_states is not None:
-                raise InputError("give pixel_values or encoder_hidden_states, not both")
+                raise InputError("give `pixel_values` or `encoder_hidden_states`, not both")
             encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
         layers = self.config.qformer_config.num_hidden_layers
         if past_key_values is not None and len(past_key_values) != layers:
-            raise InputError(f"past_key_values are of {len(past_key_values)} layers; the model has {layers}")
+            raise InputError(f"`past_key_values` are of {len(past_key_values)} layers; the model has {layers}")
         rows_past, num_past = past_key_values[0][0].shape[:2] if past_key_values else (0, 0)
         if num_past and encoder_hidden_states is not None:
-            raise InputError("past_key_values hold the queries: give the text that follows them, and no image")
+            raise InputError("`past_key_values` hold the queries: give the text that follows them, and no image")
         if use_cache and past_key_values is None and encoder_hidden_states is None and image_key_values is None:
-            raise InputError("use_cache is for an image and what follows: give pixel_values or encoder_hidden_states")
+            raise InputError(
+                "`use_cache` is for an image and what follows: give `pixel_values` or `encoder_hidden_states`"
+            )
         if not image_key_values:
             check_inputs(self.config, encoder_hidden_states, input_ids)
         if num_past and input_ids is not None and rows_past != len(input_ids):
-            raise InputError(f"{rows_past} rows of past_key_values and {len(input_ids)} texts; give as many of each")
+            raise InputError(f"{rows_past} rows of `past_key_values` and {len(input_ids)} texts; give as many of each")
         if positions is None:
             first = max(num_past - self.config.num_query_tokens, 0)
             positions = jnp.arange(first, first + (0 if input_ids is None else input_ids.shape[1]))
@@ -589,20 +591,20 @@ class Blip2QFormerModel(QFormer):
 def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
     """Raise InputError where image embeddings and text do not fit the config or each other."""
     if image is None and input_ids is None:
-        raise InputError("nothing to read: give pixel_values or encoder_hidden_states, input_ids, or both")
+        raise InputError("nothing to read: give `pixel_values` or `encoder_hidden_states`, `input_ids`, or both")
     if image is not None and (image.ndim != 3 or image.shape[-1] != config.vision_config.hidden_size):
         raise InputError(
-            f"encoder_hidden_states have shape {image.shape}; "
+            f"`encoder_hidden_states` have shape {image.shape}; "
             f"they must be (batch, image tokens, {config.vision_config.hidden_size})"
         )
     if input_ids is None:
         return
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise InputError(
-            f"input_ids are {input_ids.dtype} of shape {input_ids.shape}; they must be whole numbers (batch, tokens)"
+            f"`input_ids` are {input_ids.dtype} of shape {input_ids.shape}; they must be whole numbers (batch, tokens)"
         )
     if image is None and not input_ids.shape[1]:
-        raise InputError("input_ids have no tokens; give some, or an image")
+        raise InputError("`input_ids` have no tokens; give some, or an image")
     if image is not None and len(image) != len(input_ids):
         raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
 
@@ -619,7 +621,7 @@ def _check_image_mask(mask: jax.Array, image: jax.Array, num_queries: int) -> No
     batch, tokens, _ = image.shape
     if mask.shape not in ((batch, tokens), (batch, num_queries, tokens)):
         raise InputError(
-            f"encoder_attention_mask has shape {mask.shape}; it must be ({batch}, {tokens}) over the image, or "
+            f"`encoder_attention_mask` has shape {mask.shape}; it must be ({batch}, {tokens}) over the image, or "
             f"({batch}, {num_queries}, {tokens}) over queries and image"
         )
 
@@ -632,7 +634,7 @@ def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int, 
         return jnp.concatenate([jnp.ones((batch, keys - text)), mask], axis=1)
     if mask.shape not in ((batch, keys), (batch, total, keys)):
         raise InputError(
-            f"attention_mask has shape {mask.shape}; it must be ({batch}, {text}) over the text, or "
+            f"`attention_mask` has shape {mask.shape}; it must be ({batch}, {text}) over the text, or "
             f"({batch}, {keys}) or ({batch}, {total}, {keys}) over {num_queries + num_past} queries and text"
         )
     return mask
@@ -648,6 +650,6 @@ def _per_layer(head_mask: jax.Array, config: Blip2QFormerConfig, batch: int) -> 
     if head_mask.shape in ((layers, batch, heads, 1, 1), (layers, 1, heads, 1, 1)):
         return head_mask
     raise InputError(
-        f"head_mask has shape {head_mask.shape}; it must be ({heads},), ({layers}, {heads}) "
+        f"`head_mask` has shape {head_mask.shape}; it must be ({heads},), ({layers}, {heads}) "
         f"or ({layers}, {batch}, {heads}, 1, 1)"
     )

@@ -110,7 +110,7 @@ def resize_token_embeddings(
       InputError: the vocabulary would have no words, or a stage-1 model's would lose [DEC].
     """
     if vocab_size < 1:
-        raise InputError(f"vocab_size is {vocab_size}; it must be a whole number above 0")
+        raise InputError(f"`vocab_size` is {vocab_size}; it must be a whole number above 0")
     table = get_input_embeddings(params)
     if vocab_size > len(table):
         new = INITIALIZER(rng, (vocab_size - len(table), table.shape[1]), table.dtype)

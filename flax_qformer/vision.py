@@ -166,7 +166,7 @@ class Blip2VisionModel(Block):
         c = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (c.image_size, c.image_size, 3):
             raise InputError(
-                f"pixel_values have shape {pixel_values.shape}; this model takes (batch, {c.image_size}, "
+                f"`pixel_values` have shape {pixel_values.shape}; this model takes (batch, {c.image_size}, "
                 f"{c.image_size}, 3), channels last: let Processor make them"
             )
         x = Blip2VisionEmbeddings(c, name="embeddings", **self.policy)(pixel_values)

@@ -24,7 +24,7 @@ def check_absent(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise InputError(f"{target} exists; name another place, or replace it with --overwrite (overwrite=True)")
+        raise InputError(f"{target} exists; name another place, or replace it with `overwrite=True`")
     if target.is_symlink() or not target.is_dir():
         raise InputError(f"{target} is not a folder; name another place")
     if any(target.iterdir()) and not (target / "config.json").is_file():

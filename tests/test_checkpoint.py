@@ -51,7 +51,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     loaded_processor = fq.Processor.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(loaded_processor(text=texts)["input_ids"], processor(text=texts)["input_ids"])
     assert loaded_processor.image_processor == processor.image_processor
-    with pytest.raises(fq.InputError, match="exists.*--overwrite"):
+    with pytest.raises(fq.InputError, match="exists.*`overwrite=True`"):
         fq.save_pretrained(tmp_path / "saved", model, params)
     fq.save_pretrained(tmp_path / "saved", model, params, overwrite=True)
     assert same(fq.from_pretrained(tmp_path / "saved")[1], params)

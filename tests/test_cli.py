@@ -1,8 +1,10 @@
 """The commands as a user runs them, and what they say when they cannot."""
 
+import ast
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 import cases
 import flax_qformer as fq
 from conftest import GOLDEN
+from flax_qformer import cli, convert
 from flax_qformer.assets.shapes import HELD_OUT, draw_scene
 from flax_qformer.cli import main
 from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
@@ -293,12 +296,15 @@ IMAGE = str(EXAMPLE_IMAGE)
         (["convert", "module.pt", "out"], "names torch.nn.modules.linear.Linear"),
         (["convert", "cut", "out"], "damaged"),
         (["convert", "existing", "out"], "holds no checkpoint"),
-        (["convert", "no_config", "out"], "convert it with `flax-qformer convert --config FILE`"),
+        (["convert", "no_config", "out"], "put one there, or give --config FILE"),
         (["convert", "no_field", "out"], "the config has no qformer_config"),
         (["convert", "no_width", "out"], "what a config leaves out has upstream's default"),
         (["convert", "odd_heads", "out"], "5 attention heads do not divide hidden_size 64"),
         (["convert", "other_layers", "out"], "32 missing: encoder.layer.2.attention.attention.query.weight"),
-        (["convert", str(DEFAULT_MODEL), "existing"], "existing exists"),
+        (
+            ["convert", str(DEFAULT_MODEL), "existing"],
+            "existing exists; name another place, or replace it with --overwrite",
+        ),
         (["convert", str(DEFAULT_MODEL), "out", "--dtype", "int8"], "take float32, bfloat16, float16"),
         (["convert", str(DEFAULT_MODEL), "out", "--tokenizer", "existing"], "neither tokenizer.json nor vocab.txt"),
         (["export", "existing", "out"], "holds no checkpoint"),
@@ -321,6 +327,28 @@ def test_bad_input_is_one_line(
     assert all("image/s" in line or "s/image" in line for line in lines[:-1])
     assert sorted(path for path in bad.rglob("*")) == before
     assert (bad / "existing" / "kept").read_text() == "kept"
+
+
+def test_the_library_names_no_options() -> None:
+    root = Path(fq.__file__).parent
+    for path in [*root.rglob("*.py"), *Path(convert.__file__).parent.glob("*.py")]:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if path.name != "cli.py" and isinstance(call, ast.Call) and ast.unparse(call.func) == "InputError":
+                texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
+                assert not re.search(r"--[a-z]", " ".join(map(str, texts))), f"{path}:{call.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "expected"),
+    [
+        ("convert a b", "give `config=FILE` or `truncate=True`", "give --config FILE or `truncate=True`"),
+        ("embed a", "`convert_checkpoint(..., dtype='float32')`", "`flax-qformer convert --dtype float32`"),
+        ("train", "`batch_size` is 1; `flip=False`", "--batch-size is 1; --no-flip"),
+        ("plan --topology v5e:2x2 --batch 1", "`mesh=fsdp=-1,tensor=2`, `images`", "--mesh fsdp=-1,tensor=2, `images`"),
+    ],
+)
+def test_the_command_line_names_options(command: str, message: str, expected: str) -> None:
+    assert cli._with_options(message, cli._parser().parse_args(command.split())) == expected
 
 
 def test_bad_input_in_a_process_of_its_own(bad: Path) -> None:

@@ -246,7 +246,7 @@ def test_resuming_gives_the_same_batches_with_any_number_of_workers(tmp_path: Pa
     assert not active_children()
     batches.set_state(states[2])
     np.testing.assert_array_equal(next(batches)["pixel_values"], expected[2]["pixel_values"])
-    with pytest.raises(fq.InputError, match="seed was 0 and is now 1"):
+    with pytest.raises(fq.InputError, match="`seed` was 0 and is now 1"):
         Batches(source, processor, replace(chosen, seed=1)).set_state(states[0])
 
 
@@ -255,7 +255,7 @@ def test_a_dead_worker_is_an_error(tmp_path: Path, processor: fq.Processor) -> N
     batches = Batches(open_source(chosen), processor, chosen)
     next(batches)
     active_children()[0].kill()
-    with pytest.raises(fq.InputError, match=r"died \(exit code -9\).*--num-workers"):
+    with pytest.raises(fq.InputError, match=r"died \(exit code -9\).*`num_workers`"):
         for _ in range(20):
             state = batches.get_state()
             next(batches)
@@ -387,7 +387,7 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     write_parquet(tmp_path / "empty.parquet", {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
     refused(tmp_path / "empty.parquet", "has no rows; add images")
     data = write_folder(tmp_path / "data", [{"file_name": "a.png", "label": "dog", "size": 3}])
-    refused(data, "no column that is known to hold captions, only image, label, size; name one with --caption-column")
+    refused(data, "no column that is known to hold captions, only image, label, size; name one as `caption_column`")
     refused(data, "no column title, only image, label, size", caption_column="title")
     refused(data, "column size of .* holds no text", caption_column="size")
     refused(data, "no images in label; these hold some: image", caption_column="label", image_column="label")

@@ -184,8 +184,8 @@ def test_what_cannot_go_on_is_refused(
         assert message in line
 
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
-    refused("other settings: truncate was False and is now True; shard_size was 8", "--truncate", "--shard-size", 9)
-    refused("embedding_dtype was float32 and is now float16. Set them back", "--embedding-dtype", "float16")
+    refused("other settings: --truncate was False and is now True; --shard-size was 8", "--truncate", "--shard-size", 9)
+    refused("--embedding-dtype was float32 and is now float16. Set them back", "--embedding-dtype", "float16")
     fewer = tmp_path / "fewer"
     shutil.copytree(data, fewer)
     (fewer / "000.png").unlink()

@@ -294,7 +294,7 @@ def test_inputs_that_make_no_pairs(one: Case) -> None:
         ((one.pixels, ids[:2]), "images and 2 texts"),
         ((one.pixels, ids[:, :0]), "no tokens"),
         ((one.pixels, np.tile(ids, 50)), "positions: truncate the text"),
-        ((one.pixels, ids, np.ones_like(ids)[:, 1:]), "attention_mask has shape"),
+        ((one.pixels, ids, np.ones_like(ids)[:, 1:]), "`attention_mask` has shape"),
     ):
         with pytest.raises(fq.InputError, match=message):
             jax.eval_shape(one.model.apply, one.variables, *arguments)

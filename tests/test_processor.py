@@ -99,7 +99,7 @@ def test_padding_to_a_multiple(processor: fq.Processor) -> None:
 
 
 def test_long_text_is_refused_or_cut_at_its_end(processor: fq.Processor) -> None:
-    with pytest.raises(fq.InputError, match=r"102 tokens.*at most 64.*--truncate.*'dog dog"):
+    with pytest.raises(fq.InputError, match=r"102 tokens.*at most 64.*`truncate=True`.*'dog dog"):
         processor(text=["cat", "dog " * 100])
     ids = processor(text=["dog " * 100 + "cat"], truncate=True)["input_ids"][0]
     dog = processor(text="dog")["input_ids"][0]

@@ -482,13 +482,13 @@ def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
     assert told("evaluate", "--settings", file, "--model", "m") == wanted
 
     for text, message in (
-        ("bach_size: 3", "names settings that there are not: bach_size"),
+        ("bach_size: 3", "names unknown settings: bach_size"),
         ("a: [", "is not YAML"),
         ("- a", "must hold a setting a line"),
         ("steps: many", "--steps.*'many'"),
         ("steps: 1.5", "--steps.*'1.5'"),
         ("train: tower", "'tower'.*vision"),
-        ("steps: 0", "steps is 0; it must be 1 or more"),
+        ("steps: 0", "--steps is 0; it must be 1 or more"),
         ("steps:", "leaves steps empty"),
     ):
         file.write_text(text)
@@ -531,15 +531,15 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
         (["--stesp", "3"], "--stesp"),
         (["--steps"], "--steps"),
         (["--train", "tower"], "'tower'"),
-        (["--learning-rate", "nan"], "learning_rate is nan"),
-        (["--learning-rate", "inf"], "learning_rate is inf"),
-        (["--b2", "1"], "b2 is 1.0"),
-        (["--train"], "train names nothing"),
-        (["--batch-size", "0"], "batch_size is 0"),
-        (["--batch-size", "1"], "batch_size is 1; it must be 2 or more"),
-        (["--weight-decay", "inf"], "weight_decay is inf"),
-        (["--evaluate-on", "1"], "evaluate_on is 1"),
-        (["--layer-decay", "2"], "layer_decay is 2"),
+        (["--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--learning-rate", "inf"], "--learning-rate is inf"),
+        (["--b2", "1"], "--b2 is 1.0"),
+        (["--train"], "--train names nothing"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--batch-size", "1"], "--batch-size is 1; it must be 2 or more"),
+        (["--weight-decay", "inf"], "--weight-decay is inf"),
+        (["--evaluate-on", "1"], "--evaluate-on is 1"),
+        (["--layer-decay", "2"], "--layer-decay is 2"),
         (["stray"], "stray"),
     ],
 )
@@ -753,7 +753,7 @@ def test_checkpoints_are_whole_or_passed_over(
         assert "3" in caplog.text
         assert {path.name for path in folder.iterdir()} == {"2", "2.json"}
     flip_a_byte(folder / "2.json")
-    with pytest.raises(fq.InputError, match="all checkpoints in .* are damaged; start anew with --overwrite"):
+    with pytest.raises(fq.InputError, match="all checkpoints in .* are damaged; start anew with `overwrite=True`"):
         Checkpoints(folder).restore(state(0))
 
     with pytest.raises(fq.InputError, match=r"of another model: a was float32\[64, 8\] and is now float32\[2\]"):
@@ -826,8 +826,8 @@ def test_a_run_is_not_lost(
 
     before = files()
     for more, message in (
-        (["--train", "heads"], "train was ['qformer', 'heads'] and is now ['heads']"),
-        (["--accumulation", 1, "--seed", 4], "seed was 0 and is now 4; accumulation was 2 and is now 1. Set them back"),
+        (["--train", "heads"], "--train was ['qformer', 'heads'] and is now ['heads']"),
+        (["--accumulation", 1, "--seed", 4], "--accumulation was 2 and is now 1. Set them back"),
         (["--overwrite", "--data", tmp_path / "nothing"], "no file or folder here"),
         (["--overwrite", "--model", tmp_path / "nothing"], "no file or folder"),
         (["--overwrite", "--model", kept], "kept lies in the run that --overwrite removes"),

@@ -348,7 +348,7 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
         ({"input_ids": jnp.zeros((1, 25), int)}, "25 tokens, the model 24 positions"),
         ({"input_ids": jnp.zeros((2, 4), int), "pixel_values": jnp.zeros((3, 28, 28, 3))}, "3 images and 2 texts"),
         ({"input_ids": jnp.zeros((1, 4), int), "attention_mask": jnp.ones((1, 5))}, r"must be \(1, 4\)"),
-        ({"input_ids": jnp.zeros((1, 4), int), "head_mask": jnp.ones((2, 3, 4))}, "head_mask has shape"),
+        ({"input_ids": jnp.zeros((1, 4), int), "head_mask": jnp.ones((2, 3, 4))}, "`head_mask` has shape"),
         (
             {"encoder_hidden_states": jnp.zeros((1, 5, 32)), "encoder_attention_mask": jnp.ones(5)},
             "encoder_attention_mask",
@@ -382,7 +382,7 @@ def test_numbers_of_numpy_and_plain_mappings(params: Any, tmp_path: Any) -> None
     with pytest.raises(fq.InputError, match='tree below "params"'):
         fq.prune_heads(CONFIG, {"params": params}, {0: [1]})
     for size in (0, -5):
-        with pytest.raises(fq.InputError, match=f"vocab_size is {size}"):
+        with pytest.raises(fq.InputError, match=f"`vocab_size` is {size}"):
             fq.resize_token_embeddings(CONFIG, params, size, jax.random.key(0))
 
 

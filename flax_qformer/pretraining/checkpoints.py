@@ -97,7 +97,7 @@ class Checkpoints:
             reason = reason or "another process cannot read it"
             logger.warning("the checkpoint of step %d is damaged (%s): trying the one before", step, reason)
         if steps:
-            raise InputError(f"all checkpoints in {self._folder} are damaged; start anew with --overwrite")
+            raise InputError(f"all checkpoints in {self._folder} are damaged; start anew with `overwrite=True`")
         return None
 
     def notes(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Checkpoints:
             name = other[0]
             raise InputError(
                 f"the run is of another model: {name} was {was.get(name, 'absent')} and is now "
-                f"{now.get(name, 'absent')}; name the model it began with, or another --output"
+                f"{now.get(name, 'absent')}; name the model it began with, or another `output`"
             )
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

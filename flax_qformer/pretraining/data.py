@@ -150,7 +150,7 @@ class Batches:
         Raises:
           InputError: the data, the seed or the number of processes is another.
         """
-        meaning = {"rows": "the number of examples (--data, --held-out)", "seed": "--seed"}
+        meaning = {"rows": "the number of examples (`data`, `held_out`)", "seed": "`seed`"}
         for name, value in self._must_match().items():
             if state[name] != value:
                 what = meaning.get(name, name)
@@ -324,7 +324,7 @@ def _next_element(elements: Any) -> dict[str, Any]:
         code = str(error).partition("exit code ")[2].partition(".")[0]
         raise InputError(
             f"a process that loads data died (exit code {code}), likely for want of memory or of space in /dev/shm; "
-            "lower --num-workers or --batch-size"
+            "lower `num_workers` or `batch_size`"
         ) from None
 
 

@@ -60,7 +60,7 @@ def _same_image(size: int, image_id: jax.Array | None) -> jax.Array:
     if image_id is None:
         return jnp.eye(size, dtype=bool)
     if image_id.shape != (size,):
-        raise InputError(f"image_id has shape {image_id.shape}; it must be ({size},), a number for each image")
+        raise InputError(f"`image_id` has shape {image_id.shape}; it must be ({size},), a number for each image")
     return image_id[:, None] == image_id[None, :]
 
 

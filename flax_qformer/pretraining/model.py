@@ -132,16 +132,16 @@ class Blip2ForPreTraining(QFormer):
           InputError: the inputs do not fit one another or the config.
         """
         if input_ids is None or (pixel_values is None and encoder_hidden_states is None):
-            raise InputError("the losses need pairs: give pixel_values and input_ids")
+            raise InputError("the losses need pairs: give `pixel_values` and `input_ids`")
         input_ids = jnp.asarray(input_ids)
         attention_mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
         check_inputs(self.config, image, input_ids)
         check_length(self.config.qformer_config, input_ids.shape[1])
         if not input_ids.shape[1]:
-            raise InputError("input_ids have no tokens; a text has [CLS] at least")
+            raise InputError("`input_ids` have no tokens; a text has [CLS] at least")
         if attention_mask.shape != input_ids.shape:
-            raise InputError(f"attention_mask has shape {attention_mask.shape}; input_ids have {input_ids.shape}")
+            raise InputError(f"`attention_mask` has shape {attention_mask.shape}; `input_ids` have {input_ids.shape}")
         for index in (negative_image_index, negative_text_index):
             if index is not None and jnp.shape(index) != (len(image),):
                 raise InputError(f"an index of negatives has shape {jnp.shape(index)}; it must be ({len(image)},)")
@@ -220,7 +220,7 @@ class Blip2ForPreTraining(QFormer):
     ) -> jax.Array:
         """The ITM score of pairs, (batch,) float32: the logit of a match. Source: LAVIS `compute_itm`."""
         if input_ids is None:
-            raise InputError("a match needs a text: give input_ids")
+            raise InputError("a match needs a text: give `input_ids`")
         image = self._image(pixel_values, encoder_hidden_states, True)
         return self._match(image, input_ids, attention_mask, True)[:, 1]
 
@@ -254,11 +254,11 @@ class Blip2ForPreTraining(QFormer):
         """
         c = self.config.qformer_config
         if not 1 <= max_length <= c.max_position_embeddings:
-            raise InputError(f"max_length is {max_length}; the model has {c.max_position_embeddings} positions")
+            raise InputError(f"`max_length` is {max_length}; the model has {c.max_position_embeddings} positions")
         if not 0 < top_p <= 1:
-            raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")
+            raise InputError(f"`top_p` is {top_p}; it must be above 0 and at most 1")
         if num_beams < 1 or repetition_penalty <= 0:
-            raise InputError("num_beams must be 1 or more, and repetition_penalty above 0")
+            raise InputError("`num_beams` must be 1 or more, and `repetition_penalty` above 0")
         image = self._image(pixel_values, encoder_hidden_states, True)
         past = self.read(encoder_hidden_states=image, use_cache=True).past_key_values or ()
         # Inside a loop of XLA's, a module has to be a function of its variables.
@@ -270,7 +270,7 @@ class Blip2ForPreTraining(QFormer):
         rules = Rules(c.start_token_id, eos_token_id, c.pad_token_id, max_length, min_length, repetition_penalty)
         if use_nucleus_sampling:
             if not self.has_rng("sampling"):
-                raise InputError('words are drawn: give rngs={"sampling": key}')
+                raise InputError('words are drawn: give `rngs={"sampling": key}`')
             return write_caption(step, past, rules, top_p, self.make_rng("sampling"))
         if num_beams == 1:
             return write_caption(step, past, rules)
@@ -348,7 +348,7 @@ class Blip2ForPreTraining(QFormer):
         if states is not None and pixel_values is None:
             return states
         if states is not None or pixel_values is None:
-            raise InputError("give pixel_values or encoder_hidden_states, and not both")
+            raise InputError("give `pixel_values` or `encoder_hidden_states`, and not both")
         return self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
 
     def _words(self) -> jax.Array:
@@ -363,7 +363,8 @@ class Blip2ForPreTraining(QFormer):
             return jnp.argmax(logits, axis)
         if not self.has_rng("negatives"):
             raise InputError(
-                'negatives are drawn: give rngs={"negatives": key}, or negative_image_index and negative_text_index'
+                'negatives are drawn: give `rngs={"negatives": key}`, or `negative_image_index` and '
+                "`negative_text_index`"
             )
         scores = jax.lax.stop_gradient(logits) + jax.random.gumbel(self.make_rng("negatives"), logits.shape)
         # An argmax in two reductions, which chips do on their own parts; for one they would exchange theirs.

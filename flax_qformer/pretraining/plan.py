@@ -141,7 +141,7 @@ def plan(
       model: a folder, hub id or `config.json`; weights are not read.
       topology: as Google names it, such as v5e:16x16.
       batch: images in a step, over all chips.
-      mesh: as `--mesh` of training.
+      mesh: as `mesh` of training.
       remat: recompute the layers in the backward pass.
       text_length: tokens of a caption, padding included.
 
@@ -150,11 +150,11 @@ def plan(
     """
     chip = _chip(topology)
     pod = _pod(topology, mesh)
-    check_divides(batch, pod, "--batch")
+    check_divides(batch, pod, "`batch`")
     config = read_config(model).scanned()
     positions = config.qformer_config.max_position_embeddings
     if text_length > positions:
-        raise InputError(f"--text-length is {text_length}; the model has {positions} positions")
+        raise InputError(f"`text_length` is {text_length}; the model has {positions} positions")
     if remat:
         config = config.recomputed()
     module = Blip2ForPreTraining(config, dtype=as_dtype(dtype))
@@ -312,11 +312,11 @@ def _advice(
     room, activations = memory - kept - gradients, max(temporaries - gradients, 1)
     if room > 0:
         if not remat:
-            yield "--remat, which keeps one layer's activations at a time"
+            yield "`remat=True`, which keeps one layer's activations at a time"
         # What does not fit, the compiler makes smaller than it is where it fits.
         fitting = int(batch * room / activations * 0.75) // parts * parts
         if fitting:
-            yield f"--batch {fitting}"
+            yield f"`batch={fitting}`"
     if pod.shape["data"] > 1 and (kept + gradients) / pod.shape["data"] + activations < memory:
         tensor = f",tensor={pod.shape['tensor']}" if pod.shape["tensor"] > 1 else ""
-        yield f"--mesh fsdp=-1{tensor}, which splits the parameters over all chips"
+        yield f"`mesh=fsdp=-1{tensor}`, which splits the parameters over all chips"

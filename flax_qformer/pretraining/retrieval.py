@@ -86,8 +86,8 @@ class Retrieval:
             read_images()
         if len(image_ids) < 2:
             raise InputError(
-                f"{len(image_ids)} images are too few to search among; add images, hold out more by --held-out, or "
-                "take those for training as well by --everything"
+                f"{len(image_ids)} images are too few to search among; add images, hold out more by `held_out`, or "
+                "take those for training as well by `everything=True`"
             )
         scores = self._all_similarities(np.concatenate(images), np.concatenate(texts))
         belongs = np.array(list(image_ids))[:, None] == np.array(text_ids)

@@ -96,20 +96,20 @@ class TrainSettings(DataSettings):
         _check_least(self, 2, ("batch_size", "evaluate_on"))
         for name, rate in {"learning_rate": self.learning_rate, **self.group_learning_rates}.items():
             if not 0 < rate < float("inf"):
-                raise InputError(f"{name} is {rate}; it must be a number above 0")
+                raise InputError(f"`{name}` is {rate}; it must be a number above 0")
         if not self.train:
-            raise InputError("train names nothing; name vision, qformer, heads or all")
+            raise InputError("`train` names nothing; name vision, qformer, heads or all")
         if self.dtype == "float16":
             raise InputError(
-                "dtype is float16, in which small gradients underflow without loss scaling; train in bfloat16, which "
+                "`dtype` is float16, in which small gradients underflow without loss scaling; train in bfloat16, which "
                 "has the range of float32, or in float32"
             )
         if not 0 < self.layer_decay <= 1:
-            raise InputError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+            raise InputError(f"`layer_decay` is {self.layer_decay}; it must be above 0 and at most 1")
         for name in ("b1", "b2", "ema_decay", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise InputError(f"{name} is {value}; it must be from 0 to below 1")
+                raise InputError(f"`{name}` is {value}; it must be from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     unknown = [str(name) for name in values if name not in known]
     if unknown:
         raise InputError(
-            f"{path} names settings that there are not: {', '.join(unknown)}; flax-qformer train --help lists them"
+            f"{path} names unknown settings: {', '.join(unknown)}; take those of `TrainSettings` or `EvaluateSettings`"
         )
     return values
 
@@ -197,13 +197,13 @@ def _plain(settings: DataSettings) -> dict[str, Any]:
 def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> None:
     for name in names:
         if not least <= getattr(settings, name) < float("inf"):
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be {least} or more")
+            raise InputError(f"`{name}` is {getattr(settings, name)}; it must be {least} or more")
 
 
 def changed(before: Mapping[str, Any], now: DataSettings, names: Collection[str] | None = None) -> list[str]:
     """What became of the settings that a run was saved with: of these names, by default of all."""
     return [
-        f"{name} was {before[name]} and is now {value}"
+        f"`{name}` was {before[name]} and is now {value}"
         for name, value in _plain(now).items()
         if (names is None or name in names) and name in before and before[name] != value
     ]
@@ -214,6 +214,6 @@ def check_resumable(before: Mapping[str, Any], now: DataSettings) -> None:
     unfit = changed(before, now, FIXED)
     if unfit:
         raise InputError(
-            f"the run cannot go on with other settings: {'; '.join(unfit)}. Set them back, name another --output, "
-            "or start anew with --overwrite"
+            f"the run cannot go on with other settings: {'; '.join(unfit)}. Set them back, name another `output`, "
+            "or start anew with `overwrite=True`"
         )

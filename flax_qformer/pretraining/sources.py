@@ -63,13 +63,13 @@ class DataSettings:
         for fits, wanted in (
             (
                 0 <= self.held_out < 1 or (self.held_out >= 1 and self.held_out % 1 == 0),
-                f"held_out is {self.held_out}; it must be a fraction below 1, or a whole number of images",
+                f"`held_out` is {self.held_out}; it must be a fraction below 1, or a whole number of images",
             ),
-            (self.batch_size > 0, f"batch_size is {self.batch_size}; it must be above 0"),
-            (self.max_text_length > 1, f"max_text_length is {self.max_text_length}; it must be above 1"),
-            (0 < low <= high <= 1, f"crop_scale is {low} {high}; it must be two numbers in (0, 1], the lesser first"),
-            (self.num_workers >= 0, f"num_workers is {self.num_workers}; it must not be below 0"),
-            (0 <= self.seed < 2**32, f"seed is {self.seed}; it must be from 0 to {2**32 - 1}"),
+            (self.batch_size > 0, f"`batch_size` is {self.batch_size}; it must be above 0"),
+            (self.max_text_length > 1, f"`max_text_length` is {self.max_text_length}; it must be above 1"),
+            (0 < low <= high <= 1, f"`crop_scale` is {low} {high}; it must be two numbers in (0, 1], the lesser first"),
+            (self.num_workers >= 0, f"`num_workers` is {self.num_workers}; it must not be below 0"),
+            (0 <= self.seed < 2**32, f"`seed` is {self.seed}; it must be from 0 to {2**32 - 1}"),
         ):
             if not fits:
                 raise InputError(wanted)
@@ -190,7 +190,7 @@ def open_source(settings: DataSettings, split: Literal["train", "held_out", "all
     if len(chosen) == 0:
         what = split.replace("_", " ")
         raise InputError(
-            f"{settings.data} leaves no example for {what}, of {len(rows)} rows; change --held-out, or add images"
+            f"{settings.data} leaves no example for {what}, of {len(rows)} rows; change `held_out`, or add images"
         )
     rows = rows.select_columns([image_column, caption_column])
     return Source(settings.data, rows, image_column, caption_column, chosen, image_ids[chosen])
@@ -448,12 +448,12 @@ def _caption_column(columns: Mapping[str, Any], settings: DataSettings) -> str:
     column = named or next((name for name in CAPTION_COLUMNS if name in columns), None)
     if column is None or column not in columns:
         missing = f"no column {named}" if named else "no column that is known to hold captions"
-        raise InputError(f"{settings.data} has {missing}, only {', '.join(columns)}; name one with --caption-column")
+        raise InputError(f"{settings.data} has {missing}, only {', '.join(columns)}; name one as `caption_column`")
     feature = columns[column]
     text = getattr(feature, "feature", feature)
     if feature is not None and getattr(text, "dtype", None) not in ("string", "large_string"):
         raise InputError(
-            f"the column {column} of {settings.data} holds no text, but {feature}; name another with --caption-column"
+            f"the column {column} of {settings.data} holds no text, but {feature}; name another as `caption_column`"
         )
     return column
 
@@ -468,7 +468,7 @@ def _image_column(features: Mapping[str, Any], settings: DataSettings) -> str:
     usual = [name for name in IMAGE_COLUMNS if name in holding]
     if not usual and len(holding) != 1:
         found = f"several columns of images ({', '.join(holding)})" if holding else "no column of images"
-        raise InputError(f"{settings.data} has {found} among {', '.join(features)}; name one with --image-column")
+        raise InputError(f"{settings.data} has {found} among {', '.join(features)}; name one as `image_column`")
     return (usual or holding)[0]
 
 

@@ -63,7 +63,7 @@ def train(settings: TrainSettings) -> str:
     checkpoints = Checkpoints(output / "checkpoints", settings.keep)
     _check_output(output, checkpoints, settings)
     mesh = named_mesh(settings.mesh, jax.devices())
-    check_divides(settings.batch_size, mesh, "--batch-size")
+    check_divides(settings.batch_size, mesh, "`batch_size`")
     data = open_source(settings)
     held_out = _open_held_out(settings)
     with contextlib.ExitStack() as run:
@@ -73,7 +73,7 @@ def train(settings: TrainSettings) -> str:
         batches = Batches(data, processor, settings, process_index=index, process_count=count)
         if settings.warmup >= settings.steps and is_first():
             logger.warning(
-                "the warm-up of %d steps outlasts the run: it ends below the learning rate; lower --warmup",
+                "the warm-up of %d steps outlasts the run: it ends below the learning rate; lower `warmup`",
                 settings.warmup,
             )
         schedule = make_schedule(settings.learning_rate, settings.steps, settings.warmup)
@@ -189,7 +189,7 @@ def train(settings: TrainSettings) -> str:
             reports.catch_up()
             if any_process(bool(came)):
                 save()
-                again = "the same command without --overwrite" if settings.overwrite else "the same command"
+                again = "the same command without `overwrite=True`" if settings.overwrite else "the same command"
                 raise Stopped(_first(came), f"stopped after step {done}, which is saved; {again} goes on from there")
             evaluate()
     save_pretrained(output / "model", model, state.averaged_params, processor, overwrite=True)
@@ -330,8 +330,8 @@ class Reports:
         if unfit:
             saved = self._checkpoints.steps()
             good = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
-            clipping = "lower --clip-norm" if self._settings.clip_norm else "set --clip-norm"
-            raise InputError(f"{unfit[0]} is not finite at step {number}; {good}; lower --learning-rate or {clipping}")
+            clipping = "lower `clip_norm`" if self._settings.clip_norm else "set `clip_norm`"
+            raise InputError(f"{unfit[0]} is not finite at step {number}; {good}; lower `learning_rate` or {clipping}")
 
 
 class Log:
@@ -402,23 +402,25 @@ def _first(came: Sequence[int]) -> int:
 def _check_output(output: Path, checkpoints: Checkpoints, settings: TrainSettings) -> None:
     """Whether the run's folder can be made, or the run in it can go on."""
     if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is not a folder; name another --output")
-    with writing(output, "another --output"):
+        raise InputError(f"{output} is not a folder; name another `output`")
+    with writing(output, "another `output`"):
         visible = [path for path in output.iterdir() if path.name[0] != "."] if output.is_dir() else []
         if visible and not (output / SETTINGS).is_file():
-            raise InputError(f"{output} holds something else than a run; name another --output")
+            raise InputError(f"{output} holds something else than a run; name another `output`")
         if not settings.overwrite:
             check_resumable(checkpoints.notes().get("settings", {}), settings)
             return
-        for name, source in (("--model", settings.model), ("--data", settings.data)):
+        for name, source in (("`model`", settings.model), ("`data`", settings.data)):
             if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
-                raise InputError(f"{name} {source} lies in the run that --overwrite removes; name another --output")
+                raise InputError(
+                    f"{name} {source} lies in the run that `overwrite=True` removes; name another `output`"
+                )
 
 
 def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None:
     """Say where a run goes on, and with what other settings."""
     if done >= settings.steps:
-        logger.warning("the run has %d steps already; to take more, raise --steps above that", done)
+        logger.warning("the run has %d steps already; to take more, raise `steps` above that", done)
     elif before:
         others = changed(before, settings)
         told = "; ".join([f"the run goes on after step {done}", *others])
@@ -428,7 +430,7 @@ def _tell(done: int, before: Mapping[str, Any], settings: TrainSettings) -> None
 @contextlib.contextmanager
 def _begun(output: Path, overwrite: bool) -> Iterator[None]:
     """Make the run's folder, or empty it of another run; within the block it is this program's alone."""
-    with writing(output, "another --output"):
+    with writing(output, "another `output`"):
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
     with lock:
@@ -436,7 +438,7 @@ def _begun(output: Path, overwrite: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"another program trains in {output}; wait for its end, or name another --output"
+                f"another program trains in {output}; wait for its end, or name another `output`"
             ) from None
         except OSError:
             logger.warning("%s is on a disk without locks: let no two programs train in it", output)
