@@ -338,12 +338,18 @@ def _load(
 
 def _completed(loaded: _Loaded, dtype: jnp.dtype | None = None, place: Place | None = None) -> _Loaded:
     """With the modules that the class reads and the checkpoint lacks, newly initialised."""
-    missing = [part for part in loaded.model_class.parts if part not in loaded.params]
+    stored = flatten_dict(loaded.params, sep="/")
+    missing = [part for part in loaded.model_class.parts if part not in _parts(stored)]
     if not missing:
         return loaded
-    initial = _initial(loaded.model_class, loaded.config, missing, dtype, place=place)
+    initial = flatten_dict(_initial(loaded.model_class, loaded.config, missing, dtype, place=place), sep="/")
     config, made = _with_new(loaded.config, missing), loaded.initial.union(missing)
-    return replace(loaded, config=config, params=loaded.params | initial, initial=made)
+    return replace(loaded, config=config, params=unflatten_dict(stored | initial, sep="/"), initial=made)
+
+
+def _parts(paths: Iterable[str]) -> set[str]:
+    """The modules of `PARTS` of which a tree has a parameter that a model reads."""
+    return {path.split("/")[0] for path in paths if path != BERT_BIAS.path} & PARTS.keys()
 
 
 def _with_new(config: Blip2Config, names: Iterable[str]) -> Blip2Config:
@@ -449,8 +455,8 @@ def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None)
 def _check(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_class: type[AnyModel]) -> None:
     """Check that a tree is whole: all that its class reads, and of the other class's modules all or nothing."""
     found = {path: shape for path, shape in shapes.items() if path != BERT_BIAS.path}
-    parts = {part for part in PARTS if part in model_class.parts or any(path.split("/")[0] == part for path in found)}
-    check_shapes(found, {p.path: p.shape for p in parameters(config, "diffusers", sorted(parts))})
+    parts = sorted({*model_class.parts, *_parts(found)})
+    check_shapes(found, {p.path: p.shape for p in parameters(config, "diffusers", parts)})
 
 
 def _load_ours(

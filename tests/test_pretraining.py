@@ -205,26 +205,36 @@ def test_a_frozen_tower_comes_from_its_own_file(one: Case, tmp_path: Path) -> No
     assert same(params, one.params)
 
 
-def test_what_a_class_lacks_is_drawn_and_named(
+def test_what_a_class_lacks_is_initialised_and_named(
     one: Case, upstream_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, params = fq.from_pretrained(one.file, model_class=fq.Blip2QFormerModel)
-    assert "no proj_layer: drawn afresh" in caplog.text
+    assert caplog.messages == [f"{one.file}: newly initialised: proj_layer: identity"]
     output = jax.jit(model.apply)({"params": params}, one.pixels)
     np.testing.assert_allclose(output.query_embeddings, output.last_hidden_state, rtol=1e-6)
-    model, params = fq.from_pretrained(upstream_folder("frequency_1"), model_class=fq.Blip2ForPreTraining)
-    assert "no itm_head, lm_head, temp, text_proj, vision_proj: drawn afresh" in caplog.text
-    assert float(params["temp"]) == pytest.approx(0.07)
     caplog.clear()
-    fq.save_pretrained(tmp_path / "stage1", model, params)
+    model, params = fq.from_pretrained(upstream_folder("frequency_1"), model_class=fq.Blip2ForPreTraining)
+    heads = {name: "randomly initialised" for name in ("itm_head", "lm_head", "text_proj", "vision_proj")}
+    assert dict(model.config.newly_initialised) == {"temp": "constant 0.07", **heads}
+    assert "itm_head: randomly initialised, lm_head: randomly initialised, temp: constant 0.07" in caplog.text
+    assert float(params["temp"]) == pytest.approx(0.07)
+    # The next program sees it, until training has changed the module.
+    moved = {"kernel": params["itm_head"]["kernel"], "bias": params["itm_head"]["bias"] + 1e-4}
+    fq.save_pretrained(tmp_path / "stage1", model, params | {"itm_head": moved})
     again, same = fq.from_pretrained(tmp_path / "stage1")
     assert isinstance(again, fq.Blip2ForPreTraining)
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, same))
-    fq.export_checkpoint(tmp_path / "stage1", tmp_path / "both", layout="diffusers")
-    for model_class in (fq.Blip2ForPreTraining, None):
+    assert dict(again.config.newly_initialised).keys() == heads.keys() - {"itm_head"} | {"temp"}
+    assert jax.tree.all(jax.tree.map(np.array_equal, params | {"itm_head": moved}, same))
+
+
+def test_an_export_names_what_it_adds(one: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    report = fq.export_checkpoint(one.file, tmp_path / "both", layout="diffusers")
+    assert f"read {len(jax.tree.leaves(one.params))} tensors" in report
+    assert "; newly initialised: proj_layer: identity; wrote" in report
+    for model_class in (fq.Blip2ForPreTraining, fq.Blip2QFormerModel, None):
         caplog.clear()
-        whole, params = fq.from_pretrained(tmp_path / "both", model_class=model_class)
-        assert not caplog.text
+        whole, _ = fq.from_pretrained(tmp_path / "both", model_class=model_class)
+        assert caplog.messages == [f"{tmp_path / 'both'}: newly initialised: proj_layer: identity"]
         assert type(whole) is (model_class or fq.Blip2QFormerModel)
 
 
@@ -253,7 +263,7 @@ def test_cached_keys_and_values_continue_a_text(one: Case) -> None:
     pieces, whole = compute()
     np.testing.assert_allclose(pieces, whole, atol=1e-5)
 
-    with pytest.raises(fq.InputError, match="use_cache is for an image"):
+    with pytest.raises(fq.InputError, match="`use_cache` is for an image"):
         model.apply(variables, None, ids, use_cache=True)
     past = jax.eval_shape(lambda: model.apply(variables, one.pixels, use_cache=True)).past_key_values
     with pytest.raises(fq.InputError, match=f"{batch} rows of past_key_values and 1 texts"):

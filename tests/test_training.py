@@ -95,7 +95,7 @@ def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny() -> tuple[fq.Blip2ForPreTraining, dict[str, Any]]:
     """The model and parameters in numpy; to draw them as the program does would take long to compile."""
     config, rng = fq.Blip2Config.from_dict(CONFIG), np.random.default_rng(0)
-    values = {p.path: np.float32(rng.normal(size=p.shape) * 0.1) for p in parameters(config, "diffusers", ["heads"])}
+    values = {p.path: np.float32(rng.normal(size=p.shape) * 0.1) for p in parameters(config, "diffusers", fq.Blip2ForPreTraining.parts)}
     values |= {path: np.ones_like(value) for path, value in values.items() if path.endswith("scale")}
     values["temp"] = np.float32(0.07)
     return fq.Blip2ForPreTraining(config), unflatten_dict(values, sep="/")
@@ -123,7 +123,7 @@ def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
     parts = {part: {**CONFIG[part], "num_hidden_layers": 3} for part in ("vision_config", "qformer_config")}
     config = fq.Blip2Config.from_dict({**CONFIG, **parts})
     return config, unflatten_dict(
-        {p.path: jnp.ones(p.shape) for p in parameters(config, "diffusers", ["heads"])}, sep="/"
+        {p.path: jnp.ones(p.shape) for p in parameters(config, "diffusers", fq.Blip2ForPreTraining.parts)}, sep="/"
     )
 
 
@@ -454,7 +454,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, arguments)))
-    # A warning of what is drawn afresh, and of what is not evaluated, may stand before.
+    # A warning of what is newly initialised, and of what is not evaluated, may stand before.
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert [line.startswith(f"flax-qformer {arguments[0]}: ") for line in lines] == [False] * (len(lines) - 1) + [True]
@@ -466,10 +466,18 @@ def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
         "data: my data\noutput: -out\nsteps: 7\nlearning_rate: 1e-4\ntrain: [vision]\nflip: true\ndropout: null\n"
-        "crop_scale: [0.2, 1]\nseed: 3\n"
+        "crop_scale: [0.2, 1]\nseed: 3\noptimizer: lion\ngroup_learning_rates: {vision: 1.0e-5, query_tokens: 1}\n"
     )
     expected = TrainSettings(
-        "my data", output="-out", steps=7, train=("vision",), flip=True, crop_scale=(0.2, 1.0), seed=3
+        "my data",
+        output="-out",
+        steps=7,
+        train=("vision",),
+        flip=True,
+        crop_scale=(0.2, 1.0),
+        seed=3,
+        optimizer="lion",
+        group_learning_rates={"vision": 1e-5, "query_tokens": 1.0},
     )
     assert told("train", "--settings", file) == expected
     changed = told("train", f"--settings={file}", "--steps", 9, "--no-flip", "--train", "qformer", "heads")
@@ -487,7 +495,7 @@ def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
         ("- a", "must hold a setting a line"),
         ("steps: many", "--steps.*'many'"),
         ("steps: 1.5", "--steps.*'1.5'"),
-        ("train: tower", "'tower'.*vision"),
+        ("optimizer: adam", "'adam'.*adamw"),
         ("steps: 0", "--steps is 0; it must be 1 or more"),
         ("steps:", "leaves steps empty"),
     ):
@@ -935,7 +943,7 @@ def test_a_rate_too_high_stops_the_run(folder: Path, start: Any) -> None:
 def test_a_model_of_words_alone_and_nothing_held_out(folder: Path, start: Any) -> None:
     more = ["--model", folder / "words", "--held-out", 0, "--steps", 1, "--num-workers", 0]
     told = finish(start(program(folder, "fresh", *more)))
-    assert "words has no weights: all are drawn afresh" in told
+    assert "words has no weights: all are randomly initialised" in told
     assert "no evaluation" in told
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
     # A run that is done is done: its model is written again.

@@ -48,7 +48,7 @@ def select(params: Mapping[str, Any], selection: Selection) -> set[str]:
     # LAVIS's checkpoints hold this parameter, and no model reads it.
     selected -= {path for path in selected if path.endswith("/bert_bias")}
     if not selected:
-        raise InputError(f"nothing is selected for training; name {', '.join(GROUPS)}, or a part of a path")
+        raise InputError("nothing is selected; name vision, qformer, heads or all, or a part of a parameter's path")
     return selected
 
 
@@ -179,7 +179,7 @@ def _matching(paths: Iterable[str], name: str) -> list[str]:
         raise InputError(f"{name!r} is no regular expression ({error})") from None
     if not found:
         raise InputError(
-            f"{name!r} fits no parameter; name {', '.join(GROUPS)}, or a part of a path such as {paths[0]}"
+            f"{name!r} fits no parameter; name vision, qformer, heads or all, or a part of a path such as {paths[0]}"
         )
     return found
 

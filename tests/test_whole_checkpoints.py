@@ -1,0 +1,159 @@
+"""Nothing of a checkpoint is lost: what an objective does not read is frozen, saved, resumed and exported with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import flax_qformer as fq
+from flax_qformer.cli import main
+from flax_qformer.convert.layouts import PARTS, Layout, parameters
+
+HEADS = fq.Blip2ForPreTraining.parts
+CONFIG = fq.Blip2Config.from_dict(
+    {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        "qformer_config": {
+            "vocab_size": 12,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "max_position_embeddings": 16,
+            "cross_attention_frequency": 1,
+        },
+        "num_query_tokens": 3,
+        "image_text_hidden_size": 8,
+    }
+)
+
+
+def checkpoint(folder: Path, layout: Layout, parts: tuple[str, ...], dtype: Any = np.float32) -> Path:
+    """A folder with weights that are random everywhere, a tokenizer, and the file `model.safetensors`."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = list(parameters(CONFIG, layout, parts))
+    tensors = {row.name: np.asarray(rng.normal(size=row.torch_shape) * 0.1, dtype) for row in rows}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue", "dog", "cat"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for i in range(8):
+        PIL.Image.fromarray(np.full((16, 16, 3), 30 * i, np.uint8)).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": ("red", "green", "blue", "dog")[i % 4]})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def train(model: Path, data: Path, output: Path, *more: str) -> None:
+    arguments = {
+        "data": data,
+        "model": model,
+        "output": output,
+        "held-out": 0,
+        "learning-rate": 1e-30,
+        "weight-decay": 0,
+        "warmup": 0,
+        "batch-size": 4,
+        "max-text-length": 8,
+        "num-workers": 0,
+        "dtype": "float32",
+    }
+    main(["train", *(str(word) for name, value in arguments.items() for word in (f"--{name}", value)), *more])
+
+
+def check_bytes(exported: Path, source: Path) -> None:
+    tensors, expected = load_file(exported / "model.safetensors"), load_file(source / "model.safetensors")
+    assert expected.keys() <= tensors.keys()
+    for name, value in expected.items():
+        assert (tensors[name].dtype, tensors[name].shape) == (value.dtype, value.shape), name
+        assert tensors[name].tobytes() == value.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts", "more"),
+    [
+        ("diffusers", ("proj_layer",), ["--train", "all"]),
+        ("lavis", (*HEADS, "proj_layer"), ["--mesh", "fsdp=2", "--scan-layers", "True", "--train", "qformer", "proj_layer"]),
+    ],
+)
+def test_training_too_slow_to_change_anything_returns_every_tensor(
+    layout: Layout, parts: tuple[str, ...], more: list[str], data: Path, tmp_path: Path, caplog: Any
+) -> None:
+    source = checkpoint(tmp_path / "source", layout, parts)
+    train(source, data, tmp_path / "run", "--steps", "1", *more)
+    assert "proj_layer stays frozen: the stage-1 losses do not read it" in caplog.text
+    caplog.clear()
+    train(source, data, tmp_path / "run", "--steps", "2", *more)
+    assert "the run goes on after step 1" in caplog.text
+    main(["convert", str(tmp_path / "run" / "model"), str(tmp_path / "converted")])
+    for number, model in enumerate((tmp_path / "run" / "model", tmp_path / "converted")):
+        main(["export", str(model), str(tmp_path / f"{number}"), "--layout", layout])
+        check_bytes(tmp_path / f"{number}", source)
+
+
+def test_frozen_parameters_keep_their_dtype(data: Path, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", "diffusers", ("proj_layer",), np.float16)
+    train(source, data, tmp_path / "run", "--steps", "1", "--train", "heads")
+    main(["export", str(tmp_path / "run" / "model"), str(tmp_path / "torch"), "--layout", "diffusers"])
+    check_bytes(tmp_path / "torch", source)
+
+
+def test_every_module_that_a_checkpoint_holds_is_read(tmp_path: Path, capsys: Any) -> None:
+    """By either class; a head that is missing as a whole is initialised, one that lacks a tensor is an error."""
+    source = checkpoint(tmp_path / "source", "diffusers", tuple(set(PARTS) - {"itm_head"}))
+    for model_class in (fq.Blip2QFormerModel, fq.Blip2ForPreTraining):
+        model, params = fq.from_pretrained(source, model_class=model_class)
+        fq.save_pretrained(tmp_path / model_class.__name__, model, params)
+        main(["export", str(tmp_path / model_class.__name__), str(tmp_path / "torch"), "--overwrite"])
+        assert params.keys() >= PARTS.keys() - {"itm_head"}
+        assert f"itm_head: randomly initialised" in capsys.readouterr().out or model_class is fq.Blip2QFormerModel
+    tensors = load_file(source / "model.safetensors")
+    del tensors["vision_proj.bias"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(fq.InputError, match=r"1 missing: vision_proj\.bias"):
+        fq.from_pretrained(source)
+
+
+def test_commands_refuse_a_model_without_trained_heads(data: Path, tmp_path: Path, capsys: Any) -> None:
+    source = checkpoint(tmp_path / "source", "diffusers", ("proj_layer",))
+    model, params = fq.from_pretrained(source, model_class=fq.Blip2ForPreTraining)
+    fq.save_pretrained(tmp_path / "heads", model, params, fq.Processor.from_pretrained(source))
+    image = str(data / "1.png")
+    for folder in (source, tmp_path / "heads"):
+        for command in (
+            ["caption", image],
+            ["search", image, "--text", "red"],
+            ["evaluate", "--data", str(data), "--everything"],
+        ):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stop:
+                main([*command, "--model", str(folder)])
+            out, err = capsys.readouterr()
+            assert (stop.value.code, out) == (2, "")
+            assert "has no trained itm_head, lm_head, temp, text_proj, vision_proj; train them" in err.splitlines()[-1]
