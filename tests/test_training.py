@@ -161,6 +161,61 @@ def test_groups_of_parameters() -> None:
             pretraining.partition(params, wrong)
 
 
+def test_selections_of_parameters() -> None:
+    config, params = tree()
+    params["proj_layer"] = {"dense1": {"bias": jnp.ones(3)}}
+    paths = set(flatten_dict(params, sep="/"))
+    crossing = {path for path in paths if "crossattention" in path}
+    labels = {name: "slow" if name == "query_tokens" else "frozen" for name in params}
+    for selection, expected in (
+        (r"query_tokens|crossattention|proj_layer", {"query_tokens", "proj_layer/dense1/bias"} | crossing),
+        (["crossattention", "query_tokens"], {"query_tokens"} | crossing),
+        (lambda path: path.startswith("temp"), {"temp"}),
+        (labels, {"query_tokens"}),
+        (labels | {"encoder": {f"layer_{i}": i == 1 for i in range(3)}, "query_tokens": None}, "encoder/layer_1/"),
+        ("all", paths),
+        # Beside heads, it is another model's.
+        ("qformer", {path for path in paths if path.split("/")[0] in ("query_tokens", "embeddings", "encoder")}),
+    ):
+        trained, _ = pretraining.partition(params, selection)
+        found = set(flatten_dict(trained, sep="/"))
+        assert found == ({p for p in paths if p.startswith(expected)} if isinstance(expected, str) else expected)
+    del params["vision_proj"], params["text_proj"], params["itm_head"], params["temp"], params["lm_head"]
+    assert "proj_layer" in pretraining.partition(params, "qformer")[0]
+    for wrong, message in (
+        ("crosattention", "'crosattention' fits no parameter.* such as "),
+        ("(", "no regular expression"),
+        (lambda path: False, "nothing is selected"),
+        ({"encoder": "fast"}, "none for query_tokens"),
+    ):
+        with pytest.raises(fq.InputError, match=message):
+            pretraining.partition(params, wrong)
+
+
+def test_learning_rates_of_groups_and_other_optimizers() -> None:
+    config, params = tree()
+    rates = {"vision": 0.5, "crossattention": lambda step: 0.25 + step, "all": 0.125}
+
+    def rate_of(path: str) -> float:
+        return 0.5 if path.startswith("visual") else 0.25 if "crossattention" in path else 0.125
+
+    labels = {0.5: "vision", 0.25: "crossattention", 0.125: "all"}
+    by_path = {"labels": lambda path: labels[rate_of(path)]}
+    for name, chosen in (("adamw", {}), ("lion", by_path), ("adafactor", {}), ("sgd", by_path)):
+        optimizer = pretraining.make_optimizer(config, rates, optimizer=name, weight_decay=0, clip_norm=0, **chosen)
+        updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+        for path, update in flatten_dict(updates, sep="/").items():
+            np.testing.assert_allclose(update, -rate_of(path), rtol=1e-4, err_msg=f"{name} {path}")
+    for wrong, message in (
+        ({"vision": 1.0}, "have no learning rate"),
+        ({"visoin": 1.0, "all": 1.0}, "'visoin' fits no parameter"),
+    ):
+        with pytest.raises(fq.InputError, match=message):
+            pretraining.make_optimizer(config, wrong).init(params)
+    with pytest.raises(fq.InputError, match="`optimizer` is 'adam'"):
+        pretraining.make_optimizer(config, 1.0, optimizer="adam")
+
+
 def test_a_frozen_tower_has_no_backward_pass(tiny: Any) -> None:
     model, params = tiny
     optimizer = pretraining.make_optimizer(model.config, 1e-3)
@@ -310,6 +365,40 @@ def test_a_loop_of_ones_own(tiny: Any) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
     assert same(jax.tree.map(np.array, state.params["visual_encoder"]), tower)
     assert not same(jax.tree.map(np.array, state.params["vision_proj"]), tiny[1]["vision_proj"])
+
+
+def test_a_loss_of_ones_own(tiny: Any) -> None:
+    """Subject vectors drawn to a target, sharded, accumulated and averaged; what the loss does not read stays."""
+    config, mesh = tiny[0].config, fq.make_mesh(data=1, fsdp=2)
+    model, rng = fq.Blip2QFormerModel(config), np.random.default_rng(0)
+    rows = parameters(config, "diffusers", ["proj_layer", "temp"])
+    params = unflatten_dict({p.path: jnp.float32(rng.normal(size=p.shape) * 0.1) for p in rows}, sep="/")
+    batch = fq.shard_batch(batches(4)[0] | {"target": rng.normal(size=(4, 3, 16)).astype(np.float32)}, mesh)
+
+    def loss(model: Any, trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        tree = {"params": pretraining.merge(trained, frozen)}
+        vectors = model.apply(tree, batch["pixel_values"], batch["input_ids"]).query_embeddings
+        error = jnp.square(vectors - batch["target"])
+        return error.mean(), {"largest": error.max(), "vectors": vectors}
+
+    optimizer = pretraining.make_optimizer(config, 0.03, weight_decay=0.1, accumulation=2)
+    state = pretraining.TrainState.create(params, optimizer, r"query_tokens|crossattention|proj_layer|temp", ema=True)
+    state = fq.shard_params(state, mesh)
+    step = pretraining.make_train_step(
+        model, optimizer, loss=loss, ema_decay=0.5, accumulation=2, mesh=mesh, donate=False
+    )
+    begun, losses = state, []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert metrics.keys() == {"loss", "largest", "gradient_norm", "parameter_norm"}
+    assert losses[-1] < 0.9 * losses[0]
+    assert float(state.params["temp"]) == float(params["temp"])
+    assert same(begun.params, params)  # not donated
+    assert same(state.params["visual_encoder"], params["visual_encoder"])
+    assert not same(state.params["proj_layer"], state.averaged_params["proj_layer"])
+    with pytest.raises(fq.InputError, match="float16 is not supported: small gradients underflow"):
+        pretraining.make_train_step(model.clone(dtype=jnp.float16), optimizer)
 
 
 def test_the_library_needs_none_of_the_programs_packages() -> None:
@@ -538,7 +627,6 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
         (["--steps", "many"], "--steps: invalid literal"),
         (["--stesp", "3"], "--stesp"),
         (["--steps"], "--steps"),
-        (["--train", "tower"], "'tower'"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--learning-rate", "inf"], "--learning-rate is inf"),
         (["--b2", "1"], "--b2 is 1.0"),
@@ -547,6 +635,8 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
         (["--batch-size", "1"], "--batch-size is 1; it must be 2 or more"),
         (["--weight-decay", "inf"], "--weight-decay is inf"),
         (["--evaluate-on", "1"], "--evaluate-on is 1"),
+        (["--dtype", "float16"], "small gradients underflow"),
+        (["--group-learning-rates", "vision", "0"], "--group-learning-rates has 0.0 for vision"),
         (["--layer-decay", "2"], "--layer-decay is 2"),
         (["stray"], "stray"),
     ],

@@ -94,9 +94,11 @@ class TrainSettings(DataSettings):
         _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank"))
         # A pair alone has no negatives.
         _check_least(self, 2, ("batch_size", "evaluate_on"))
-        for name, rate in {"learning_rate": self.learning_rate, **self.group_learning_rates}.items():
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"`learning_rate` is {self.learning_rate}; it must be a number above 0")
+        for group, rate in self.group_learning_rates.items():
             if not 0 < rate < float("inf"):
-                raise InputError(f"`{name}` is {rate}; it must be a number above 0")
+                raise InputError(f"`group_learning_rates` has {rate} for {group}; it must be a number above 0")
         if not self.train:
             raise InputError("`train` names nothing; name vision, qformer, heads or all")
         if self.dtype == "float16":
