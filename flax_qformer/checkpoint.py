@@ -116,6 +116,8 @@ def from_pretrained(
     Raises:
       InputError: there is no such checkpoint, or it does not fit its config.
     """
+    if model_class not in (None, *PARTS):
+        raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(c.__name__ for c in PARTS)}")
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
     loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite, place)
@@ -327,6 +329,8 @@ def _load(
     place: Place | None = None,
 ) -> _Loaded:
     """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
+    if config is None:
+        _check_architecture(source)
     if source.params:
         loaded = _load_ours(source, model_class, _config(source, config), dtype, allow_non_finite, place)
     elif source.weights:
@@ -365,6 +369,20 @@ def _is_new(name: str, params: Mapping[str, Any]) -> bool:
     # The queries have no bias, and are trained with the layers.
     module = flatten_dict(params.get("encoder" if name == "query_tokens" else name, {}))
     return bool(module) and not any(jnp.any(leaf) for path, leaf in module.items() if path[-1] == "bias")
+
+
+def _check_architecture(source: Source) -> None:
+    """Raise InputError where the config is of another class: transformers writes BLIP-2 models with similar configs."""
+    values = read_json(source.config) if source.config else {}
+    names, known = values.get("architectures"), [c.__name__ for c in PARTS]
+    name = names[0] if isinstance(names, list) and names else None
+    # Of the name that diffusers' model has, transformers has the Q-Former without its vision tower.
+    is_without_tower = values.get("model_type") == "blip_2_qformer"
+    if is_without_tower or (name is not None and name not in known):
+        found = "transformers' Q-Former without a vision tower" if is_without_tower else f"a {name}"
+        raise InputError(
+            f"{source.name} is {found} by its config.json; take a checkpoint of {' or '.join(known)}, or LAVIS's"
+        )
 
 
 def _class_of(source: Source) -> type[AnyModel] | None:

@@ -151,7 +151,15 @@ def embed(options: argparse.Namespace) -> None:
         raise InputError("the following arguments are required: IMAGE, or --data SOURCE; see flax-qformer embed --help")
     options.output = options.output or Path("embeddings.npz")
     images, texts = options.images, options.text and pair_up(len(options.images), options.text)
+    folder = next((image for image in images if os.path.isdir(image)), None)
+    if folder:
+        raise InputError(
+            f"{folder} is a folder, not an image; embed all its images with --data {folder}, or name files, such as "
+            f"{folder / '*.png'}"
+        )
     check_writable(options.output, _inputs(options, images))
+    if options.output.suffix.lower() != ".npz":
+        raise InputError(f"{options.output} becomes a NumPy archive; end the name in .npz")
     model, params, processor = _load(options, Blip2QFormerModel)
     run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch), compiler_options=compiler_options())
     results = []

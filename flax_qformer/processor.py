@@ -222,6 +222,10 @@ class Processor:
         truncate: bool = False,
         pad_to_multiple_of: int | None = None,
         max_length: int | None = None,
+        padding: bool | str | None = None,
+        truncation: bool | None = None,
+        return_tensors: str | None = None,
+        **others: Any,
     ) -> dict[str, np.ndarray]:
         """Make a batch.
 
@@ -234,14 +238,17 @@ class Processor:
           truncate: cut a text that is longer than the model's positions at its right end, rather than refuse it.
           pad_to_multiple_of: pad further, so that fewer lengths are compiled; it changes no result.
           max_length: pad each text to this many tokens, and cut it there.
+          padding, truncation, return_tensors: as of transformers' processors, with the values that mean what happens
+            here: True or "longest", with `max_length` "max_length"; True to `truncate`; "np".
 
         Returns:
           pixel_values (batch, height, width, 3) float32 if there are images; input_ids and attention_mask
           (batch, T) int32 if there is text.
 
         Raises:
-          InputError: an image or a text cannot be used, or they do not pair up.
+          InputError: an image or a text cannot be used, they do not pair up, or an argument is not supported.
         """
+        _check_call(max_length, padding, truncation, return_tensors, others)
         if images is None and text is None:
             raise InputError("nothing to process: give `images`, `text`, or both")
         batch: dict[str, np.ndarray] = {}
@@ -251,7 +258,7 @@ class Processor:
         if text is not None:
             texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
             texts = pair_up(len(images), texts) if images is not None else texts
-            batch |= self._tokenize(texts, truncate, pad_to_multiple_of, max_length)
+            batch |= self._tokenize(texts, truncate or bool(truncation), pad_to_multiple_of, max_length)
         return batch
 
     def _tokenize(
@@ -323,10 +330,34 @@ def _open_file(path: Path, name: str) -> BinaryIO:
     try:
         if path.is_file():
             return path.open("rb")
+        if path.is_dir():
+            raise InputError(f"{name} is a folder, not an image; name files in it, such as {path / '*.png'}")
     except OSError as error:
         raise InputError(f"the image {name} cannot be read ({error.strerror})") from None
     hint = "nothing is downloaded here: fetch it first" if re.match("https?:/", name) else "check the name"
     raise InputError(f"there is no image {name}; {hint}")
+
+
+def _check_call(
+    max_length: int | None, padding: Any, truncation: Any, return_tensors: Any, others: Mapping[str, Any]
+) -> None:
+    """Refuse what transformers' processors take and this one does not do."""
+    if others:
+        raise InputError(
+            f"`{next(iter(others))}` is not supported; a processor takes `images`, `text`, `truncate` or `truncation`, "
+            "`max_length`, `padding`, `pad_to_multiple_of` and `return_tensors`"
+        )
+    fitting = (None, True, "longest") if max_length is None else (None, "max_length")
+    if padding not in fitting:
+        remedy = "give `max_length`, or leave it out" if padding == "max_length" else "leave it out"
+        given = "without" if max_length is None else "with"
+        raise InputError(f"`padding` is {padding!r:.40} {given} `max_length`, which is not supported; {remedy}")
+    if truncation not in (None, True, False) or (truncation is False and max_length is not None):
+        raise InputError(
+            f"`truncation` is {truncation!r:.40}; it must be True or False, and `max_length` always cuts texts"
+        )
+    if return_tensors not in (None, "np"):
+        raise InputError(f"`return_tensors` is {return_tensors!r:.40}; give 'np', arrays that JAX takes as well")
 
 
 def pair_up(num_images: int, texts: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from .attention import (
 from .config import Blip2Config, Blip2QFormerConfig
 from .encoders import check_stacked, layer_runner, scanned
 from .errors import InputError
+from .inputs import as_array
 from .layers import INITIALIZER, Block
 from .sharding import interleaved, replicated
 from .vision import Blip2VisionModel, VisionOutput
@@ -417,13 +418,31 @@ class QFormer(Block):
         output_hidden_states: bool = False,
         deterministic: bool = True,
     ) -> VisionOutput:
-        """Embed images, see `Blip2VisionModel`. `last_hidden_state` can be kept for `encoder_hidden_states`."""
+        """Embed images, see `Blip2VisionModel`. The result can be kept for `encoder_hidden_states`."""
         return self.visual_encoder(
-            jnp.asarray(pixel_values),
+            as_array("pixel_values", pixel_values),
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             deterministic=deterministic,
         )
+
+    @nn.nowrap
+    def check_parts(self, *names: str, other: str) -> None:
+        """Raise InputError where the parameters lack a part that is about to run.
+
+        Args:
+          names: top-level names of the parameters.
+          other: the class whose parameters have everything else.
+        """
+        if self.is_mutable_collection("params"):
+            return
+        missing = [name for name in names if not self.has_variable("params", name)]
+        if missing:
+            own = type(self).__name__
+            raise InputError(
+                f"the parameters have no {', '.join(missing)}: they are not those of {own}, perhaps those of {other}; "
+                f"load them with `model_class={own}`, or run {other}"
+            )
 
     def read(
         self,
@@ -431,7 +450,7 @@ class QFormer(Block):
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         *,
-        encoder_hidden_states: jax.Array | None = None,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
         encoder_attention_mask: jax.Array | None = None,
         head_mask: jax.Array | None = None,
         past_key_values: tuple[KeyValue, ...] | None = None,
@@ -450,9 +469,15 @@ class QFormer(Block):
             was read before.
           positions: (T,) of the text's tokens; by default in order, from what is past without its queries on.
         """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "encoder_hidden_states": image_states(encoder_hidden_states),
+            "encoder_attention_mask": encoder_attention_mask,
+            "head_mask": head_mask,
+        }
         input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
-            None if value is None else jnp.asarray(value)
-            for value in (input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask)
+            None if value is None else as_array(name, value) for name, value in given.items()
         )
         if pixel_values is not None:
             if encoder_hidden_states is not None:
@@ -539,7 +564,7 @@ class Blip2QFormerModel(QFormer):
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         *,
-        encoder_hidden_states: jax.Array | None = None,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
         encoder_attention_mask: jax.Array | None = None,
         head_mask: jax.Array | None = None,
         past_key_values: tuple[KeyValue, ...] | None = None,
@@ -557,7 +582,8 @@ class Blip2QFormerModel(QFormer):
           input_ids: (batch, T) whole numbers.
           attention_mask: ones for what is attended to, zeros for what is not: (batch, T) over the text, or (batch, N)
             or (batch, N, N) over queries and text.
-          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or all of
+            what `encode_image` returns.
           encoder_attention_mask: (batch, image tokens) or (batch, Q, image tokens), which of them the queries may see.
           head_mask: factors on the attention weights, of self- and cross-attention alike: (heads,), (layers, heads), or
             (layers, batch, heads, 1, 1). Heads are numbered as in the unpruned model.
@@ -585,7 +611,13 @@ class Blip2QFormerModel(QFormer):
         )
         if output.query_embeddings is None:
             return output
+        self.check_parts("proj_layer", other="Blip2ForPreTraining")
         return dataclasses.replace(output, query_embeddings=self.proj_layer(output.query_embeddings, deterministic))
+
+
+def image_states(given: Any) -> Any:
+    """The image embeddings, of themselves or of the vision tower's whole output."""
+    return given.last_hidden_state if isinstance(given, VisionOutput) else given
 
 
 def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:

@@ -12,6 +12,7 @@ from .attention import dot_product_attention
 from .config import Blip2VisionConfig
 from .encoders import check_stacked, layer_runner, scanned
 from .errors import InputError
+from .inputs import check_pixels
 from .layers import INITIALIZER, Block
 
 
@@ -161,9 +162,10 @@ class Blip2VisionModel(Block):
           deterministic: False turns dropout on, which needs a `dropout` rng.
 
         Raises:
-          InputError: the pixels have another shape than the config's.
+          InputError: the pixels have another shape than the config's, or are whole numbers.
         """
         c = self.config
+        check_pixels(pixel_values)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (c.image_size, c.image_size, 3):
             raise InputError(
                 f"`pixel_values` have shape {pixel_values.shape}; this model takes (batch, {c.image_size}, "

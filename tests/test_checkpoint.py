@@ -150,6 +150,26 @@ def test_what_is_not_there(tmp_path: Path) -> None:
             fq.from_pretrained(DEFAULT_MODEL, dtype=dtype)
 
 
+def test_a_checkpoint_of_another_class(tmp_path: Path) -> None:
+    config = CONFIG.to_dict() | {"model_type": "blip-2", "text_config": {"model_type": "opt"}}
+    write_upstream(tmp_path, CONFIG)
+    for names in (None, [], ["Blip2QFormerModel"]):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": names}))
+        fq.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("not read")
+    for change, message in (
+        ({"architectures": ["Blip2ForConditionalGeneration"]}, "is a Blip2ForConditionalGeneration by its config.json"),
+        ({"architectures": ["Blip2ForImageTextRetrieval"]}, "is a Blip2ForImageTextRetrieval by"),
+        ({"architectures": ["Blip2QFormerModel"], "model_type": "blip_2_qformer"}, "without a vision tower"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(fq.InputError, match=message):
+            fq.from_pretrained(tmp_path)
+    unfit: Any = fq.Processor
+    with pytest.raises(fq.InputError, match="`model_class` is .*; it must be Blip2QFormerModel or Blip2ForPreTraining"):
+        fq.from_pretrained(tmp_path, model_class=unfit)
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_folder(tmp_path / "a", overwrite=False) as folder:
         (folder / "part").write_text("x")

@@ -420,10 +420,10 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "none.txt").touch()
     refused(tmp_path / "none.txt", "no .tar and no .parquet")
     refused("nobody/nothing", "no file or folder here, and the hub does not give it .*check the name")
-    with pytest.raises(fq.InputError, match="crop_scale is 0.9 0.5"):
+    with pytest.raises(fq.InputError, match="`crop_scale` is 0.9 0.5"):
         settings(data, crop_scale=(0.9, 0.5))
     for held_out in (-0.1, 1.5, float("inf"), float("nan")):
-        with pytest.raises(fq.InputError, match="held_out is"):
+        with pytest.raises(fq.InputError, match="`held_out` is"):
             settings(data, held_out=held_out)
 
 

@@ -208,7 +208,7 @@ def test_what_cannot_go_on_is_refused(
     refused("is not a folder", output=other / "kept.parquet")
     refused("cannot write", output=other / "kept.parquet" / "below")
     refused("no process 2 of 2; number them from 0 to 1", "--process", 2, 2, output=tmp_path / "out")
-    refused("num_workers is -1", "--num-workers", -1, output=tmp_path / "out")
+    refused("--num-workers is -1", "--num-workers", -1, output=tmp_path / "out")
     refused("--data names the images, and one --text goes for all", "--text", "dog", output=tmp_path / "out")
     refused("no file or folder none", "--model", "none/of/these", output=tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -296,6 +296,48 @@ def test_texts_are_read_as_if_alone(one: Case) -> None:
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
+def test_parameters_of_the_other_class(one: Case) -> None:
+    """Each class names what it lacks; what needs no part of its own runs."""
+    ids, index = one.inputs["input_ids"], np.arange(len(one.pixels))
+    other = fq.Blip2QFormerModel(one.model.config)
+    shapes = jax.eval_shape(other.init, jax.random.key(0), one.pixels, ids)
+    heads = {"params": {"proj_layer": shapes["params"]["proj_layer"], **one.params}}
+
+    def shape(model: Any, variables: Any, *given: Any, **details: Any) -> Any:
+        return jax.eval_shape(partial(model.apply, **details), variables, *given)
+
+    with pytest.raises(
+        fq.InputError, match="no proj_layer: .* Blip2QFormerModel, perhaps those of Blip2ForPreTraining"
+    ):
+        shape(other, one.variables, one.pixels, ids)
+    for method, given in (("__call__", (ids, None, index, index)), ("match", (ids,)), ("image_features", ())):
+        with pytest.raises(fq.InputError, match="no .*: .* Blip2ForPreTraining, perhaps those of Blip2QFormerModel"):
+            shape(one.model, shapes, one.pixels, *given, method=method)
+    shape(one.model, heads, one.pixels, ids, None, index, index)
+    shape(other, heads, one.pixels, ids)
+    shape(other, one.variables, None, ids)
+    shape(one.model, shapes, one.pixels, method="encode_image")
+
+
+def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
+    ids, index = one.inputs["input_ids"], np.arange(len(one.pixels))
+    whole = jax.eval_shape(partial(one.model.apply, method="encode_image"), one.variables, one.pixels)
+    for method, given in (
+        ("__call__", {"input_ids": ids, "negative_image_index": index, "negative_text_index": index}),
+        ("image_features", {}),
+        ("match", {"input_ids": ids}),
+        ("read", {}),
+    ):
+        run = partial(one.model.apply, method=method)
+        shapes = [
+            jax.eval_shape(run, one.variables, encoder_hidden_states=states, **given)
+            for states in (whole, whole.last_hidden_state)
+        ]
+        assert shapes[0] == shapes[1]
+    write = partial(one.model.apply, method="caption", eos_token_id=3, num_beams=1, max_length=4)
+    assert jax.eval_shape(write, one.variables, encoder_hidden_states=whole).shape == (len(index), 4)
+
+
 def test_inputs_that_make_no_pairs(one: Case) -> None:
     ids = one.inputs["input_ids"]
     for arguments, message in (

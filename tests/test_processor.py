@@ -14,6 +14,7 @@ import pytest
 
 import cases
 import flax_qformer as fq
+from conftest import same
 from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
 
 SMALL = fq.ImageProcessor(height=20, width=28)
@@ -33,19 +34,19 @@ def test_arrays_and_paths(tmp_path: Path, processor: fq.Processor, golden: Any) 
     image = cases.image("RGB")
     expected = golden("processor")["array"][0]
     array = np.asarray(image)
-    for same in (array, np.moveaxis(array, -1, 0), array.astype(np.int64), array.astype(np.float32), array / 255):
-        np.testing.assert_array_equal(SMALL(same), expected)
+    for form in (array, np.moveaxis(array, -1, 0), array.astype(np.int64), array.astype(np.float32), array / 255):
+        np.testing.assert_array_equal(SMALL(form), expected)
     grey = np.asarray(cases.image("L"))
-    for same in (grey, grey[..., None], grey[None]):
-        np.testing.assert_array_equal(SMALL(same), golden("processor")["image/L"][0])
+    for form in (grey, grey[..., None], grey[None]):
+        np.testing.assert_array_equal(SMALL(form), golden("processor")["image/L"][0])
     rgba = np.asarray(cases.image("RGBA"))
     np.testing.assert_array_equal(SMALL(rgba), golden("processor")["image/RGBA"][0])
     np.testing.assert_array_equal(
         SMALL(cases.image("LA").convert("La")), SMALL(cases.image("LA").convert("La").convert("LA"))
     )
     mask = grey > 127
-    for same in (mask, mask.astype(np.float32), mask / 1.0):
-        np.testing.assert_array_equal(SMALL(same), SMALL(mask.astype(np.uint8) * 255))
+    for form in (mask, mask.astype(np.float32), mask / 1.0):
+        np.testing.assert_array_equal(SMALL(form), SMALL(mask.astype(np.uint8) * 255))
     assert np.ptp(SMALL(mask.astype(np.uint8))[..., 0]) < np.ptp(SMALL(mask)[..., 0]) / 100
     image.save(tmp_path / "image.png")
     content = (tmp_path / "image.png").read_bytes()
@@ -174,16 +175,37 @@ def test_an_image_that_may_not_be_read_is_not_damaged(processor: fq.Processor, m
         processor(EXAMPLE_IMAGE)
 
 
+def test_arguments_of_transformers(processor: fq.Processor) -> None:
+    texts = ["a dog", "dog " * 100]
+    for given, own in (
+        ({"return_tensors": "np", "padding": True, "truncation": True}, {"truncate": True}),
+        ({"padding": "longest", "truncation": True}, {"truncate": True}),
+        ({"padding": "max_length", "max_length": 8, "truncation": True}, {"max_length": 8}),
+    ):
+        one, other = (processor(text=texts, **arguments) for arguments in (given, own))
+        assert same(one, other)
+    for given, message in (
+        ({"return_tensors": "pt"}, "`return_tensors` is 'pt'; give 'np'"),
+        ({"padding": False}, "`padding` is False without `max_length`"),
+        ({"padding": "max_length"}, "give `max_length`"),
+        ({"padding": True, "max_length": 8}, "`padding` is True with `max_length`"),
+        ({"truncation": "only_second"}, "`truncation` is 'only_second'"),
+        ({"do_resize": False}, "`do_resize` is not supported; .*`return_tensors`"),
+    ):
+        with pytest.raises(fq.InputError, match=message):
+            processor(text="a dog", **given)
+
+
 @pytest.mark.parametrize("text", [[], [3], [None], 3.5])
 def test_text_that_is_none(processor: fq.Processor, text: Any) -> None:
-    with pytest.raises(fq.InputError, match="text must be"):
+    with pytest.raises(fq.InputError, match="`text` must be"):
         processor(text=text)
 
 
 def test_lengths_that_are_none(processor: fq.Processor) -> None:
     for name in ("pad_to_multiple_of", "max_length"):
         for length in (-8, 0):
-            with pytest.raises(fq.InputError, match=f"{name} is {length}"):
+            with pytest.raises(fq.InputError, match=f"`{name}` is {length}"):
                 processor(text="dog", **{name: length})
     with pytest.raises(fq.InputError, match="not valid Unicode"):
         processor(text=["dog", "\udcff"])

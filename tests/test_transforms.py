@@ -1,6 +1,7 @@
 """Every function under JAX's transformations and dtypes; memory, dropout and errors of the modules."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 import cases
 import flax_qformer as fq
 from conftest import checkpointing, write_upstream
-from flax_qformer import attention, encoders, layers, qformer, vision
+from flax_qformer import attention, encoders, inputs, layers, qformer, vision
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 
 CONFIG = fq.Blip2Config.from_dict(
@@ -336,13 +337,16 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    ("given", "message"),
     [
         ({}, "nothing to read"),
         ({"pixel_values": jnp.zeros((1, 3, 28, 28))}, "channels last"),
         ({"pixel_values": jnp.zeros((1, 56, 56, 3))}, "takes .batch, 28, 28, 3."),
         ({"pixel_values": jnp.zeros((1, 28, 28, 3)), "encoder_hidden_states": jnp.zeros((1, 5, 32))}, "not both"),
         ({"encoder_hidden_states": jnp.zeros((1, 5, 31))}, "image tokens, 32"),
+        ({"pixel_values": np.zeros((1, 28, 28, 3), np.uint8)}, "uint8.*`Processor`"),
+        ({"input_ids": "dog"}, "`input_ids` is no array of numbers.*`Processor`"),
+        ({"input_ids": [[1, 2], [3]]}, "`input_ids` is no array of numbers"),
         ({"input_ids": jnp.zeros((1, 4))}, "whole numbers"),
         ({"input_ids": jnp.zeros((1, 0), int)}, "no tokens"),
         ({"input_ids": jnp.zeros((1, 25), int)}, "25 tokens, the model 24 positions"),
@@ -355,9 +359,27 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
         ),
     ],
 )
-def test_inputs_that_do_not_fit(params: Any, inputs: Any, message: str) -> None:
+def test_inputs_that_do_not_fit(params: Any, given: Any, message: str) -> None:
     with pytest.raises(fq.InputError, match=message):
-        apply()(params, inputs)
+        apply()(params, given)
+
+
+def test_raw_pixels(params: Any) -> None:
+    raw = np.full((1, 28, 28, 3), 255, np.float32)
+    run = partial(fq.Blip2QFormerModel(CONFIG).apply, method="encode_image")
+    inputs._warn_of_raw_pixels.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax.eval_shape(run, {"params": params}, raw)
+        inputs.check_pixels(jnp.full_like(raw, 19))
+        assert not caught
+        run({"params": params}, raw)
+        run({"params": params}, raw)
+    assert [str(warning.message) for warning in caught] == [
+        "`pixel_values` lie beyond 20, but normalised pixels lie within 3 of zero; let `Processor` make them"
+    ]
+    with pytest.raises(fq.InputError, match="uint8"):
+        jax.eval_shape(run, {"params": params}, raw.astype(np.uint8))
 
 
 def test_ids_outside_the_vocabulary_are_no_other_words(params: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.config import Blip2QFormerConfig
 from flax_qformer.errors import InputError
+from flax_qformer.inputs import as_array
 from flax_qformer.layers import Block
 from flax_qformer.pretraining.generation import Rules, search_caption, write_caption
 from flax_qformer.pretraining.losses import (
@@ -20,8 +21,9 @@ from flax_qformer.pretraining.losses import (
     negative_logits,
     similarities,
 )
-from flax_qformer.qformer import KeyValue, QFormer, check_inputs, check_length
+from flax_qformer.qformer import KeyValue, QFormer, check_inputs, check_length, image_states
 from flax_qformer.sharding import interleaved, is_batch_split, pick_rows
+from flax_qformer.vision import VisionOutput
 
 TEMPERATURE = 0.07
 
@@ -103,7 +105,9 @@ class Blip2ForPreTraining(QFormer):
         self.text_proj = self.dense(None, (width,), (c.image_text_hidden_size,))
         self.itm_head = self.dense(None, (width,), (2,))
         self.lm_head = LMHead(c.qformer_config, **self.policy)
-        self.temp = self.param("temp", nn.initializers.constant(TEMPERATURE), (), self.param_dtype)
+        # Without heads, `encode_image` and `read` still run.
+        if self.is_mutable_collection("params") or self.has_variable("params", "temp"):
+            self.temp = self.param("temp", nn.initializers.constant(TEMPERATURE), (), self.param_dtype)
 
     def __call__(
         self,
@@ -114,7 +118,7 @@ class Blip2ForPreTraining(QFormer):
         negative_text_index: jax.Array | None = None,
         *,
         image_id: jax.Array | None = None,
-        encoder_hidden_states: jax.Array | None = None,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
         deterministic: bool = True,
     ) -> PreTrainingOutput:
         """Compute the losses of pairs of images and texts. Needs a `negatives` rng unless both indices are given.
@@ -125,7 +129,8 @@ class Blip2ForPreTraining(QFormer):
           attention_mask: (batch, T), zeros for padding.
           negative_image_index, negative_text_index: (batch,) fix the negatives of texts and images.
           image_id: (batch,) whole numbers; pairs that share one show the same image.
-          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or all of
+            what `encode_image` returns.
           deterministic: False turns dropout on, which needs a `dropout` rng.
 
         Raises:
@@ -133,8 +138,11 @@ class Blip2ForPreTraining(QFormer):
         """
         if input_ids is None or (pixel_values is None and encoder_hidden_states is None):
             raise InputError("the losses need pairs: give `pixel_values` and `input_ids`")
-        input_ids = jnp.asarray(input_ids)
-        attention_mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
+        self._check_heads("vision_proj", "text_proj", "itm_head", "lm_head", "temp")
+        input_ids = as_array("input_ids", input_ids)
+        attention_mask = (
+            jnp.ones_like(input_ids) if attention_mask is None else as_array("attention_mask", attention_mask)
+        )
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
         check_inputs(self.config, image, input_ids)
         check_length(self.config.qformer_config, input_ids.shape[1])
@@ -195,10 +203,11 @@ class Blip2ForPreTraining(QFormer):
         self,
         pixel_values: jax.Array | None = None,
         *,
-        encoder_hidden_states: jax.Array | None = None,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """What images are found by: (batch, num_query_tokens, image_text_hidden_size), normalised, float32."""
+        self._check_heads("vision_proj")
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
         queries = self.read(encoder_hidden_states=image, deterministic=deterministic)
         return self._normalised(self.vision_proj(queries.last_hidden_state))
@@ -207,6 +216,7 @@ class Blip2ForPreTraining(QFormer):
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, deterministic: bool = True
     ) -> jax.Array:
         """What texts are found by: (batch, image_text_hidden_size), normalised, float32."""
+        self._check_heads("text_proj")
         text = self.read(input_ids=input_ids, attention_mask=attention_mask, deterministic=deterministic)
         return self._normalised(self.text_proj(text.pooler_output))
 
@@ -216,11 +226,12 @@ class Blip2ForPreTraining(QFormer):
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         *,
-        encoder_hidden_states: jax.Array | None = None,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
     ) -> jax.Array:
         """The ITM score of pairs, (batch,) float32: the logit of a match. Source: LAVIS `compute_itm`."""
         if input_ids is None:
             raise InputError("a match needs a text: give `input_ids`")
+        self._check_heads("itm_head")
         image = self._image(pixel_values, encoder_hidden_states, True)
         return self._match(image, input_ids, attention_mask, True)[:, 1]
 
@@ -229,7 +240,7 @@ class Blip2ForPreTraining(QFormer):
         pixel_values: jax.Array | None = None,
         *,
         eos_token_id: int,
-        encoder_hidden_states: jax.Array | None = None,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
         use_nucleus_sampling: bool = False,
         num_beams: int = 3,
         max_length: int = 30,
@@ -244,7 +255,8 @@ class Blip2ForPreTraining(QFormer):
         Args:
           pixel_values: (batch, image_size, image_size, 3).
           eos_token_id: the tokenizer's `sep_token_id`, which ends a caption.
-          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or all of
+            what `encode_image` returns.
           max_length, min_length: in tokens, [DEC] included.
           top_p: nucleus sampling draws from the fewest tokens that have this probability together.
           repetition_penalty: above 1, makes tokens that stand there already less likely.
@@ -259,6 +271,7 @@ class Blip2ForPreTraining(QFormer):
             raise InputError(f"`top_p` is {top_p}; it must be above 0 and at most 1")
         if num_beams < 1 or repetition_penalty <= 0:
             raise InputError("`num_beams` must be 1 or more, and `repetition_penalty` above 0")
+        self._check_heads("lm_head")
         image = self._image(pixel_values, encoder_hidden_states, True)
         past = self.read(encoder_hidden_states=image, use_cache=True).past_key_values or ()
         # Inside a loop of XLA's, a module has to be a function of its variables.
@@ -344,9 +357,15 @@ class Blip2ForPreTraining(QFormer):
         assert pair.query_embeddings is not None
         return self.itm_head(pair.query_embeddings).astype(jnp.float32).mean(axis=1)
 
-    def _image(self, pixel_values: jax.Array | None, states: jax.Array | None, deterministic: bool) -> jax.Array:
+    @nn.nowrap
+    def _check_heads(self, *names: str) -> None:
+        self.check_parts(*names, other="Blip2QFormerModel")
+
+    def _image(
+        self, pixel_values: jax.Array | None, states: jax.Array | VisionOutput | None, deterministic: bool
+    ) -> jax.Array:
         if states is not None and pixel_values is None:
-            return states
+            return as_array("encoder_hidden_states", image_states(states))
         if states is not None or pixel_values is None:
             raise InputError("give `pixel_values` or `encoder_hidden_states`, and not both")
         return self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
