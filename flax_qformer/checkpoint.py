@@ -53,6 +53,8 @@ Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding]
 """From a parameter's path and shape to where it goes."""
 Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
 
+CLASSES: dict[str, type[AnyModel]] = {c.__name__: c for c in (Blip2QFormerModel, Blip2ForPreTraining)}
+
 KINDS = {"proj_layer": "identity", "temp": f"constant {TEMPERATURE}"}
 """How modules are initialised that a checkpoint lacks; all others are "randomly initialised"."""
 
@@ -116,8 +118,8 @@ def from_pretrained(
     Raises:
       InputError: there is no such checkpoint, or it does not fit its config.
     """
-    if model_class not in (None, *PARTS):
-        raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(c.__name__ for c in PARTS)}")
+    if model_class not in (None, *CLASSES.values()):
+        raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(CLASSES)}")
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
     loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite, place)
@@ -374,21 +376,20 @@ def _is_new(name: str, params: Mapping[str, Any]) -> bool:
 def _check_architecture(source: Source) -> None:
     """Raise InputError where the config is of another class: transformers writes BLIP-2 models with similar configs."""
     values = read_json(source.config) if source.config else {}
-    names, known = values.get("architectures"), [c.__name__ for c in PARTS]
+    names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     # Of the name that diffusers' model has, transformers has the Q-Former without its vision tower.
     is_without_tower = values.get("model_type") == "blip_2_qformer"
-    if is_without_tower or (name is not None and name not in known):
+    if is_without_tower or (name is not None and name not in CLASSES):
         found = "transformers' Q-Former without a vision tower" if is_without_tower else f"a {name}"
         raise InputError(
-            f"{source.name} is {found} by its config.json; take a checkpoint of {' or '.join(known)}, or LAVIS's"
+            f"{source.name} is {found} by its config.json; take a checkpoint of {' or '.join(CLASSES)}, or LAVIS's"
         )
 
 
 def _class_of(source: Source) -> type[AnyModel] | None:
     names = read_json(source.config).get("architectures") if source.config else None
-    classes = {c.__name__: c for c in (Blip2QFormerModel, Blip2ForPreTraining)}
-    return classes.get(names[0]) if isinstance(names, list) and names else None
+    return CLASSES.get(names[0]) if isinstance(names, list) and names else None
 
 
 def _load_pytorch(

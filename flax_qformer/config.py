@@ -171,8 +171,8 @@ class Blip2Config(_Config):
     unpruned model. It is built by `prune_heads`; a mapping is accepted as well. `tokenizer` is upstream's field: a
     folder or hub id that the tokenizer comes from. `scan_layers` runs the layers of both towers in a loop, which
     compiles in a fraction of the time; parameters are then as `stack_layers` makes them. It stays off the disk.
-    `newly_initialised` holds (name, kind) pairs: modules whose parameters no checkpoint held and no training has changed
-    since, such as ("itm_head", "randomly initialised"); `from_pretrained` and `save_pretrained` keep it up to date.
+    `newly_initialised` holds (name, kind) pairs: modules whose parameters no checkpoint held and no training has
+    changed since, such as ("itm_head", "randomly initialised"). `from_pretrained` and `save_pretrained` maintain it.
     """
 
     vision_config: Blip2VisionConfig = Blip2VisionConfig()
@@ -206,7 +206,7 @@ class Blip2Config(_Config):
             if wrong:
                 raise InputError(f"cannot prune head {wrong[0]} of layer {layer}: heads are 0 to {num_heads - 1}")
         object.__setattr__(self, "pruned_heads", tuple(sorted((la, he) for la, he in pruned.items() if he)))
-        named = self.newly_initialised
+        named: Any = self.newly_initialised
         named = named.items() if isinstance(named, Mapping) else named
         if not all(isinstance(pair, tuple | list) and list(map(type, pair)) == [str, str] for pair in named):
             raise InputError("newly_initialised must map names of modules to how they were initialised")

@@ -214,7 +214,7 @@ def test_what_a_class_lacks_is_initialised_and_named(
     np.testing.assert_allclose(output.query_embeddings, output.last_hidden_state, rtol=1e-6)
     caplog.clear()
     model, params = fq.from_pretrained(upstream_folder("frequency_1"), model_class=fq.Blip2ForPreTraining)
-    heads = {name: "randomly initialised" for name in ("itm_head", "lm_head", "text_proj", "vision_proj")}
+    heads = dict.fromkeys(("itm_head", "lm_head", "text_proj", "vision_proj"), "randomly initialised")
     assert dict(model.config.newly_initialised) == {"temp": "constant 0.07", **heads}
     assert "itm_head: randomly initialised, lm_head: randomly initialised, temp: constant 0.07" in caplog.text
     assert float(params["temp"]) == pytest.approx(0.07)

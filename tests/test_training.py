@@ -95,7 +95,8 @@ def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny() -> tuple[fq.Blip2ForPreTraining, dict[str, Any]]:
     """The model and parameters in numpy; to draw them as the program does would take long to compile."""
     config, rng = fq.Blip2Config.from_dict(CONFIG), np.random.default_rng(0)
-    values = {p.path: np.float32(rng.normal(size=p.shape) * 0.1) for p in parameters(config, "diffusers", fq.Blip2ForPreTraining.parts)}
+    rows = parameters(config, "diffusers", fq.Blip2ForPreTraining.parts)
+    values = {p.path: np.float32(rng.normal(size=p.shape) * 0.1) for p in rows}
     values |= {path: np.ones_like(value) for path, value in values.items() if path.endswith("scale")}
     values["temp"] = np.float32(0.07)
     return fq.Blip2ForPreTraining(config), unflatten_dict(values, sep="/")
@@ -162,7 +163,7 @@ def test_groups_of_parameters() -> None:
 
 
 def test_selections_of_parameters() -> None:
-    config, params = tree()
+    _, params = tree()
     params["proj_layer"] = {"dense1": {"bias": jnp.ones(3)}}
     paths = set(flatten_dict(params, sep="/"))
     crossing = {path for path in paths if "crossattention" in path}

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import path_aware_map
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -95,9 +95,9 @@ def train(settings: TrainSettings) -> str:
             accumulation=settings.accumulation,
         )
         trained = _trained(params, settings.train)
-        params = path_aware_map(
-            lambda path, leaf: leaf.astype(jnp.float32) if "/".join(path) in trained else leaf, params
-        )
+        flat = flatten_dict(params, sep="/")
+        flat |= {path: flat[path].astype(jnp.float32) for path in trained}
+        params = unflatten_dict(flat, sep="/")
         state = TrainState.create(
             params, optimizer, trained.__contains__, ema=settings.ema_decay > 0, seed=settings.seed
         )
