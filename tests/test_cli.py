@@ -2,12 +2,14 @@
 
 import ast
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ def test_no_pytorch_is_needed(tmp_path: Path) -> None:
     """Nor what training and pictures need, before they are used."""
     program = f"""
 import sys
+import textwrap
 for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tyro", "tensorboardX"):
     sys.modules[name] = None
 from flax_qformer.cli import main
@@ -369,3 +372,17 @@ def test_an_output_that_nobody_takes(into: str, printed: str, tmp_path: Path) ->
     assert done.stderr.count("\n") == bool(printed)
     assert printed in done.stderr
     assert (tmp_path / "embeddings.npz").exists()
+
+
+def test_the_first_lines_of_the_readme_run_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text().partition("## In Python\n\n")[2]
+    block = "".join(line for line in itertools.takewhile(lambda line: line[:4].strip() == "", text.splitlines(True)))
+    exec(textwrap.dedent(block), {})
+    assert capsys.readouterr().out.startswith("(1, ")
+
+
+def test_python_m_runs_the_commands() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "flax_qformer", "--version"], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == fq.__version__ == importlib.metadata.version("flax-qformer")

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import flax_qformer as fq
+from conftest import same
 from flax_qformer.cli import main
 from flax_qformer.convert.layouts import PARTS, Layout, parameters
+from flax_qformer.pretraining.checkpoints import Checkpoints
 
 CONFIG = fq.Blip2Config.from_dict(
     {
@@ -156,3 +159,15 @@ def test_commands_refuse_a_model_without_trained_heads(data: Path, tmp_path: Pat
             out, err = capsys.readouterr()
             assert (stop.value.code, out) == (2, "")
             assert "has no trained itm_head, lm_head, temp, text_proj, vision_proj; train them" in err.splitlines()[-1]
+
+
+def test_a_run_saved_without_frozen_modules_goes_on(tmp_path: Path) -> None:
+    """Earlier versions kept only what the losses read: the rest is as the model has it."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = {"trained": {"a": jnp.ones(2)}, "frozen": {"b": jnp.ones(2)}}
+    checkpoints.save(1, state, {})
+    now = {"trained": {"a": jnp.zeros(2)}, "frozen": {"b": jnp.zeros(2), "proj_layer": jnp.full(2, 3.0)}}
+    restored, _ = checkpoints.restore(now) or (None, None)
+    assert same(restored, {"trained": state["trained"], "frozen": now["frozen"] | state["frozen"]})
+    with pytest.raises(fq.InputError, match="of another model: trained.c was absent"):
+        checkpoints.restore({**now, "trained": {"a": jnp.zeros(2), "c": jnp.zeros(2)}})
