@@ -26,7 +26,7 @@ def as_array(name: str, value: Any) -> jax.Array:
         raise InputError(f"`{name}` is no array of numbers ({first_line(error)}); let `Processor` make it") from None
 
 
-def check_pixels(pixel_values: jax.Array) -> None:
+def check_pixels(pixel_values: jax.Array | np.ndarray) -> None:
     """Refuse whole numbers, and warn once per process of values that were not normalised.
 
     Under `jax.jit` only the dtype is checked.
@@ -38,7 +38,9 @@ def check_pixels(pixel_values: jax.Array) -> None:
         raise InputError(
             f"`pixel_values` are {pixel_values.dtype}; they must be normalised floats: let `Processor` make them"
         )
-    if isinstance(pixel_values, jax.core.Tracer) or not pixel_values.is_fully_addressable:
+    if isinstance(pixel_values, jax.core.Tracer):
+        return
+    if isinstance(pixel_values, jax.Array) and not pixel_values.is_fully_addressable:
         return
     if np.abs(np.asarray(pixel_values)).max(initial=0) > PIXEL_LIMIT:
         _warn_of_raw_pixels()

@@ -188,7 +188,7 @@ def test_form_of_a_batch(tmp_path: Path, processor: fq.Processor) -> None:
     long = batch["attention_mask"].all(axis=1)
     assert long.any()
     np.testing.assert_array_equal(batch["input_ids"][long][0], expected["input_ids"])
-    with pytest.raises(fq.InputError, match="is 65, but the model reads at most 64"):
+    with pytest.raises(fq.InputError, match="is 65; the model reads at most 64"):
         Batches(open_source(chosen), processor, replace(chosen, max_text_length=65))
 
 
