@@ -76,7 +76,7 @@ class Dense(Block):
         if self.use_bias:
             self.bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
         has_lora = self.has_variable("params", LORA[0])
-        self.lora = tuple(self.get_variable("params", name) for name in LORA) if has_lora else None
+        self.lora: Any = tuple(self.get_variable("params", name) for name in LORA) if has_lora else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., *in_shape) -> (..., *out_shape) in `dtype`."""
@@ -123,6 +123,7 @@ def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> 
     return centred * (jax.lax.rsqrt(variance + eps) * scale) + bias
 
 
+@jax.jit
 def lora_kernel(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
     """`kernel + down @ up`, computed in float32, in the kernel's dtype.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save
 
 from flax_qformer.convert import PARAMETER_DTYPES
@@ -192,6 +192,6 @@ def _attached(flat: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
     twice = sorted(flat.keys() & new.keys())
     if twice:
         raise InputError(f"the parameters already have {listed(twice)}; call `pretraining.merge_lora` first")
-    shardings = (getattr(leaf, "sharding", None) for leaf in flat.values() if not isinstance(leaf, jax.core.Tracer))
-    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+    shardings = [getattr(leaf, "sharding", None) for leaf in flat.values() if not isinstance(leaf, jax.core.Tracer)]
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
     return unflatten_dict({**flat, **(new if mesh is None else shard_params(new, mesh))}, sep="/")
