@@ -36,6 +36,7 @@ def scanned(config: fq.Blip2Config) -> fq.Blip2Config:
 
 PATTERN = r"encoder/|proj_layer/dense1/"
 QUERY = "encoder/layer_0/attention/attention/query"
+QKV = "visual_encoder/encoder/layers_0/self_attn/qkv"
 
 
 def flat(params: Any) -> dict[str, Any]:
@@ -100,14 +101,14 @@ def test_merged_and_unmerged_outputs_are_equal() -> None:
 
 
 def test_new_weights_change_nothing(base: Any) -> None:
-    mesh = fq.make_mesh(data=1, fsdp=-1)
-    params = pretraining.add_lora(
-        fq.shard_params(base, mesh), lambda path: path == f"{QUERY}/kernel", 3, jax.random.key(0)
-    )
-    added = {path: leaf for path, leaf in flat(params).items() if "lora_" in path}
+    mesh, paths = fq.make_mesh(data=1, fsdp=-1), (f"{QUERY}/kernel", f"{QKV}/kernel")
+    params = pretraining.add_lora(fq.shard_params(base, mesh), lambda path: path in paths, 3, jax.random.key(0))
+    added = {path: leaf for path, leaf in flat(params).items() if path.endswith(LORA)}
     assert {path: leaf.shape for path, leaf in added.items()} == {
         f"{QUERY}/lora_A": (28, 3),
         f"{QUERY}/lora_B": (3, 7, 4),
+        f"{QKV}/lora_A": (30, 3),
+        f"{QKV}/lora_B": (3, 3, 5, 6),
     }
     assert all(leaf.sharding.mesh == mesh and leaf.is_fully_replicated for leaf in added.values())
     assert 0.9 < np.abs(added[f"{QUERY}/lora_A"]).max() * 28**0.5 <= 1
