@@ -176,7 +176,9 @@ def attention_without_keys(
       to_key, to_value: width to (heads, head_dim).
     """
     dtype, accumulate = query.dtype, {"preferred_element_type": jnp.float32}
-    context, key_kernel, value_kernel = (x.astype(dtype) for x in (context, to_key.kernel, to_value.kernel))
+    context, key_kernel, value_kernel = (
+        x.astype(dtype) for x in (context, to_key.whole_kernel(), to_value.whole_kernel())
+    )
     # Batch axes first, as the products give them: nothing has to be copied.
     query = jnp.einsum("bqhd,whd->hbqw", query, key_kernel, **accumulate).astype(dtype).transpose(1, 2, 0, 3)
     found, weights = dot_product_attention(query, context, context, bias=bias)

@@ -28,13 +28,14 @@ from .convert import check_finite, check_shapes, convert, export, layout_of, par
 from .convert.layouts import BERT_BIAS, PARTS, Layout, parameters
 from .convert.tensors import StoredTensor, merged, open_tensors
 from .errors import InputError, first_line
+from .pretraining.lora import load_lora
 from .pretraining.model import TEMPERATURE, Blip2ForPreTraining
 from .processes import from_first, is_first, tells_of_lost_process, wait_for_all
 from .processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 from .qformer import Blip2QFormerModel
 from .sharding import held_bytes, shard_params, sharding_of
 from .source import DEFAULT_MODEL, PARAMS, TOKENIZER_FILES, Source, locate
-from .surgery import stack_layers, unstack_layers
+from .surgery import check_merged, stack_layers, unstack_layers
 from .writing import check_absent, check_apart, check_space, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -71,6 +72,7 @@ def from_pretrained(
     config: str | os.PathLike[str] | Blip2Config | None = ...,
     allow_non_finite: bool = ...,
     mesh: Mesh | None = ...,
+    lora: str | os.PathLike[str] | None = ...,
 ) -> tuple[Model, dict[str, Any]]: ...
 
 
@@ -84,6 +86,7 @@ def from_pretrained(
     config: str | os.PathLike[str] | Blip2Config | None = ...,
     allow_non_finite: bool = ...,
     mesh: Mesh | None = ...,
+    lora: str | os.PathLike[str] | None = ...,
 ) -> tuple[AnyModel, dict[str, Any]]: ...
 
 
@@ -96,6 +99,7 @@ def from_pretrained(
     config: str | os.PathLike[str] | Blip2Config | None = None,
     allow_non_finite: bool = False,
     mesh: Mesh | None = None,
+    lora: str | os.PathLike[str] | None = None,
 ) -> tuple[AnyModel, dict[str, Any]]:
     """Load a model, from a Flax or a PyTorch checkpoint alike.
 
@@ -111,12 +115,13 @@ def from_pretrained(
       allow_non_finite: accept infinities and NaN in a PyTorch checkpoint, and those that a cast makes.
       mesh: spread the parameters over it, as `shard_params` would. Each process reads what goes to its own devices; of
         several, all call this together.
+      lora: a file of `pretraining.save_lora`, whose LoRA weights are added to the tree.
 
     Returns:
       The model, and its parameters as nested dictionaries of arrays: `model.apply({"params": params}, **batch)`.
 
     Raises:
-      InputError: there is no such checkpoint, or it does not fit its config.
+      InputError: there is no such checkpoint, it does not fit its config, or the LoRA file does not fit it.
     """
     if model_class not in (None, *CLASSES.values()):
         raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(CLASSES)}")
@@ -129,9 +134,10 @@ def from_pretrained(
     if loaded.config.newly_initialised:
         log.warning("%s: %s", path_or_hub_id, loaded.initialised())
     model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
+    params = loaded.params if lora is None else load_lora(lora, loaded.params)
     if not loaded.config.scan_layers:
-        return model, loaded.params
-    stacked = stack_layers(loaded.params)
+        return model, params
+    stacked = stack_layers(params)
     return model, stacked if mesh is None else shard_params(stacked, mesh)
 
 
@@ -170,8 +176,10 @@ def save_pretrained(
     longer recorded as newly initialised. Of several processes, all call this together.
 
     Raises:
-      InputError: the folder exists and may not be replaced, or the parameters are not those of the model.
+      InputError: the folder exists and may not be replaced, or the parameters are not those of the model
+        or have LoRA weights.
     """
+    check_merged(params)
     params = unstack_layers(params)
     shapes = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
     _check(shapes, model.config, type(model))

@@ -20,6 +20,9 @@ from .sharding import keep_batch
 INITIALIZER = nn.initializers.normal(0.02)
 """BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
 
+LORA = ("lora_A", "lora_B")
+"""Names of the LoRA weights beside a kernel, see `pretraining.lora`."""
+
 
 class Block(nn.Module, kw_only=True):
     """A module under the dtype policy, which its dense layers and LayerNorms inherit."""
@@ -57,6 +60,9 @@ class Dense(Block):
 
     kernel: (*in_shape, *out_shape); bias: out_shape. Accumulates in float32, also in half precision, and what follows,
     bias and activation, is float32 too: on CPU a chain of half-precision operations rounds after each.
+
+    Where the parameters have LoRA weights, `lora_A` (*in_shape, rank) and `lora_B` (rank, *out_shape), the output has
+    `x @ lora_A @ lora_B` as well. The kernel then needs no gradient.
     """
 
     in_shape: tuple[int, ...]
@@ -69,6 +75,8 @@ class Dense(Block):
         self.kernel = self.param("kernel", self.kernel_init, self.in_shape + self.out_shape, self.param_dtype)
         if self.use_bias:
             self.bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
+        has_lora = self.has_variable("params", LORA[0])
+        self.lora: Any = tuple(self.get_variable("params", name) for name in LORA) if has_lora else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., *in_shape) -> (..., *out_shape) in `dtype`."""
@@ -76,9 +84,16 @@ class Dense(Block):
         result = self.dtype if jax.default_backend() == "gpu" else jnp.float32
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
         y = _product(x, kernel, len(self.in_shape), result)
+        if self.lora is not None:
+            down, up = (leaf.astype(self.dtype) for leaf in self.lora)
+            y += _product(_product(x, down, len(self.in_shape), jnp.float32).astype(self.dtype), up, 1, result)
         if self.use_bias:
             y += self.bias.astype(result)
         return keep_batch(self.activation(y.astype(jnp.float32)).astype(self.dtype))
+
+    def whole_kernel(self) -> jax.Array:
+        """The kernel with its LoRA update, if it has one."""
+        return self.kernel if self.lora is None else lora_kernel(self.kernel, *self.lora)
 
 
 class LayerNorm(Block):
@@ -106,6 +121,18 @@ def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> 
     # Not from the mean of squares, which cancels at eps 1e-12.
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
     return centred * (jax.lax.rsqrt(variance + eps) * scale) + bias
+
+
+@jax.jit
+def lora_kernel(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+    """`kernel + down @ up`, computed in float32, in the kernel's dtype.
+
+    kernel: (*in_shape, *out_shape), down: (*in_shape, rank), up: (rank, *out_shape); or stacked layers of them.
+    """
+    if down.ndim + up.ndim - 2 > kernel.ndim:
+        return jax.vmap(lora_kernel)(kernel, down, up)
+    update = jnp.tensordot(down.astype(jnp.float32), up.astype(jnp.float32), 1, precision="highest")
+    return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
 
 
 def _product(x: jax.Array, kernel: jax.Array, axes: int, result: DTypeLike) -> jax.Array:

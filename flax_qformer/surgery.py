@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from .config import Blip2Config
 from .errors import InputError
-from .layers import INITIALIZER
+from .layers import INITIALIZER, LORA
 
 Params = Mapping[str, Any]
 
@@ -39,6 +39,15 @@ def _flat(params: Params) -> dict[str, Any]:
     return flat
 
 
+def check_merged(params: Params) -> None:
+    """Raise InputError where a tree has LoRA weights."""
+    if any(path[-1] in LORA for path in flatten_dict(dict(params))):
+        raise InputError(
+            "the parameters have LoRA weights; merge them with `pretraining.merge_lora`, or save them alone with "
+            "`pretraining.save_lora`"
+        )
+
+
 def prune_heads(
     config: Blip2Config, params: Params, heads: Mapping[int, Iterable[int]]
 ) -> tuple[Blip2Config, dict[str, Any]]:
@@ -51,7 +60,7 @@ def prune_heads(
       The smaller config and tree: `type(model)(config)` runs it.
 
     Raises:
-      InputError: there is no such layer or head.
+      InputError: there is no such layer or head, or the tree has LoRA weights.
     """
     before = dict(config.pruned_heads)
     merged = {layer: {*before.get(layer, ()), *heads.get(layer, ())} for layer in {*before, *heads}}
@@ -61,6 +70,7 @@ def prune_heads(
             "the layers are stacked, and pruned ones differ; take fq.unstack_layers(params), and a config without "
             "scan_layers"
         )
+    check_merged(params)
     pruned = dataclasses.replace(config, pruned_heads=tuple((layer, tuple(gone)) for layer, gone in merged.items()))
     for layer in heads:
         kept = pruned.kept_heads(layer)
@@ -165,7 +175,10 @@ def stack_layers(params: Params) -> dict[str, Any]:
             for first in range(0, len(encoder), size)
         ]
         if len({str(jax.tree.map(jnp.shape, group)) for group in groups}) > 1:
-            raise InputError("a pruned model's layers differ, and cannot be stacked; run it without scan_layers")
+            raise InputError(
+                "the layers differ (pruned heads, or LoRA weights on some layers only), so they cannot be stacked; run "
+                "the model without scan_layers"
+            )
         return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)}
 
     def change(encoder: Params, prefix: str) -> Params:

@@ -1,5 +1,6 @@
 """The first stage: the model, its three losses, and a step that trains it. The program around it is `train.py`."""
 
+from flax_qformer.pretraining.lora import add_lora, load_lora, merge_lora, save_lora
 from flax_qformer.pretraining.losses import similarities
 from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule, merge, partition
@@ -9,11 +10,15 @@ __all__ = [
     "Blip2ForPreTraining",
     "PreTrainingOutput",
     "TrainState",
+    "add_lora",
+    "load_lora",
     "make_optimizer",
     "make_schedule",
     "make_train_step",
     "merge",
+    "merge_lora",
     "partition",
     "pretraining_loss",
+    "save_lora",
     "similarities",
 ]
