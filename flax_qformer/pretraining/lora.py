@@ -7,8 +7,7 @@ Stacked layers have their axis of depth in front of each leaf.
 
 import math
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from flax_qformer.convert import PARAMETER_DTYPES
 from flax_qformer.convert.tensors import listed, open_tensors
 from flax_qformer.errors import InputError
 from flax_qformer.layers import LORA, lora_kernel
+from flax_qformer.pretraining.optimizer import Selection, select
 from flax_qformer.processes import is_first, wait_for_all
 from flax_qformer.sharding import shard_params
 from flax_qformer.surgery import stack_layers, unstack_layers
@@ -31,16 +31,13 @@ from flax_qformer.writing import new_file
 FORMAT = "flax_qformer_lora"
 """`format` in the metadata of a LoRA file."""
 
-Pattern = str | Callable[[str], Any]
-"""A regular expression or a predicate on the path of a kernel, `encoder/layer_0/output/dense/kernel`."""
 
-
-def add_lora(params: Mapping[str, Any], pattern: Pattern, rank: int, key: jax.Array) -> dict[str, Any]:
+def add_lora(params: Mapping[str, Any], pattern: Selection, rank: int, key: jax.Array) -> dict[str, Any]:
     """Add LoRA weights, in float32, to dense kernels. The model's output stays the same until they are trained.
 
     Args:
       params: the whole tree; on a mesh, the LoRA weights are replicated over it.
-      pattern: which kernels.
+      pattern: which kernels, see `Selection`.
       rank: the rank of each kernel's update, 1 or more.
       key: draws `lora_A` from the uniform distribution up to 1 / sqrt(inputs), as peft does; `lora_B` is zero.
 
@@ -53,7 +50,7 @@ def add_lora(params: Mapping[str, Any], pattern: Pattern, rank: int, key: jax.Ar
     if rank < 1:
         raise InputError(f"`rank` is {rank}; it must be 1 or more")
     flat = flatten_dict(dict(params), sep="/")
-    paths, new = sorted(_selected(flat, pattern)), {}
+    paths, new = _selected(params, pattern), {}
     for path, own_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
         depth, inner, outer = _split(flat, path)
         bound = math.prod(inner) ** -0.5
@@ -131,19 +128,13 @@ def load_lora(path: str | os.PathLike[str], params: Mapping[str, Any]) -> dict[s
     return _attached(flat, new)
 
 
-def _selected(flat: Mapping[str, Any], pattern: Pattern) -> set[str]:
+def _selected(params: Mapping[str, Any], pattern: Selection) -> list[str]:
     """Paths of the dense kernels that a pattern selects."""
-    kernels = [path for path in flat if path.endswith("/kernel")]
-    try:
-        matches = pattern if callable(pattern) else re.compile(pattern).search
-    except re.error as error:
-        raise InputError(f"`pattern` {pattern!r} is not a regular expression ({error}); correct it") from None
-    selected = {path for path in kernels if matches(path)}
-    if not selected:
-        raise InputError(
-            f"`pattern` {pattern!r} matches no dense kernel; kernels are named like {', '.join(kernels[:3])}"
-        )
-    return selected
+    selected = select(params, pattern)
+    kernels = sorted(path for path in selected if path.endswith("/kernel"))
+    if not kernels:
+        raise InputError(f"`pattern` selects no dense kernel, only {listed(sorted(selected))}; name paths of kernels")
+    return kernels
 
 
 def _beside(path: str) -> tuple[str, str]:
