@@ -13,6 +13,7 @@ from .config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from .errors import InputError
 from .pretraining import Blip2ForPreTraining, PreTrainingOutput
 from .processor import ImageProcessor, Processor
+from .push import push_to_hub
 from .qformer import Blip2QFormerModel, QFormerOutput
 from .sharding import make_mesh, shard_batch, shard_params
 from .surgery import (
@@ -48,6 +49,7 @@ __all__ = [
     "interpolate_positions",
     "make_mesh",
     "prune_heads",
+    "push_to_hub",
     "resize_token_embeddings",
     "save_pretrained",
     "set_input_embeddings",
