@@ -1,10 +1,12 @@
 """BLIP-Diffusion's Q-Former in JAX/Flax.
 
-import flax_qformer as fq
+Example::
 
-model, params = fq.from_pretrained(path_or_hub_id)
-processor = fq.Processor.from_pretrained(path_or_hub_id)
-output = model.apply({"params": params}, **processor(images=image, text="dog"))
+    import flax_qformer as fq
+
+    model, params = fq.from_pretrained(path_or_hub_id)
+    processor = fq.Processor.from_pretrained(path_or_hub_id)
+    output = model.apply({"params": params}, **processor(images=image, text="dog"))
 """
 
 from .attention_maps import attention_maps, draw_attention

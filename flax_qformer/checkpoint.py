@@ -110,7 +110,7 @@ def from_pretrained(
         several, all call this together.
 
     Returns:
-      The model, and its parameters as nested dictionaries of arrays: `model.apply({"params": params}, **batch)`.
+      The model, and its parameters as nested dictionaries of arrays, which `model.apply` takes.
 
     Raises:
       InputError: there is no such checkpoint, or it does not fit its config.
