@@ -78,7 +78,7 @@ def push_to_hub(
     # Errors of the hub and of the libraries that upload have many types.
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = "check the connection and try again"
+        remedy = "check the name and the connection, and try again"
         if status in (401, 403):
             remedy = f"run `hf auth login`, or set HF_TOKEN to a token that may write to {repo_id}"
         elif "metadata" in str(error):

@@ -111,7 +111,7 @@ def test_what_cannot_be_pushed(tmp_path: Path, run: Path) -> None:
         (".", "someone/model", "is not the folder of a model or of a training run"),
         ("my_run/model", "model", "'model' is not the name of a repository; give ORG/NAME"),
         ("my_run/model", "some one/model", "is not the name of a repository"),
-        ("my_run", "someone/model", "cannot be pushed to someone/model .*offline.*; check the connection"),
+        ("my_run", "someone/model", "cannot be pushed to someone/model .*offline.*; check the name and the connection"),
     ):
         with pytest.raises(fq.InputError, match=message):
             fq.push_to_hub(tmp_path / model, repo_id)
