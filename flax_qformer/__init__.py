@@ -1,10 +1,12 @@
 """BLIP-Diffusion's Q-Former in JAX/Flax.
 
-import flax_qformer as fq
+Example::
 
-model, params = fq.from_pretrained()
-processor = fq.Processor.from_pretrained()
-output = model.apply({"params": params}, **processor(images=image, text="dog"))
+    import flax_qformer as fq
+
+    model, params = fq.from_pretrained()
+    processor = fq.Processor.from_pretrained()
+    output = model.apply({"params": params}, **processor(images=image, text="dog"))
 """
 
 from .attention_maps import attention_maps, draw_attention
@@ -13,6 +15,7 @@ from .config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from .errors import InputError
 from .pretraining import Blip2ForPreTraining, PreTrainingOutput
 from .processor import ImageProcessor, Processor
+from .push import push_to_hub
 from .qformer import Blip2QFormerModel, QFormerOutput
 from .sharding import make_mesh, shard_batch, shard_params
 from .surgery import (
@@ -50,6 +53,7 @@ __all__ = [
     "interpolate_positions",
     "make_mesh",
     "prune_heads",
+    "push_to_hub",
     "resize_token_embeddings",
     "save_pretrained",
     "set_input_embeddings",

@@ -118,7 +118,7 @@ def from_pretrained(
       lora: a file of `pretraining.save_lora`, whose LoRA weights are added to the tree.
 
     Returns:
-      The model, and its parameters as nested dictionaries of arrays: `model.apply({"params": params}, **batch)`.
+      The model, and its parameters as nested dictionaries of arrays, which `model.apply` takes.
 
     Raises:
       InputError: there is no such checkpoint, it does not fit its config, or the LoRA file does not fit it.

@@ -34,6 +34,7 @@ from .pretraining.settings import EvaluateSettings, TrainSettings, yaml_argument
 from .pretraining.sources import DataSettings
 from .processes import is_first, join_processes, tells_of_lost_process
 from .processor import Processor, open_image, pair_up
+from .push import push_to_hub
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
 from .stopping import Stopped
@@ -231,6 +232,10 @@ def convert(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     done = export_checkpoint(options.source, options.destination, layout=options.layout, overwrite=options.overwrite)
     print(_with_options(done, options))
+
+
+def push(options: argparse.Namespace) -> None:
+    print(push_to_hub(options.model, options.repository, private=options.private, license=options.license))
 
 
 def caption(options: argparse.Namespace) -> None:
@@ -537,6 +542,19 @@ def _parser() -> argparse.ArgumentParser:
         "(default: lavis for a stage-1 model, else diffusers)",
     )
     _add_overwrite(command)
+
+    command = commands.add_parser(
+        "push",
+        help="upload a model to the hub",
+        description="Upload a model to the hub in one commit, with a model card of the training run's settings and "
+        "metrics. A README.md in the model's folder is uploaded instead of that card. Log in with `hf auth login`, or "
+        "set HF_TOKEN.",
+    )
+    command.set_defaults(run=push)
+    command.add_argument("model", metavar="MODEL", help="folder of a model or of a training run")
+    command.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--license", metavar="NAME", help="the license that the card names, such as apache-2.0")
 
     command = commands.add_parser(
         "caption",

@@ -106,7 +106,7 @@ class Blip2VisionConfig(_Config):
 
     @property
     def num_positions(self) -> int:
-        """Tokens of one image: the class token and the patches, row by row."""
+        """Tokens of one image, the class token and the patches row by row."""
         return self.grid_size**2 + 1
 
     @property

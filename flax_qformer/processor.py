@@ -29,8 +29,10 @@ class ImageProcessor:
     """RGB, resized without keeping the aspect, scaled, normalised. Source: diffusers `BlipImageProcessor`.
 
     Attributes:
-      height, width: of the result, in pixels.
-      image_mean, image_std: per channel, in units of the scaled image.
+      height: of the result, in pixels.
+      width: of the result, in pixels.
+      image_mean: per channel, in units of the scaled image.
+      image_std: per channel, in units of the scaled image.
       resample: Pillow's number of the filter; 3 is bicubic.
       rescale_factor: brings 0..255 to 0..1.
     """
@@ -159,8 +161,10 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
 class Processor:
     """Images and text to what `Blip2QFormerModel` takes.
 
-    processor = Processor.from_pretrained(path)
-    batch = processor(images=image, text="dog")
+    Example::
+
+        processor = Processor.from_pretrained(path)
+        batch = processor(images=image, text="dog")
     """
 
     def __init__(self, tokenizer: Any, image_processor: ImageProcessor, config: Blip2Config) -> None:

@@ -548,8 +548,10 @@ class Blip2QFormerModel(QFormer):
 
     Source: diffusers `Blip2QFormerModel`; arXiv 2305.14720 (BLIP-Diffusion), 2301.12597 (BLIP-2).
 
-    model = Blip2QFormerModel(config)
-    output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
+    Example::
+
+        model = Blip2QFormerModel(config)
+        output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
     """
 
     parts: ClassVar[tuple[str, ...]] = ("proj_layer",)

@@ -57,7 +57,7 @@ def prune_heads(
       heads: for each layer the heads to remove, numbered as in the unpruned model; those already gone are passed over.
 
     Returns:
-      The smaller config and tree: `type(model)(config)` runs it.
+      The smaller config and tree, which `type(model)(config)` runs.
 
     Raises:
       InputError: there is no such layer or head, or the tree has LoRA weights.

@@ -1,10 +1,13 @@
 """Run the notebooks from start to end: `python notebooks/run.py` keeps their outputs, `--check` changes nothing.
 
-Each runs in a temporary folder, without the hub. An error fails, and more than `LIMIT` seconds for all of them.
+Each runs alone in an empty folder, without the hub. An error fails, and more than `LIMIT` seconds for all of them.
 The outputs, fresh and kept, must be those of a whole run, with every figure drawn and nothing on stderr.
+With `--check` the package must be installed, not imported from the checkout: a notebook opened elsewhere, such as
+in Colab, has no checkout beside it.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import tempfile
@@ -18,6 +21,13 @@ NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
 LIMIT = 300
 LARGEST = 600_000
 """A file's bytes, so that it opens quickly on the web."""
+INSTALL = """\
+# Install the package if it is missing. For a GPU add "jax[cuda12]" or "jax[cuda13]", as its driver allows.
+import importlib.util
+
+if importlib.util.find_spec("flax_qformer") is None:
+    %pip install -q "flax-qformer[train]\""""
+"""The first cell with code in each notebook."""
 
 
 def main() -> None:
@@ -25,6 +35,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="run them and write nothing")
     check = parser.parse_args().check
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if check and not is_installed():
+        sys.exit("flax_qformer is not installed, or only editable; install it with pip install '.[notebooks]'")
     problems, total = [], 0.0
     for path in NOTEBOOKS:
         started = time.monotonic()
@@ -43,6 +55,12 @@ def main() -> None:
     if total > LIMIT:
         problems.append("they take too long")
     sys.exit("\n".join(problems) or None)
+
+
+def is_installed() -> bool:
+    """Whether the package is imported from elsewhere than the checkout."""
+    package = importlib.util.find_spec("flax_qformer")
+    return package is not None and not Path(str(package.origin)).is_relative_to(Path(__file__).resolve().parents[1])
 
 
 def run(path: Path) -> nbformat.NotebookNode:
@@ -64,6 +82,8 @@ def run(path: Path) -> nbformat.NotebookNode:
 def faults(notebook: nbformat.NotebookNode) -> list[str]:
     """What is wrong with a notebook's outputs."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if code[0].source != INSTALL:
+        return ["its first cell does not install the package; copy that of another notebook"]
     outputs = [output for cell in code for output in cell.outputs]
     found = [f"it says {output.text.strip()}" for output in outputs if output.get("name") == "stderr"]
     if not outputs or [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):

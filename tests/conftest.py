@@ -2,7 +2,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import cases
+import fake_hub
 import flax_qformer as fq
 from flax_qformer.convert.layouts import Layout, parameters
 
@@ -70,6 +71,24 @@ def upstream_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return made[geometry]
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[type[fake_hub.Hub], dict[str, str]]]:
+    """A hub on loopback that serves a folder, and the environment of a process that uses it."""
+
+    class Served(fake_hub.Hub):
+        files = tmp_path / "served"
+        asked: list[str] = []
+
+    Served.files.mkdir()
+    with fake_hub.served(Served) as endpoint:
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if "proxy" not in name.lower() and not name.startswith("HF_")
+        }
+        yield Served, environment | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
 
 
 def write_upstream(folder: Path, config: fq.Blip2Config) -> None:

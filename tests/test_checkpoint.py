@@ -1,17 +1,13 @@
 """Models on disk: whole or absent, also after a kill and on a full disk; and on a hub."""
 
 import dataclasses
-import http.server
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -284,71 +280,6 @@ def test_a_kill_at_any_moment(tmp_path: Path) -> None:
     # The next write removes what the killed ones left.
     fq.convert_checkpoint(tmp_path / "torch", work / "model", overwrite=True)
     assert entries(work) == {"model"}
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as a download asks for."""
-
-    files: Path
-    asked: list[str]
-    hangs_up = False
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.asked.append(path)
-        listed = [str(file.relative_to(self.files)) for file in sorted(self.files.rglob("*")) if file.is_file()]
-        name = path.removeprefix("/someone/model/resolve/").partition("/")[2]
-        if path.startswith("/api/models/someone/model/tree/"):
-            sizes = [
-                {"type": "file", "oid": "0" * 40, "size": (self.files / f).stat().st_size, "path": f} for f in listed
-            ]
-            self.reply(json.dumps(sizes).encode())
-        elif path.startswith("/api/models/someone/model"):
-            info = {"id": "someone/model", "sha": "1" * 40, "siblings": [{"rfilename": file} for file in listed]}
-            self.reply(json.dumps(info).encode())
-        elif path.startswith("/someone/model/resolve/") and name in listed:
-            self.reply((self.files / name).read_bytes(), name)
-        else:
-            self.send_error(404)
-
-    def reply(self, body: bytes, name: str = "") -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", "1" * 40)
-        self.send_header("ETag", f'"{abs(hash(name))}-{len(body)}"')
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[: len(body) // 2] if self.hangs_up and name else body)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
-    """A hub on loopback that serves a folder, and the environment that asks it."""
-
-    class Served(Hub):
-        files = tmp_path / "served"
-        asked: list[str] = []
-
-    Served.files.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Served)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **{
-            name: value
-            for name, value in os.environ.items()
-            if "proxy" not in name.lower() and not name.startswith("HF_")
-        },
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    yield Served, environment
-    server.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])

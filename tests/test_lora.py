@@ -17,7 +17,7 @@ import cases
 import flax_qformer as fq
 from conftest import same
 from flax_qformer import pretraining
-from flax_qformer.convert.layouts import Part, parameters
+from flax_qformer.convert.layouts import parameters
 from flax_qformer.layers import LORA
 
 # This geometry has no qkv bias, and its cross-attention runs without keys.
@@ -43,10 +43,10 @@ def flat(params: Any) -> dict[str, Any]:
     return flatten_dict(params, sep="/")
 
 
-def drawn(config: fq.Blip2Config, part: Part) -> dict[str, Any]:
+def drawn(config: fq.Blip2Config, *parts: str) -> dict[str, Any]:
     """Random parameters in numpy."""
     rng = np.random.default_rng(0)
-    values = {p.path: 0.3 * rng.standard_normal(p.shape, np.float32) for p in parameters(config, "diffusers", [part])}
+    values = {p.path: 0.3 * rng.standard_normal(p.shape, np.float32) for p in parameters(config, "diffusers", parts)}
     if "temp" in values:
         values["temp"] = np.float32(0.5)
     return unflatten_dict(values, sep="/")
@@ -162,7 +162,7 @@ def test_lora_is_trained_alone(tmp_path: Path) -> None:
 def test_the_first_stage_trains_lora_on_a_mesh() -> None:
     """In a loop over stacked layers, with a rate for each layer."""
     config, mesh = sharded_step.CONFIG, fq.make_mesh(data=1, fsdp=-1)
-    base = fq.stack_layers(drawn(dataclasses.replace(config, scan_layers=False), "heads"))
+    base = fq.stack_layers(drawn(dataclasses.replace(config, scan_layers=False), *fq.Blip2ForPreTraining.parts))
     trained, frozen = split(pretraining.add_lora(base, "encoder/|_proj/", 2, jax.random.key(0)))
     optimizer = pretraining.make_optimizer(config, 1e-2, layer_decay=0.9)
     state = pretraining.TrainState.create(trained, optimizer, ["all"]).replace(frozen=frozen)

@@ -34,7 +34,9 @@ class PreTrainingOutput:
 
     Attributes:
       loss: the sum of the three.
-      loss_itc, loss_itm, loss_itg: image-text contrast, image-text matching, image-grounded text generation.
+      loss_itc: image-text contrast.
+      loss_itm: image-text matching.
+      loss_itg: image-grounded text generation.
       image_features: (batch, num_query_tokens, image_text_hidden_size), normalised.
       text_features: (batch, image_text_hidden_size), normalised.
       logits_per_image: (batch, batch), similarities of each image with each text over the temperature;
@@ -92,8 +94,10 @@ class LMHead(Block):
 class Blip2ForPreTraining(QFormer):
     """The Q-Former with the heads of the first stage. Source: LAVIS `Blip2Qformer`; arXiv 2301.12597.
 
-    model = Blip2ForPreTraining(config)
-    output = model.apply({"params": params}, **batch, rngs={"negatives": key})
+    Example::
+
+        model = Blip2ForPreTraining(config)
+        output = model.apply({"params": params}, **batch, rngs={"negatives": key})
     """
 
     parts: ClassVar[tuple[str, ...]] = ("vision_proj", "text_proj", "itm_head", "temp", "lm_head")

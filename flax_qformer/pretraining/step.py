@@ -30,7 +30,8 @@ class TrainState:
     """All that a step changes, and the frozen parameters beside it.
 
     Attributes:
-      trained, frozen: the two parts of the parameter tree; `params` is the whole.
+      trained: the part of the parameter tree that steps change.
+      frozen: the other part; `params` is the whole.
       opt_state: optax's, of what is trained.
       ema: the moving average of what is trained; None without one.
       step: batches so far.
