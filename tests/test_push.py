@@ -14,14 +14,17 @@ from flax_qformer.push import model_card
 from flax_qformer.source import DEFAULT_MODEL
 
 SCRIPT = """
-import json, os, shutil, sys
+import json, os, sys
 import numpy as np, jax
+from huggingface_hub import hf_hub_download
 import flax_qformer as fq
 from flax_qformer.cli import main
 
 run, model = sys.argv[1:]
 answers = {"failed": 0}
 main(["push", run, "someone/model", "--license", "mit"])
+with open(hf_hub_download("someone/model", "README.md")) as card:
+    answers["card"] = "base_model: someone/base" in card.read()
 _, pushed = fq.from_pretrained("someone/model")
 _, ours = fq.from_pretrained(run + "/model")
 answers["loaded"] = jax.tree.all(jax.tree.map(np.array_equal, pushed, ours))
@@ -75,7 +78,7 @@ def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"failed": 3, "loaded": True, "tokens": True}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"failed": 3, "card": True, "loaded": True, "tokens": True}
     assert f"pushed {run / 'model'} to {environment['HF_ENDPOINT']}/someone/model" in done.stdout
     public, licensed, refused = [line for line in done.stderr.splitlines() if line.startswith("flax-qformer push: ")]
     assert "someone/model exists and is public" in public
