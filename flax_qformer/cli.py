@@ -553,7 +553,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=push)
     command.add_argument("model", metavar="MODEL", help="folder of a model or of a training run")
     command.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--private", action="store_true", help="create the repository as a private one")
     command.add_argument("--license", metavar="NAME", help="the license that the card names, such as apache-2.0")
 
     command = commands.add_parser(

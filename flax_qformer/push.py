@@ -13,14 +13,14 @@ from .source import PARAMS, TOKENIZER_FILES, locate
 
 CARD = "README.md"
 
-MODEL_FILES = (
+MODEL_FILES = [
     "config.json",
     "preprocessor_config.json",
     *TOKENIZER_FILES,
     f"{PARAMS}/*",
     "model*.safetensors*",
     "pytorch_model*.bin*",
-)
+]
 """Patterns of the files that belong to a model; `*` also matches slashes."""
 
 TEXT_SETTINGS = ("train", "dtype", "mesh")
@@ -45,7 +45,7 @@ def push_to_hub(
       model: the folder of a model, as `save_pretrained`, `convert_checkpoint` and `export_checkpoint` write it, or the
         folder of a training run, whose `model` is uploaded.
       repo_id: ORG/NAME. The repository is created if it does not exist.
-      private: make a new repository private.
+      private: create the repository as a private one; by default the organisation's settings decide.
       license: the license that the card names, such as apache-2.0.
       token: access token of the hub; by default that of `hf auth login` or of the variable HF_TOKEN.
 
@@ -63,15 +63,21 @@ def push_to_hub(
         raise InputError(f"{repo_id!r} is not the name of a repository; give ORG/NAME, such as my-name/my-model")
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     names = list(filter_repo_objects(files, allow_patterns=[*MODEL_FILES, CARD]))
+    if license and CARD in files:
+        raise InputError(f"`license` goes into a generated card, but {folder} has a {CARD}; name the license there")
     operations: list[Any] = [CommitOperationAdd(name, files[name]) for name in names]
     try:
         if CARD not in files:
             operations.append(CommitOperationAdd(CARD, model_card(folder, run, repo_id, license).encode()))
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        repository = api.model_info(repo_id)
+        if private and not repository.private:
+            raise InputError(f"{repo_id} exists and is public; make it private on the hub, or give another name")
         # Files of an earlier upload would be read as a part of this model.
-        stored = filter_repo_objects(api.list_repo_files(repo_id), allow_patterns=list(MODEL_FILES))
-        operations += [CommitOperationDelete(name) for name in stored if name not in files]
+        stored = [file.rfilename for file in repository.siblings or ()]
+        stale = [name for name in filter_repo_objects(stored, allow_patterns=MODEL_FILES) if name not in files]
+        operations += [CommitOperationDelete(name) for name in stale]
         api.create_commit(repo_id, operations, commit_message="Upload model")
     except InputError:
         raise

@@ -14,25 +14,30 @@ from flax_qformer.push import model_card
 from flax_qformer.source import DEFAULT_MODEL
 
 SCRIPT = """
-import json, os, shutil, sys
+import json, os, sys
 import numpy as np, jax
+from huggingface_hub import hf_hub_download
 import flax_qformer as fq
 from flax_qformer.cli import main
 
 run, model = sys.argv[1:]
-answers = {}
+answers = {"failed": 0}
 main(["push", run, "someone/model", "--license", "mit"])
+with open(hf_hub_download("someone/model", "README.md")) as card:
+    answers["card"] = "base_model: someone/base" in card.read()
 _, pushed = fq.from_pretrained("someone/model")
 _, ours = fq.from_pretrained(run + "/model")
 answers["loaded"] = jax.tree.all(jax.tree.map(np.array_equal, pushed, ours))
 tokens = [fq.Processor.from_pretrained(name)(text="a red circle")["input_ids"] for name in ("someone/model", model)]
 answers["tokens"] = np.array_equal(*tokens)
 main(["push", model, "someone/model"])
-del os.environ["HF_TOKEN"]
-try:
-    main(["push", model, "someone/model"])
-except SystemExit as end:
-    answers["status"] = end.code
+for options in (["--private"], ["--license=mit"], []):
+    if not options:
+        del os.environ["HF_TOKEN"]
+    try:
+        main(["push", model, "someone/model", *options])
+    except SystemExit as end:
+        answers["failed"] += end.code == 2
 print(json.dumps(answers))
 """
 
@@ -73,9 +78,11 @@ def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"loaded": True, "tokens": True, "status": 2}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"failed": 3, "card": True, "loaded": True, "tokens": True}
     assert f"pushed {run / 'model'} to {environment['HF_ENDPOINT']}/someone/model" in done.stdout
-    refused = done.stderr.splitlines()[-1]
+    public, licensed, refused = [line for line in done.stderr.splitlines() if line.startswith("flax-qformer push: ")]
+    assert "someone/model exists and is public" in public
+    assert f"{other} has a README.md; name the license there" in licensed
     assert "401" in refused
     assert refused.endswith("run `hf auth login`, or set HF_TOKEN to a token that may write to someone/model")
     assert "/someone/model.git/info/lfs/objects/batch" in served.asked
