@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import sharded_step
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -115,39 +114,27 @@ def test_new_weights_change_nothing(base: Any) -> None:
     assert same(pretraining.merge_lora(params), base)
 
 
-def split(params: Any) -> tuple[Any, Any]:
-    """The LoRA weights, and the rest."""
-    is_lora = {path: path.endswith(LORA) for path in flat(params)}
-    trained, frozen = ({p: leaf for p, leaf in flat(params).items() if is_lora[p] == side} for side in (True, False))
-    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
-
-
 def test_lora_is_trained_alone(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, qformer_config=dataclasses.replace(SMALL.qformer_config, num_hidden_layers=1))
     base = drawn(config, "proj_layer")
-    trained, frozen = split(pretraining.add_lora(base, "^encoder/", 2, jax.random.key(0)))
     optimizer = pretraining.make_optimizer(config, 3e-2)
-    state = pretraining.TrainState.create(trained, optimizer, ["qformer"]).replace(frozen=frozen)
+    params = pretraining.add_lora(base, "^encoder/", 2, jax.random.key(0))
+    state = pretraining.TrainState.create(params, optimizer, "lora_")
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(trained))
+    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     model = fq.Blip2QFormerModel(config)
-    image, target = cases.draw("image", (2, 17, 30)), cases.draw("target", (2, 3, 28))
+    batch = {"image": cases.draw("image", (2, 17, 30)), "target": cases.draw("target", (2, 3, 28))}
 
-    @jax.jit
-    def step(state: pretraining.TrainState) -> tuple[pretraining.TrainState, jax.Array]:
-        def loss(trained: Any) -> jax.Array:
-            params = pretraining.merge(trained, state.frozen)
-            output = model.apply({"params": params}, encoder_hidden_states=image)
-            return jnp.square(output.query_embeddings - target).mean()
+    def loss(model: Any, trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        params = pretraining.merge(trained, frozen)
+        output = model.apply({"params": params}, encoder_hidden_states=batch["image"])
+        return jnp.square(output.query_embeddings - batch["target"]).mean(), {}
 
-        value, gradients = jax.value_and_grad(loss)(state.trained)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
-        return state.replace(trained=optax.apply_updates(state.trained, updates), opt_state=opt_state), value
-
+    step = pretraining.make_train_step(model, optimizer, loss=loss, donate=False)
     losses = []
     for _ in range(10):
-        state, loss = step(state)
-        losses.append(float(loss))
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0], losses
     assert same(state.frozen, base)
 
@@ -164,9 +151,9 @@ def test_the_first_stage_trains_lora_on_a_mesh() -> None:
     config, mesh = sharded_step.CONFIG, fq.make_mesh(data=1, fsdp=-1)
     base = fq.stack_layers(drawn(dataclasses.replace(config, scan_layers=False), *fq.Blip2ForPreTraining.parts))
     before = jax.tree.map(np.array, base)  # a step gives up its state, and the base with it
-    trained, frozen = split(pretraining.add_lora(base, "encoder/|_proj/", 2, jax.random.key(0)))
+    params = pretraining.add_lora(base, "encoder/|_proj/", 2, jax.random.key(0))
     optimizer = pretraining.make_optimizer(config, 3e-2, layer_decay=0.9)
-    state = pretraining.TrainState.create(trained, optimizer, ["all"]).replace(frozen=frozen)
+    state = pretraining.TrainState.create(params, optimizer, "lora_")
     step = pretraining.make_train_step(fq.Blip2ForPreTraining(config), optimizer, mesh=mesh)
     state, batch, losses = fq.shard_params(state, mesh), fq.shard_batch(sharded_step.make_batch(), mesh), []
     for _ in range(20):
