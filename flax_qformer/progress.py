@@ -39,9 +39,9 @@ class Progress:
         self._shown = logger.isEnabledFor(logging.INFO)
         self._is_bar = self._shown and sys.stderr.isatty()
         self._open = contextlib.ExitStack()
+        self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._started = self._last_line = time.monotonic()
         if self._is_bar:
             # leave=None: a bar inside another one goes when it is full.
             bar = tqdm(
