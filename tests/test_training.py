@@ -432,17 +432,9 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
         assert np.abs(picture - other.pictures[name].astype(int)).max() <= 1, name
     # One image is broken; the others are in order, and of two captions the first counts.
     assert [true for true, _ in samples.captions] == ["a red", "a blue", "a black"]
-    images = [folder / "data" / f"{i}.png" for i in (0, 2, 3)]
-    pixels = processor(images)["pixel_values"]
-    end = processor.tokenizer.sep_token_id
-    write = jax.jit(
-        lambda x: model.apply({"params": params}, x, eos_token_id=end, max_length=8, min_length=1, method="caption")
-    )
-    written = processor.tokenizer.batch_decode(np.asarray(write(pixels)), skip_special_tokens=True)
-    assert [caption for _, caption in samples.captions] == written
     # The image, the mean of the three queries, and each of them.
     assert samples.pictures["attention"].shape == (3 * SIDE, 5 * SIDE, 3)
-    shown = np.asarray(PIL.Image.open(images[1]).resize((SIDE, SIDE)))
+    shown = np.asarray(PIL.Image.open(folder / "data" / "2.png").resize((SIDE, SIDE)))
     np.testing.assert_array_equal(samples.pictures["attention"][SIDE : 2 * SIDE, :SIDE], shown)
 
 

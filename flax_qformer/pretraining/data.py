@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -188,7 +188,7 @@ class Batches:
 
 def evaluation_batches(
     source: Source, processor: Processor, settings: DataSettings
-) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
+) -> Generator[tuple[dict[str, np.ndarray], list[str]]]:
     """Every example once and in order, without augmentation; the pixels are the processor's.
 
     Of a list of captions the first is taken. What cannot be used is left out and logged.

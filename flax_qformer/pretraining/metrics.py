@@ -1,6 +1,7 @@
 """Where a run's metrics and samples go: `metrics.jsonl`, TensorBoard, Weights & Biases."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -81,13 +82,11 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
-        import wandb
-
         kept = folder / "wandb" / "run_id"
         if not kept.exists():
             with new_file(kept) as file:
                 file.write(uuid.uuid4().hex[:8].encode())
-        self._wandb: Any = wandb
+        self._wandb: Any = importlib.import_module("wandb")
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "flax_qformer"),
