@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from .attention_maps import attention_maps, draw_attention
 from .checkpoint import DTYPES, Model, as_dtype, check_heads, convert_checkpoint, export_checkpoint, from_pretrained
@@ -34,6 +33,7 @@ from .pretraining.settings import EvaluateSettings, TrainSettings, yaml_argument
 from .pretraining.sources import DataSettings
 from .processes import is_first, join_processes, tells_of_lost_process
 from .processor import Processor, open_image, pair_up
+from .progress import Progress, print_line
 from .push import push_to_hub
 from .qformer import Blip2QFormerModel
 from .source import DEFAULT_MODEL
@@ -58,14 +58,16 @@ DATA_OPTIONS = ("image_column", "embedding_dtype", "shard_size", "num_workers", 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what the user can put right ends it with one line and exit status 2."""
-    logging.getLogger("flax_qformer").setLevel(logging.INFO)
     # These tell in lines of their own what an error then says.
     for library in ("DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     options, rest = _parser().parse_known_args(arguments)
+    logging.getLogger("flax_qformer").setLevel(logging.WARNING if options.quiet else logging.INFO)
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter(options))
     logging.basicConfig(handlers=[handler])
+    if options.quiet or not sys.stderr.isatty():
+        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     share_heap()
     _keep_compiled()
     try:
@@ -269,7 +271,7 @@ def caption(options: argparse.Namespace) -> None:
         key = jax.random.fold_in(jax.random.key(options.seed or 0), rows[0])
         texts = processor.tokenizer.batch_decode(np.asarray(write(params, pixels, key)), skip_special_tokens=True)
         for row, text in dict(zip(rows, texts, strict=True)).items():
-            tqdm.write(f"{options.images[row]}: {text}")
+            print_line(f"{options.images[row]}: {text}")
 
 
 def search(options: argparse.Namespace) -> None:
@@ -368,15 +370,15 @@ def _inputs(options: argparse.Namespace, images: list[Path]) -> list[Path]:
 
 
 def _batches(total: int, size: int) -> Iterator[list[int]]:
-    """The numbers of the images of each batch, with a progress bar if there are several.
+    """The numbers of the images of each batch, with progress.
 
     The last one is filled up with the last image, so that all have one size and one compiled program.
     """
     size = min(size, total)
-    with tqdm(total=total, unit="image", disable=total == size) as progress:
+    with Progress(total, "image") as progress:
         for start in range(0, total, size):
             yield [min(row, total - 1) for row in range(start, start + size)]
-            progress.update(min(size, total - start))
+            progress.advance(min(size, total - start))
 
 
 def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) -> dict[str, np.ndarray]:
@@ -403,6 +405,7 @@ def _settings(kind: type[DataSettings], arguments: list[str], prog: str) -> Data
         rest = yaml_arguments(options.settings, kind) + rest
     description = (inspect.getdoc(kind) or "").partition("\n")[0]
     description += " --settings FILE reads settings from YAML, as in `batch_size: 64`; the command line comes first."
+    description += " --quiet shows no progress and no information, only warnings and errors."
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -435,7 +438,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flax-qformer", description="BLIP-Diffusion's Q-Former in JAX/Flax.")
-    parser.set_defaults(settings=None)
+    parser.set_defaults(settings=None, quiet=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -462,6 +465,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=_positive, metavar="N", help="images that run together (default: 8, with --data 64)"
     )
     _add_model(command)
+    _add_quiet(command)
     data = command.add_argument_group("with --data")
     data.add_argument("--image-column", metavar="NAME", help="default: found by its type and name")
     data.add_argument("--embedding-dtype", choices=("float16", "float32"), help="what is written (default: float32)")
@@ -582,6 +586,7 @@ def _parser() -> argparse.ArgumentParser:
         "--min-length", type=_positive, default=1, metavar="N", help="fewest tokens (default: %(default)s)"
     )
     _add_model(command)
+    _add_quiet(command)
 
     command = commands.add_parser(
         "search",
@@ -598,6 +603,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top", type=_positive, default=5, metavar="N", help="images to name for each text (default: %(default)s)"
     )
     _add_model(command)
+    _add_quiet(command)
 
     command = commands.add_parser(
         "plan",
@@ -628,11 +634,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", add_help=False, help="train on captioned images, or go on with a run")
     command.set_defaults(run=train, settings=TrainSettings)
+    _add_quiet(command)
     command = commands.add_parser("evaluate", add_help=False, help="how well images and captions find each other")
     command.set_defaults(run=evaluate, settings=EvaluateSettings)
+    _add_quiet(command)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
+
+
+def _add_quiet(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--quiet", action="store_true", help="show no progress and no information, only warnings and errors"
+    )
 
 
 def _add_images(command: argparse.ArgumentParser) -> None:

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from flax_qformer.convert.tensors import open_tensors
 
@@ -31,8 +30,9 @@ from .compiler import compiler_options
 from .errors import InputError, first_line
 from .pretraining.data import Images, image_batches, open_images
 from .pretraining.sources import DataSettings
-from .processes import any_process, is_first
+from .processes import any_process
 from .processor import Processor
+from .progress import Progress
 from .qformer import Blip2QFormerModel
 from .sharding import BATCH, named_mesh, on
 from .source import DEFAULT_MODEL, TOKENIZER_FILES, find_tokenizer, locate
@@ -232,16 +232,13 @@ def _make(
         noted_signals() as came,
         contextlib.closing(_embed(images, every, size, settings, mesh)) as parts,
         ThreadPoolExecutor(1) as writer,
-        tqdm(
-            desc="starting", total=_total(shards), unit="image", dynamic_ncols=True, disable=not is_first()
-        ) as progress,
+        Progress(_total(shards), "image") as progress,
     ):
         for path, some in batches.items():
             shard: list[Part] = []
             while len(shard) < len(some) and not came:
                 shard.append(next(parts))
-                progress.set_description(refresh=False)
-                progress.update(len(shard[-1].ids))
+                progress.advance(len(shard[-1].ids))
             if len(shard) < len(some):
                 break
             # Two shards are in memory at most, and the run ends where one cannot be written.

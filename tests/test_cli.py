@@ -90,7 +90,9 @@ main(["embed", {str(EXAMPLE_IMAGE)!r}, "--text", "dog"])
     assert done.returncode == 0, done.stderr
 
 
-def test_many_images_and_texts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_many_images_and_texts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = []
     for i in range(5):
         images.append(tmp_path / f"{i}.png")
@@ -98,7 +100,9 @@ def test_many_images_and_texts(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     texts = ["dog", "a red circle", "cat", "x", "a photo of a small blue square"]
     output = tmp_path / "new" / "all.npz"
     base = ["embed", *map(str, images), "--output", str(output)]
-    main([*base, "--text", *texts, "--batch-size", "2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        main([*base, "--text", *texts, "--batch-size", "2"])
     together = embeddings(output)["query_embeddings"]
     assert together.shape == (5, 8, 64)
     progress = capfd.readouterr().err

@@ -154,6 +154,24 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations and their samples too, which all processes compute."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    drawing = [sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"]
+    subprocess.run(drawing, check=True)
+    sizes = "--batch-size 8 --steps 2 --warmup 1 --max-text-length 12 --num-workers 0 --held-out 8 --dtype float32"
+    program, run = Path(sys.executable).with_name("flax-qformer"), tmp_path / "run"
+    command = [program, "train", "--data", tmp_path / "data", "--output", run, *sizes.split()]
+    processes = job(*command, "--distributed", "--mesh", "data=-1,fsdp=2")
+    told = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "step 2: images 8" in told[0]
+    assert "step" not in told[1].replace("train_step", "")  # the compiler may say that it is slow
+    (events,) = (run / "tensorboard").iterdir()
+    assert b"samples/attention" in events.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_job_embeds_what_one_process_does(tmp_path: Path) -> None:
     drawing = [sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)

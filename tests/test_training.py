@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import PIL.Image
 import pytest
 import yaml
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import flax_qformer as fq
 from conftest import same
@@ -34,7 +36,8 @@ from flax_qformer.convert.layouts import parameters
 from flax_qformer.pretraining import train
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.hashing import hashed
-from flax_qformer.pretraining.retrieval import Retrieval
+from flax_qformer.pretraining.retrieval import Found, Retrieval
+from flax_qformer.pretraining.samples import SIDE, Sampler
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, to_yaml
 
 BIN = Path(sys.executable).parent
@@ -490,6 +493,39 @@ def test_recall_is_what_brute_force_finds() -> None:
     assert not any("reranked" in name for name in retrieval.evaluate({}, examples(), rerank=0))
     with pytest.raises(fq.InputError, match="1 images are too few"):
         retrieval.evaluate({}, [(batch, 1) for batch, _ in list(examples())[:1]])
+    found = retrieval.search({}, examples(), rerank=6)
+    best = found.best_images(103, 4)  # its first text is the sixth
+    assert best == [100 + image for image in np.argsort(-reranked["text_to_image"][5])[:4]]
+
+
+# Samples
+
+
+def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tiny: Any, tmp_path: Path) -> None:
+    shutil.copytree(folder / "data", tmp_path / "data")
+    model, params = tiny
+    processor, mesh = fq.Processor.from_pretrained(folder / "model"), fq.make_mesh(data=1, fsdp=2)
+    source = pretraining.data.open_source(pretraining.data.DataSettings(str(tmp_path / "data")), "all")
+    (tmp_path / "data" / "1.png").write_bytes(b"broken")
+    ids = list(dict.fromkeys(source.image_ids.tolist()))
+    del ids[1]
+    found = Found({}, ids, ids, np.eye(len(ids)))
+    scanned = model.clone(config=model.config.scanned())
+    drawn = []
+    for one, tree in ((model, params), (scanned, fq.stack_layers(params))):
+        sampler = Sampler(one, processor, source, 3, 8, mesh)
+        drawn.append(sampler.draw(fq.shard_params(tree, mesh), found))
+    samples, other = drawn
+    assert samples is not None
+    assert samples.captions == other.captions
+    for name, picture in samples.pictures.items():
+        assert np.abs(picture - other.pictures[name].astype(int)).max() <= 1, name
+    # One image is broken; the others are in order, and of two captions the first counts.
+    assert [true for true, _ in samples.captions] == ["a red", "a blue", "a black"]
+    # The image, the mean of the three queries, and each of them.
+    assert samples.pictures["attention"].shape == (3 * SIDE, 5 * SIDE, 3)
+    shown = np.asarray(PIL.Image.open(folder / "data" / "2.png").resize((SIDE, SIDE)))
+    np.testing.assert_array_equal(samples.pictures["attention"][SIDE : 2 * SIDE, :SIDE], shown)
 
 
 # What the program reads
@@ -772,6 +808,23 @@ def uninterrupted(folder: Path, environment: dict[str, str]) -> tuple[Any, Any]:
     return result(folder / "whole")
 
 
+def shown_steps(run: Path, prefix: str) -> dict[str, list[int]]:
+    """The steps of each tag that TensorBoard shows: a resumed run discards what is later than its start."""
+    steps: dict[str, list[int]] = {}
+    for path in sorted((run / "tensorboard").iterdir(), key=lambda path: path.stat().st_ctime):
+        content = path.read_bytes()
+        while content:
+            # A record is its length, a checksum, an event, a checksum.
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                steps = {tag: [step for step in seen if step < event.step] for tag, seen in steps.items()}
+            for value in event.summary.value:
+                steps.setdefault(value.tag, []).append(event.step)
+    return {tag: seen for tag, seen in steps.items() if tag.startswith(prefix)}
+
+
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -807,10 +860,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     check_same(run, uninterrupted)
     figures, params = result(run)
     assert [line["step"] for line in figures] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 8]
+    assert shown_steps(run, "samples/") == {
+        name: [5, 8] for name in ("samples/attention", "samples/captions/text_summary", "samples/retrieved")
+    }
+    assert shown_steps(run, "loss") == {"loss": [1, 2, 3, 4, 5, 6, 7, 8]} | {
+        f"loss_{name}": [1, 2, 3, 4, 5, 6, 7, 8] for name in ("itc", "itm", "itg")
+    }
+    assert "8/8 steps: loss" in told
+    assert "step 8: images 3, texts" in told
+    assert "recall@10 of 3 images is always 1; hold out at least 100 images" in told
+    assert "\r" not in told
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"6", "6.json", "8", "8.json"}
     assert same(params["visual_encoder"], tiny[1]["visual_encoder"])
     assert not same(params["itm_head"], tiny[1]["itm_head"])
-    assert list((run / "tensorboard").iterdir())
 
 
 def test_checkpoints_are_whole_or_passed_over(
@@ -985,7 +1047,7 @@ def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, m
         train.Reports, "_check_finite", lambda _, number, __: number == 3 and signal.raise_signal(signal.SIGTERM)
     )
     evaluated: list[Any] = []
-    monkeypatch.setattr(Retrieval, "evaluate", lambda *_: evaluated.append(_) or {})
+    monkeypatch.setattr(Retrieval, "search", lambda *_: evaluated.append(_) or Found({}, [], [], np.zeros(0)))
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, program(folder, tmp_path / "run", "--num-workers", 0, "--evaluate-every", 3))))
     assert stop.value.code == 128 + signal.SIGTERM
@@ -999,7 +1061,7 @@ def test_a_step_is_told_of_while_the_next_one_runs(tmp_path: Path, monkeypatch: 
     told: list[int] = []
     log: Any = SimpleNamespace(write=lambda step, _: told.append(step))
     settings = TrainSettings(data="", output=str(tmp_path), model="", log_every=1)
-    reports = train.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.tqdm(disable=True))
+    reports = train.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.Progress(4, "step"))
     for number in (1, 2, 3):
         reports.add(train.Step(number, [{"loss": jnp.float32(0)}], 0, 0))
         assert told == list(range(1, number))

@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -188,7 +188,7 @@ class Batches:
 
 def evaluation_batches(
     source: Source, processor: Processor, settings: DataSettings
-) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
+) -> Generator[tuple[dict[str, np.ndarray], list[str]]]:
     """Every example once and in order, without augmentation; the pixels are the processor's.
 
     Of a list of captions the first is taken. What cannot be used is left out and logged.
@@ -343,7 +343,7 @@ def _prepare(
         return {"error": f"{row['name']} has no caption"}
     caption = captions[rng.integers(len(captions)) if rng else 0]
     try:
-        image = _open(row["image"], row["name"])
+        image = open_row(row["image"], row["name"])
         if rng and crop_scale != (1, 1):
             image = _random_crop(image, rng, crop_scale)
         pixels = image_processor(image)
@@ -361,7 +361,7 @@ def _decode(rows: range, *, images: Images, image_processor: ImageProcessor) -> 
     for place, row in enumerate(map(images.__getitem__, rows)):
         error = None
         try:
-            pixels[place] = image_processor(_open(row["image"], row["name"]))
+            pixels[place] = image_processor(open_row(row["image"], row["name"]))
         except Exception as caught:
             # Pillow's decoders raise whatever they meet in a broken file.
             error = str(caught) or repr(caught)
@@ -370,7 +370,8 @@ def _decode(rows: range, *, images: Images, image_processor: ImageProcessor) -> 
     return {"pixel_values": pixels, "id": ids, "error": errors}
 
 
-def _open(image: Any, name: str) -> PIL.Image.Image:
+def open_row(image: Any, name: str) -> PIL.Image.Image:
+    """Open what a row of a `Source` or of `Images` has as its image; `name` is what errors call it."""
     if isinstance(image, Mapping):
         image = image["bytes"] or image.get("path")
     if not image:

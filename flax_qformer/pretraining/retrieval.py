@@ -1,6 +1,8 @@
 """How well images and texts find each other: recall, plain and reranked by ITM."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,9 +12,51 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_qformer.errors import InputError
 from flax_qformer.pretraining.losses import similarities
 from flax_qformer.pretraining.model import Blip2ForPreTraining
+from flax_qformer.progress import Progress
 from flax_qformer.sharding import BATCH, on
 
+logger = logging.getLogger(__name__)
+
 RANKS = (1, 5, 10)
+
+ENOUGH_IMAGES = 10 * max(RANKS)
+"""Recall at k among N images is k / N by chance, and 1 whatever the model does where N is at most k. From this many
+images on, chance finds a tenth at most, and a recall measured on them has a standard error of at most 0.05."""
+
+
+def warn_of_few_images(count: int) -> None:
+    """Warn that recall says little where an evaluation has few images."""
+    if count < ENOUGH_IMAGES:
+        rank = max(RANKS)
+        logger.warning(
+            "recall@%d of %d images is %s; hold out at least %d images, and evaluate on them all",
+            rank,
+            count,
+            "always 1" if count <= rank else f"{rank / count:.2f} by chance",
+            ENOUGH_IMAGES,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an evaluation finds.
+
+    Attributes:
+      figures: recall by name, see `Retrieval.evaluate`.
+      image_ids: of the images, in the order of the scores.
+      text_ids: of each text, the id of its image.
+      text_to_image: (texts, images) scores, reranked if that was asked for.
+    """
+
+    figures: dict[str, float]
+    image_ids: list[int]
+    text_ids: list[int]
+    text_to_image: np.ndarray
+
+    def best_images(self, image_id: int, count: int) -> list[int]:
+        """Ids of the images that fit best to the first text of an image, the best first."""
+        scores = self.text_to_image[self.text_ids.index(image_id)]
+        return [self.image_ids[column] for column in np.argsort(-scores, kind="stable")[:count]]
 
 
 class Retrieval:
@@ -54,7 +98,14 @@ class Retrieval:
 
         Returns:
           Shares, as `text_to_image/recall@1`, `image_to_text/reranked_recall@5`, and the numbers of images and texts.
+
+        Raises:
+          InputError: there are fewer than two images.
         """
+        return self.search(params, batches, rerank).figures
+
+    def search(self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16) -> Found:
+        """As `evaluate`, with the scores that the recall is of."""
         states, images, texts, tokens = [], [], [], []
         image_ids: dict[int, None] = {}  # in the order of `images`
         text_ids: list[int] = []
@@ -99,7 +150,7 @@ class Retrieval:
             to_image = self._reranked(params, *arrays, scores.T, rerank, by_text=True)
             figures |= _recalls("image_to_text", to_text, belongs, "reranked_")
             figures |= _recalls("text_to_image", to_image, belongs.T, "reranked_")
-        return figures
+        return Found(figures, list(image_ids), text_ids, to_image if rerank else scores.T)
 
     def _place(self, *arrays: np.ndarray) -> Sequence[Any]:
         if self._split is None:
@@ -125,10 +176,12 @@ class Retrieval:
         image, text = (columns, rows) if by_text else (rows, columns)
         # In float32 the rest would lose its order.
         result = scores.astype(np.float64) - 1e6
-        for start in range(0, len(rows), self._batch_size):
-            chunk = np.arange(start, start + self._batch_size).clip(max=len(rows) - 1)
-            match = self._match(params, *self._place(states[image[chunk]], *tokens[:, text[chunk]]))
-            result[rows[chunk], columns[chunk]] = scores[rows[chunk], columns[chunk]] + np.asarray(match)
+        with Progress(len(rows), "pair", "reranking images" if by_text else "reranking texts") as progress:
+            for start in range(0, len(rows), self._batch_size):
+                chunk = np.arange(start, start + self._batch_size).clip(max=len(rows) - 1)
+                match = self._match(params, *self._place(states[image[chunk]], *tokens[:, text[chunk]]))
+                result[rows[chunk], columns[chunk]] = scores[rows[chunk], columns[chunk]] + np.asarray(match)
+                progress.advance(min(self._batch_size, len(rows) - start))
         return result
 
 

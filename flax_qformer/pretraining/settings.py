@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_qformer.errors import InputError
+from flax_qformer.pretraining.metrics import ReportTo
 from flax_qformer.pretraining.optimizer import OptimizerName
 from flax_qformer.pretraining.sources import DataSettings
 from flax_qformer.source import DEFAULT_MODEL
@@ -51,11 +52,13 @@ class TrainSettings(DataSettings):
       distributed: join the job's other processes, as jax.distributed.initialize finds them on Cloud TPU, GKE and Slurm;
         elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell.
       log_every: steps between lines of metrics.
+      report_to: where metrics and samples go beside metrics.jsonl: tensorboard, wandb (Weights & Biases), or both.
       save_every: steps between checkpoints.
       keep: newest checkpoints that are kept.
       evaluate_every: steps between evaluations on what is held out; 0 for one at the end.
       evaluate_on: how many examples at most.
       rerank: candidates that ITM orders anew in an evaluation; 0 for none.
+      samples: held-out images whose captions, retrieved images and attention maps each evaluation reports; 0 for none.
     """
 
     output: str
@@ -82,16 +85,18 @@ class TrainSettings(DataSettings):
     mesh: str = "data=-1"
     distributed: bool = False
     log_every: int = 10
+    report_to: tuple[ReportTo, ...] = ("tensorboard",)
     save_every: int = 500
     keep: int = 2
     evaluate_every: int = 0
     evaluate_on: int = 1000
     rerank: int = 16
+    samples: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_least(self, 1, ("steps", "accumulation", "log_every", "save_every", "keep"))
-        _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank"))
+        _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank", "samples"))
         # A pair alone has no negatives.
         _check_least(self, 2, ("batch_size", "evaluate_on"))
         if not 0 < self.learning_rate < float("inf"):

@@ -1,5 +1,6 @@
 """Captioned images, wherever they lie, as rows for random access."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -106,6 +107,10 @@ class Source:
             "caption": row[self.caption_column],
             "image_id": self.image_ids[index],
         }
+
+    def select(self, index: slice | np.ndarray) -> "Source":
+        """A part of the examples."""
+        return dataclasses.replace(self, chosen=self.chosen[index], image_ids=self.image_ids[index])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import math
 import shutil
@@ -18,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flax_qformer.checkpoint import as_dtype, check_heads, from_pretrained, initialise, save_pretrained
 from flax_qformer.compiler import compiler_options
@@ -28,23 +25,26 @@ from flax_qformer.errors import InputError
 from flax_qformer.memory import give_back, keep_memory
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.data import Batches, evaluation_batches, open_source
+from flax_qformer.pretraining.metrics import FOLDERS, METRICS, MetricsLogger, check_reporters
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 from flax_qformer.pretraining.optimizer import Selection, make_optimizer, make_schedule, select
-from flax_qformer.pretraining.retrieval import Retrieval
+from flax_qformer.pretraining.retrieval import Retrieval, warn_of_few_images
+from flax_qformer.pretraining.samples import Sampler
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, changed, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
 from flax_qformer.pretraining.step import TrainState, make_train_step
 from flax_qformer.processes import any_process, ask_all, is_first, of_all, wait_for_all
 from flax_qformer.processor import Processor
+from flax_qformer.progress import Progress
 from flax_qformer.sharding import batch_part, check_divides, named_mesh, shard_batch, shard_params
 from flax_qformer.source import locate
 from flax_qformer.stopping import Stopped, noted_signals
 from flax_qformer.surgery import stack_layers
-from flax_qformer.writing import check_space, new_file, writing
+from flax_qformer.writing import new_file, writing
 
 logger = logging.getLogger(__name__)
 
-SETTINGS, METRICS = "settings.yaml", "metrics.jsonl"
+SETTINGS = "settings.yaml"
 
 
 def train(settings: TrainSettings) -> str:
@@ -59,6 +59,7 @@ def train(settings: TrainSettings) -> str:
     """
     if settings.scan_layers is None:
         settings = dataclasses.replace(settings, scan_layers=jax.default_backend() != "cpu")
+    check_reporters(settings.report_to)
     output = Path(settings.output)
     checkpoints = Checkpoints(output / "checkpoints", settings.keep)
     _check_output(output, checkpoints, settings)
@@ -111,6 +112,9 @@ def train(settings: TrainSettings) -> str:
             compiler_options=compiler_options(),
         )
         retrieval = Retrieval(model, settings.batch_size, mesh)
+        sampler = None
+        if held_out is not None and settings.samples and settings.report_to:
+            sampler = Sampler(model, processor, held_out, settings.samples, settings.max_text_length, mesh)
 
         if any_process(bool(came)):
             raise Stopped(_first(came), "stopped before the run began; nothing was changed")
@@ -129,7 +133,7 @@ def train(settings: TrainSettings) -> str:
                     file.write(to_yaml(kept).encode())
         checkpoints.tidy(done)
         feed = Feed(run.enter_context(batches), mesh)
-        log = run.enter_context(Log(output, done))
+        log = run.enter_context(MetricsLogger(output, done, settings.report_to, dataclasses.asdict(kept)))
 
         def save() -> None:
             data = of_all(feed.state)
@@ -141,26 +145,22 @@ def train(settings: TrainSettings) -> str:
             if any_process(held_out is None or log.is_evaluated(done)):
                 return
             assert held_out is not None
-            examples = _examples(held_out, processor, settings, settings.evaluate_on)
+            examples = _examples(held_out, processor, settings)
             try:
-                log.write(done, retrieval.evaluate(state.averaged_params, examples, settings.rerank))
+                found = retrieval.search(state.averaged_params, examples, settings.rerank)
+                samples = sampler and sampler.draw(state.averaged_params, found)
+                log.write(done, found.figures)
+                if samples:
+                    log.show(done, samples)
+                figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures.items())
+                logger.info("step %d: %s", done, figures)
             except InputError as error:
                 if jax.process_count() > 1:  # the others are in the midst of it
                     raise
                 logger.warning("no evaluation: %s", error)
             give_back()
 
-        with (
-            logging_redirect_tqdm(),
-            tqdm(
-                desc="starting",
-                total=settings.steps,
-                initial=done,
-                unit="step",
-                dynamic_ncols=True,
-                disable=not is_first(),
-            ) as progress,
-        ):
+        with Progress(settings.steps, "step", initial=done, line_every=math.inf) as progress:
             reports = Reports(settings, rates, checkpoints, log, progress)
             is_asked = False
             while done < settings.steps and not is_asked:
@@ -205,9 +205,11 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
     model, params = from_pretrained(settings.model, as_dtype(settings.dtype), model_class=Blip2ForPreTraining)
     check_heads(model.config, settings.model)
     processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
-    source = open_source(settings, "all" if settings.everything else "held_out")
-    examples = _examples(source, processor, settings, settings.evaluate_on)
-    return Retrieval(model, settings.batch_size).evaluate(params, examples, settings.rerank)
+    source = open_source(settings, "all" if settings.everything else "held_out").select(slice(settings.evaluate_on))
+    examples = _examples(source, processor, settings)
+    figures = Retrieval(model, settings.batch_size).evaluate(params, examples, settings.rerank)
+    warn_of_few_images(int(figures["images"]))
+    return figures
 
 
 class Feed:
@@ -272,8 +274,8 @@ class Reports:
         settings: TrainSettings,
         rates: np.ndarray,
         checkpoints: Checkpoints,
-        log: "Log",
-        progress: tqdm,
+        log: MetricsLogger,
+        progress: Progress,
     ) -> None:
         self._settings, self._rates, self._checkpoints = settings, rates, checkpoints
         self._log, self._progress = log, progress
@@ -308,9 +310,7 @@ class Reports:
         figures = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
         self._check_finite(step.number, figures)
         self._timed += 1
-        self._progress.set_description(refresh=False)
-        self._progress.update()
-        settings = self._settings
+        settings, text = self._settings, ""
         if step.number % settings.log_every == 0 or step.number == settings.steps:
             now = time.perf_counter()
             step_time = (now - self._started) / self._timed
@@ -322,8 +322,9 @@ class Reports:
                 "skipped": step.skipped,
             }
             self._log.write(step.number, figures)
-            self._progress.set_postfix_str(_short(figures))
+            text = _short(figures)
             self._started, self._timed = now, 0
+        self._progress.advance(text=text)
 
     def _check_finite(self, number: int, figures: Mapping[str, float]) -> None:
         unfit = [name for name, value in figures.items() if not math.isfinite(value)]
@@ -332,66 +333,6 @@ class Reports:
             good = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
             clipping = "lower `clip_norm`" if self._settings.clip_norm else "set `clip_norm`"
             raise InputError(f"{unfit[0]} is not finite at step {number}; {good}; lower `learning_rate` or {clipping}")
-
-
-class Log:
-    """Figures of a run: `metrics.jsonl`, a line for each time, and TensorBoard's files."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        """Go on after a step: what comes after it will be written again, by the first process."""
-        from tensorboardX import SummaryWriter
-
-        self._folder, self._path = folder, folder / METRICS
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=is_first())
-        self._last: dict[str, float] = {}
-        self._evaluated: set[int] = set()
-        kept = []
-        for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
-            # The last one may have been cut off.
-            with contextlib.suppress(ValueError):
-                figures = json.loads(line)
-                if figures["step"] <= step:
-                    kept.append(line + "\n")
-                    self._note(**figures)
-        wait_for_all("read")
-        if is_first():
-            with new_file(self._path) as file:
-                file.write("".join(kept).encode())
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        self._note(step, **figures)
-        if not is_first():
-            return
-        try:
-            # TensorBoard's writer is a thread, which would end with a traceback.
-            check_space(self._folder, 0)
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-            for name, value in figures.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._path} ({error.strerror}); free space and run the same command again"
-            ) from None
-
-    def is_evaluated(self, step: int) -> bool:
-        return step in self._evaluated
-
-    def last(self) -> str:
-        """The last figures, a line each."""
-        return "".join(f"\n  {name}: {value:g}" for name, value in self._last.items())
-
-    def _note(self, step: int, **figures: float) -> None:
-        self._last = figures
-        if "images" in figures:
-            self._evaluated.add(step)
 
 
 def _first(came: Sequence[int]) -> int:
@@ -443,7 +384,7 @@ def _begun(output: Path, overwrite: bool) -> Iterator[None]:
         except OSError:
             logger.warning("%s is on a disk without locks: let no two programs train in it", output)
         if overwrite:
-            for name in ("checkpoints", "tensorboard", "model"):
+            for name in ("checkpoints", *FOLDERS, "model"):
                 shutil.rmtree(output / name, ignore_errors=True)
             (output / METRICS).unlink(missing_ok=True)
         yield
@@ -487,22 +428,26 @@ def _trained(params: Mapping[str, Any], train: Selection) -> set[str]:
 
 def _open_held_out(settings: TrainSettings) -> Source | None:
     try:
-        source = open_source(settings, "held_out")
+        source = open_source(settings, "held_out").select(slice(settings.evaluate_on))
     except InputError as error:
         logger.warning("no evaluation: %s", error)
         return None
-    if len(np.unique(source.image_ids)) < 2:
+    images = len(np.unique(source.image_ids))
+    if images < 2:
         logger.warning("no evaluation: fewer than two images are held out")
         return None
+    if is_first():
+        warn_of_few_images(images)
     return source
 
 
 def _examples(
-    source: Source, processor: Processor, settings: DataSettings, limit: int
+    source: Source, processor: Processor, settings: DataSettings
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    source = dataclasses.replace(source, chosen=source.chosen[:limit], image_ids=source.image_ids[:limit])
-    for batch, captions in evaluation_batches(source, processor, settings):
-        yield batch, len(captions)
+    with Progress(len(source), "example", "evaluating") as progress:
+        for batch, captions in evaluation_batches(source, processor, settings):
+            yield batch, len(captions)
+            progress.advance(len(captions))
 
 
 def _short(figures: dict[str, float]) -> str:

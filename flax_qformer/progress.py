@@ -1,0 +1,86 @@
+"""Progress of a command on standard error: a bar on a terminal, otherwise plain log lines.
+
+Progress is information: it shows where the package's logger is at INFO, so neither under `--quiet` nor in the second
+process of a job.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+logger = logging.getLogger(__name__)
+
+LINE_EVERY = 60.0
+"""Seconds between plain lines: a short command writes none, a night of work a few hundred."""
+
+
+class Progress:
+    """Counts what is done; use it in a `with` block. Log lines make way for the bar while it stands."""
+
+    def __init__(
+        self, total: int, unit: str, name: str = "", *, initial: int = 0, line_every: float = LINE_EVERY
+    ) -> None:
+        """Show nothing yet.
+
+        Args:
+          total: how many units there are in all.
+          unit: one of them, such as "image".
+          name: what is done, if the command does several things.
+          initial: units that an earlier run did.
+          line_every: seconds between plain lines; `math.inf` leaves the lines that `advance` has a text for.
+        """
+        self._total, self._unit, self._name, self._done = total, unit, name, initial
+        self._line_every, self._rate_from = line_every, initial
+        self._shown = logger.isEnabledFor(logging.INFO)
+        self._is_bar = self._shown and sys.stderr.isatty()
+        self._open = contextlib.ExitStack()
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._is_bar:
+            # leave=None: a bar inside another one goes when it is full.
+            bar = tqdm(
+                desc="starting", total=self._total, initial=self._done, unit=self._unit, dynamic_ncols=True, leave=None
+            )
+            self._open.enter_context(logging_redirect_tqdm())
+            self._bar = self._open.enter_context(bar)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def advance(self, count: int = 1, text: str = "") -> None:
+        """Count more units as done; a text, such as the losses so far, is shown at once."""
+        self._done += count
+        if self._is_bar:
+            self._bar.set_description(self._name, refresh=False)
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if self._shown and (text or now - self._last_line >= self._line_every):
+            rate = (self._done - self._rate_from) / max(now - self._started, 1e-9)
+            logger.info(
+                "%s%d/%d %ss: %s",
+                self._name and f"{self._name} ",
+                self._done,
+                self._total,
+                self._unit,
+                text or f"{rate:.3g} {self._unit}s/s",
+            )
+            self._last_line = now
+
+
+def print_line(text: str) -> None:
+    """Print a result on standard output while progress is shown.
+
+    The bar makes way for it, and the line is flushed whole: nothing gets into it where both streams are one file.
+    """
+    tqdm.write(text)
+    sys.stdout.flush()
