@@ -266,7 +266,7 @@ def test_cached_keys_and_values_continue_a_text(one: Case) -> None:
     with pytest.raises(fq.InputError, match="`use_cache` is for an image"):
         model.apply(variables, None, ids, use_cache=True)
     past = jax.eval_shape(lambda: model.apply(variables, one.pixels, use_cache=True)).past_key_values
-    with pytest.raises(fq.InputError, match=f"{batch} rows of past_key_values and 1 texts"):
+    with pytest.raises(fq.InputError, match=f"{batch} rows of `past_key_values` and 1 texts"):
         jax.eval_shape(lambda past: model.apply(variables, None, ids[:1], past_key_values=past), past)
 
 
