@@ -85,8 +85,7 @@ def convert(
     check_shapes(
         {name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted}
     )
-    if "lm_head" in parts:
-        _check_tied(tensors, layout)
+    _check_tied(tensors, layout)
     pairs = [(parameter, tensors[stored[parameter.name][0]]) for parameter in wanted]
     _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
 

@@ -127,7 +127,10 @@ def from_pretrained(
         raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(CLASSES)}")
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
-    loaded = _load(locate(path_or_hub_id), model_class, config, kept, allow_non_finite, place)
+    loaded = _load(_located(path_or_hub_id, config), model_class, config, kept, allow_non_finite, place)
+    besides = sorted(set(map(_rule, loaded.left_out)) - {POSITIONS, TIED_DECODER})
+    if besides:
+        log.info("%s: left out %s, which are other parts of BLIP-Diffusion or CLIP", path_or_hub_id, ", ".join(besides))
     if mesh is not None:
         here, whole = held_bytes(loaded.params)
         log.info("the devices here hold %.1f of %.1f MB of parameters", here / 1e6, whole / 1e6)
@@ -183,8 +186,7 @@ def save_pretrained(
     params = unstack_layers(params)
     shapes = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
     _check(shapes, model.config, type(model))
-    new = tuple((name, kind) for name, kind in model.config.newly_initialised if _is_new(name, params))
-    config = replace(model.config, newly_initialised=new)
+    config = _with_trained(model.config, params)
     with new_folder(Path(path), overwrite) if is_first() else contextlib.nullcontext("") as folder:
         folder = Path(from_first(str(folder)))
         if is_first():
@@ -224,7 +226,7 @@ def convert_checkpoint(
     """
     check_absent(Path(destination), overwrite)
     check_apart(Path(source), Path(destination))
-    found = locate(source)
+    found = _located(source, config)
     loaded = _load(found, None, config, None if dtype is None else as_dtype(dtype), allow_non_finite)
     settings, notes = _settings(found, loaded, tokenizer)
     with new_folder(Path(destination), overwrite) as folder:
@@ -258,12 +260,12 @@ def export_checkpoint(
     """
     check_absent(Path(destination), overwrite)
     check_apart(Path(source), Path(destination))
-    found = locate(source)
+    found = _located(source, None)
     loaded = _load(found, None, None, None, allow_non_finite=True)
     if layout is None:
         layout = "lavis" if loaded.model_class is Blip2ForPreTraining else "diffusers"
     if layout == "diffusers":
-        loaded = _completed(replace(loaded, model_class=Blip2QFormerModel))
+        loaded = _completed(replace(loaded, model_class=Blip2QFormerModel), loaded.params["query_tokens"].dtype)
     settings, notes = _settings(found, loaded, None)
     tensors = export(loaded.params, loaded.config, layout)
     with new_folder(Path(destination), overwrite) as folder:
@@ -275,10 +277,14 @@ def export_checkpoint(
     return f"{loaded.summary()}; wrote {destination}{notes}"
 
 
-def check_heads(config: Blip2Config, name: str) -> None:
-    """Raise InputError where heads of a stage-1 model come from no checkpoint and were not trained."""
+def check_heads(config: Blip2Config, name: str, *heads: str) -> None:
+    """Raise InputError where one of these heads comes from no checkpoint and was not trained; it names all such heads.
+
+    Args:
+      name: of the model, for the message.
+    """
     missing = [part for part, _ in config.newly_initialised if part in Blip2ForPreTraining.parts]
-    if missing:
+    if not set(heads).isdisjoint(missing):
         raise InputError(
             f"{name} has no trained {', '.join(missing)}; train them (flax-qformer train), or name a stage-1 model"
         )
@@ -323,11 +329,14 @@ class _Loaded:
         return "newly initialised: " + ", ".join(map(": ".join, self.config.newly_initialised))
 
 
+POSITIONS, TIED_DECODER = "position_ids", "tied decoder.weight"
+
+
 def _rule(name: str) -> str:
-    """What a tensor is that a rule leaves out: a constant, a copy, or another part of BLIP-Diffusion."""
+    """What a tensor is that a rule leaves out: a constant, a copy, or another part of BLIP-Diffusion or CLIP."""
     if name.endswith("position_ids"):
-        return "position_ids"
-    return "tied decoder.weight" if name.endswith("decoder.weight") else name.removeprefix("blip.").split(".")[0]
+        return POSITIONS
+    return TIED_DECODER if name.endswith("decoder.weight") else name.removeprefix("blip.").split(".")[0]
 
 
 def _load(
@@ -339,8 +348,6 @@ def _load(
     place: Place | None = None,
 ) -> _Loaded:
     """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
-    if config is None:
-        _check_architecture(source)
     if source.params:
         loaded = _load_ours(source, model_class, _config(source, config), dtype, allow_non_finite, place)
     elif source.weights:
@@ -372,13 +379,30 @@ def _with_new(config: Blip2Config, names: Iterable[str]) -> Blip2Config:
     return replace(config, newly_initialised=tuple((dict(config.newly_initialised) | new).items()))
 
 
-def _is_new(name: str, params: Mapping[str, Any]) -> bool:
-    """Whether a module that was newly initialised has not been trained: the first step moves biases from zero."""
-    if name == "temp":
-        return bool(params[name] == jnp.asarray(TEMPERATURE, params[name].dtype))
-    # The queries have no bias, and are trained with the layers.
-    module = flatten_dict(params.get("encoder" if name == "query_tokens" else name, {}))
-    return bool(module) and not any(jnp.any(leaf) for path, leaf in module.items() if path[-1] == "bias")
+def _with_trained(config: Blip2Config, params: Mapping[str, Any]) -> Blip2Config:
+    """The config, in which modules that have left their initial values are no longer recorded as newly initialised."""
+    trained = set()
+    for model_class in CLASSES.values():
+        names = [name for name, _ in config.newly_initialised if name in model_class.parts and name in params]
+        initial = _initial(model_class, config, names) if names else {}
+        for name in names:
+            pairs = zip(jax.tree.leaves(params[name]), jax.tree.leaves(initial[name]), strict=True)
+            if not all(_is_close(leaf, np.asarray(first)) for leaf, first in pairs):
+                trained.add(name)
+    return replace(config, newly_initialised=tuple(pair for pair in config.newly_initialised if pair[0] not in trained))
+
+
+def _is_close(leaf: Any, first: np.ndarray) -> bool:
+    """Whether a parameter has its initial value, up to the rounding of its dtype."""
+    error = jnp.abs(leaf.astype(jnp.float32) - first)
+    return bool((error <= 1e-8 + 4 * jnp.finfo(leaf.dtype).eps * np.abs(first)).all())
+
+
+def _located(name: str | os.PathLike[str], config: object) -> Source:
+    """The files of a model. Before weights are downloaded, its config shows whether it is one of these models."""
+    if config is None:
+        _check_architecture(locate(name, weights=False))
+    return locate(name)
 
 
 def _check_architecture(source: Source) -> None:
@@ -416,14 +440,16 @@ def _load_pytorch(
     used = (BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION) if assumed else _config(source, config)
     # A module that is missing as a whole is initialised later; a checkpoint without any is not one of these models.
     wanted = [] if parts else model_class.parts
+    beside: list[str] = []
     if layout == "lavis" and not any("visual_encoder." in name for name in tensors):
-        tensors |= _lavis_tower(source, used)
+        tower, beside = _lavis_tower(source, used)
+        tensors |= tower
     try:
         params, left_out = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place)
     except InputError as error:
         about = "; the published geometry is assumed; `config=FILE` takes another"
         raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
-    return _Loaded(model_class, used, params, layout, left_out)
+    return _Loaded(model_class, used, params, layout, left_out + beside)
 
 
 def _initial(
@@ -452,18 +478,22 @@ def _open(path: Path) -> dict[str, StoredTensor]:
     return {f"proj_layer.{name}": t for name, t in tensors.items()} if path.parent.name == "proj_layer" else tensors
 
 
-def _lavis_tower(source: Source, config: Blip2Config) -> dict[str, StoredTensor]:
-    """The vision tower, from LAVIS's own file of it: its checkpoints leave out what was frozen."""
+def _lavis_tower(source: Source, config: Blip2Config) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The vision tower, from LAVIS's own file of it: its checkpoints leave out what was frozen.
+
+    Returns:
+      The tower's tensors, and the names of the others: CLIP's last block and projection.
+    """
     file = source.weights[0].with_name(LAVIS_TOWER)
     if not file.is_file():
         raise InputError(
             f"{source.name} has no vision tower, which LAVIS leaves out where it was frozen; put LAVIS's {LAVIS_TOWER} "
             "beside it"
         )
-    # The file has CLIP's last block and projection as well.
     wanted = {parameter.name for parameter in parameters(config, "lavis", [])}
     tower = {f"visual_encoder.{name}": tensor for name, tensor in open_tensors(file).items()}
-    return {name: tensor for name, tensor in tower.items() if name in wanted}
+    used = {name: tensor for name, tensor in tower.items() if name in wanted}
+    return used, [f"{LAVIS_TOWER.removesuffix('.pth')}.{name}" for name in tower.keys() - used.keys()]
 
 
 def _config(source: Source, config: str | os.PathLike[str] | Blip2Config | None) -> Blip2Config:

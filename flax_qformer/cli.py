@@ -243,7 +243,7 @@ def push(options: argparse.Namespace) -> None:
 def caption(options: argparse.Namespace) -> None:
     if not options.nucleus and (options.top_p is not None or options.seed is not None):
         raise InputError("--top-p and --seed are for --nucleus, which draws words; add it, or leave them out")
-    model, params, processor = _load(options, Blip2ForPreTraining)
+    model, params, processor = _load(options, Blip2ForPreTraining, "lm_head")
     end = processor.tokenizer.sep_token_id
     max_length = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
     if options.min_length > max_length:
@@ -275,7 +275,7 @@ def caption(options: argparse.Namespace) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    model, params, processor = _load(options, Blip2ForPreTraining)
+    model, params, processor = _load(options, Blip2ForPreTraining, "vision_proj", "text_proj")
     tokens = processor(text=options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
     apply: Any = model.apply
     variables = {"params": params}
@@ -357,11 +357,13 @@ def plan(options: argparse.Namespace) -> None:
     print(_with_options(text, options))
 
 
-def _load(options: argparse.Namespace, model_class: type[Model]) -> tuple[Model, dict[str, Any], Processor]:
+def _load(
+    options: argparse.Namespace, model_class: type[Model], *heads: str
+) -> tuple[Model, dict[str, Any], Processor]:
+    """The model, whose heads of these names must be trained, its parameters and its processor."""
     dtype = as_dtype(options.dtype)
     model, params = from_pretrained(options.model, dtype, model_class=model_class, config=options.config)
-    if model_class is Blip2ForPreTraining:
-        check_heads(model.config, options.model)
+    check_heads(model.config, options.model, *heads)
     return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
 
 

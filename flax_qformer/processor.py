@@ -281,7 +281,8 @@ class Processor:
         if max_length is not None:
             if max_length > longest:
                 raise InputError(
-                    f"`max_length` (in training `max_text_length`) is {max_length}; the model reads at most {longest}"
+                    f"texts of {max_length} tokens are asked for, by `max_length` or, in training, `max_text_length`; "
+                    f"the model reads at most {longest}"
                 )
             truncate, longest = True, max_length
         limit = longest if truncate else None

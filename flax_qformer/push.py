@@ -23,7 +23,7 @@ MODEL_FILES = [
 ]
 """Patterns of the files that belong to a model; `*` also matches slashes."""
 
-TEXT_SETTINGS = ("train", "dtype", "mesh")
+TEXT_SETTINGS = ("train", "optimizer", "dtype", "mesh")
 """The card shows these settings although they are texts. Other texts can be paths or private names."""
 
 
@@ -189,6 +189,8 @@ def _description(path: Path) -> str:
 
 def _shown(name: str, value: Any) -> str | None:
     """The text of a setting, if it is a number or is known to hold nothing private."""
+    if name == "group_learning_rates":
+        return ", ".join(f"{group} {rate:g}" for group, rate in value.items()) or None
     items = value if isinstance(value, list) else [value]
     is_shown = name in TEXT_SETTINGS or all(isinstance(item, int | float) for item in items)
     return " ".join(map(str, items)) if is_shown else None
@@ -208,4 +210,5 @@ def _last_metrics(path: Path) -> list[tuple[str, str, str]]:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *escaped))

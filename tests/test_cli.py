@@ -80,7 +80,6 @@ def test_no_pytorch_is_needed(tmp_path: Path) -> None:
     """Nor what training and pictures need, before they are used."""
     program = f"""
 import sys
-import textwrap
 for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tyro", "tensorboardX"):
     sys.modules[name] = None
 from flax_qformer.cli import main

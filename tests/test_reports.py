@@ -109,7 +109,7 @@ def Table(columns, data): return data
 class Run:
     def define_metric(self, *names, **details): calls.append((names, details))
     def log(self, figures): calls.append(figures)
-    def finish(self): calls.append("finished")
+    def finish(self, exit_code=0): calls.append("finished")
 def init(**details):
     if details["config"].get("fails"): raise Error("no key\\nmore")
     calls.append(details)

@@ -16,6 +16,7 @@ from flax_qformer.cli import main
 from flax_qformer.convert.layouts import PARTS, Layout, parameters
 from flax_qformer.pretraining.checkpoints import Checkpoints
 
+SPLIT = ("--mesh", "fsdp=2", "--scan-layers", "True")
 CONFIG = fq.Blip2Config.from_dict(
     {
         "vision_config": {
@@ -99,8 +100,10 @@ def check_bytes(exported: Path, source: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "parts", "more"),
     [
-        ("diffusers", ("proj_layer",), ["--train", "all"]),
-        ("lavis", tuple(PARTS), ["--mesh", "fsdp=2", "--scan-layers", "True", "--train", "qformer", "proj_layer"]),
+        ("lavis", tuple(PARTS), [*SPLIT, "--train", "qformer", "proj_layer"]),
+        pytest.param("lavis", tuple(PARTS), ["--train", "all"], marks=pytest.mark.slow),
+        pytest.param("diffusers", ("proj_layer",), ["--train", "all"], marks=pytest.mark.slow),
+        pytest.param("diffusers", ("proj_layer",), [*SPLIT, "--train", "all"], marks=pytest.mark.slow),
     ],
 )
 def test_training_too_slow_to_change_anything_returns_every_tensor(

@@ -3,12 +3,15 @@
 from flax_qformer.pretraining.lora import add_lora, load_lora, merge_lora, save_lora
 from flax_qformer.pretraining.losses import similarities
 from flax_qformer.pretraining.model import Blip2ForPreTraining, PreTrainingOutput
-from flax_qformer.pretraining.optimizer import make_optimizer, make_schedule, merge, partition
-from flax_qformer.pretraining.step import TrainState, make_train_step, pretraining_loss
+from flax_qformer.pretraining.optimizer import Rate, Selection, make_optimizer, make_schedule, merge, partition
+from flax_qformer.pretraining.step import Loss, TrainState, make_train_step, pretraining_loss
 
 __all__ = [
     "Blip2ForPreTraining",
+    "Loss",
     "PreTrainingOutput",
+    "Rate",
+    "Selection",
     "TrainState",
     "add_lora",
     "load_lora",

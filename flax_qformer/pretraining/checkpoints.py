@@ -158,7 +158,7 @@ class Checkpoints:
         was, now = manifest["arrays"], _forms(state)
         # Earlier versions saved no frozen parameters that the losses do not read: these are as the model has them.
         now = {name: form for name, form in now.items() if name in was or not name.startswith("frozen.")}
-        other = sorted(name for name in was | now if was.get(name) != now.get(name))
+        other = sorted(name for name in was | now if _differ(name, was.get(name), now.get(name)))
         if other:
             name = other[0]
             raise InputError(
@@ -182,6 +182,13 @@ def _named(state: Any) -> dict[str, jax.Array]:
 def _forms(state: Any) -> dict[str, str]:
     """Type and shape of each array, as in float32[8, 16]."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(state).items()}
+
+
+def _differ(name: str, was: str | None, now: str | None) -> bool:
+    """Whether a saved array cannot become one of the state. Earlier versions saved frozen ones as float32."""
+    if was and now and name.startswith("frozen."):
+        return was.partition("[")[2] != now.partition("[")[2]
+    return was != now
 
 
 def _sum_of(content: Any) -> int:

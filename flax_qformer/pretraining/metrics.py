@@ -45,7 +45,7 @@ class Reporter(Protocol):
 
     def show(self, step: int, samples: Samples) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
@@ -70,7 +70,7 @@ class TensorBoard:
             self._writer.add_image(f"samples/{name}", picture, step, dataformats="HWC")
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -115,8 +115,8 @@ class WeightsAndBiases:
         captions = self._wandb.Table(columns=["true caption", "written caption"], data=samples.captions)
         self._run.log({"step": step, "samples/captions": captions, **pictures})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 REPORTERS: dict[ReportTo, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
@@ -164,9 +164,9 @@ class MetricsLogger:
     def __enter__(self) -> "MetricsLogger":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for reporter in self._reporters:
-            reporter.close()
+            reporter.close(failed=kind is not None)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self._note(step, **figures)

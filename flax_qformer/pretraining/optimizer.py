@@ -161,9 +161,12 @@ def _rate_names(params: Any, names: list[str], labels: Mapping[str, Any] | Calla
     without = [path for path in paths if named.get(path) not in names]
     if without:
         raise InputError(
-            f"{len(without)} trained parameters have no learning rate, {without[0]} among them; add one, such as that "
-            'of "all"'
+            f"{len(without)} trained parameters have no learning rate, {without[0]} among them; add one for them, or "
+            "for all"
         )
+    unused = [name for name in names if name != "all" and name not in named.values()]
+    if unused:
+        raise InputError(f"the learning rate of {unused[0]} is for no trained parameter; leave it out, or train more")
     return unflatten_dict(named, sep="/")
 
 

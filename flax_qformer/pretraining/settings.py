@@ -23,7 +23,7 @@ class TrainSettings(DataSettings):
     Attributes:
       output: folder of the run: its checkpoints, metrics.jsonl, TensorBoard's files, and in the end `model`.
       model: what to start from: a folder, checkpoint file or hub id; from a folder with a config.json and a tokenizer
-        but no weights, all is drawn afresh.
+        but no weights, all parameters are randomly initialised.
       tokenizer: folder or hub id, where the checkpoint brings none.
       overwrite: start anew, in place of the run that is in the folder.
       train: what is trained: vision, qformer, heads, all, or regular expressions of paths such as
@@ -34,9 +34,9 @@ class TrainSettings(DataSettings):
       group_learning_rates: other learning rates, each after the group or regular expression that it is for, such as
         vision 1e-5 crossattention 2e-4; the first that fits a parameter holds.
       warmup: steps until the highest learning rate.
-      weight_decay: AdamW's; none on biases, LayerNorms and the temperature.
-      b1: AdamW's decay of the first moment.
-      b2: AdamW's decay of the second moment.
+      weight_decay: decoupled from the gradient; none on biases, LayerNorms and the temperature.
+      b1: decay of the first moment of adamw and lion, and sgd's momentum; adafactor has none.
+      b2: decay of the second moment of adamw and lion.
       clip_norm: longest gradient; 0 switches clipping off.
       layer_decay: each layer's learning rate is this times that of the layer above.
       accumulation: batches whose gradients are averaged for one step; each is contrasted by itself.
@@ -184,7 +184,7 @@ def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list | dict):
             parts = value if isinstance(value, list) else [part for pair in value.items() for part in pair]
-            arguments += [f"--{flag}", *map(str, parts)] if parts else []
+            arguments += [f"--{flag}", *map(str, parts)]
         else:
             arguments.append(f"--{flag}={value}")
     return arguments

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
@@ -63,8 +64,17 @@ class TrainState:
           train: what is trained, see `Selection`; the rest stays frozen.
           ema: keep a moving average, see `make_train_step`.
           seed: of dropout and negatives.
+
+        Raises:
+          InputError: the selection fits nothing, or selects parameters in float16.
         """
         trained, frozen = partition(params, train)
+        half = [path for path, leaf in flatten_dict(trained, sep="/").items() if leaf.dtype == jnp.float16]
+        if half:
+            raise InputError(
+                f"{len(half)} trained parameters are float16, {half[0]} among them, which is too coarse for updates; "
+                "load them with `param_dtype=float32`"
+            )
         return cls(
             trained=trained,
             frozen=frozen,

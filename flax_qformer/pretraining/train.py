@@ -21,14 +21,14 @@ from jax.sharding import Mesh
 from flax_qformer.checkpoint import as_dtype, check_heads, from_pretrained, initialise, save_pretrained
 from flax_qformer.compiler import compiler_options
 from flax_qformer.convert.layouts import PARTS
-from flax_qformer.errors import InputError
+from flax_qformer.errors import InputError, first_line
 from flax_qformer.memory import give_back, keep_memory
 from flax_qformer.pretraining.checkpoints import Checkpoints
 from flax_qformer.pretraining.data import Batches, evaluation_batches, open_source
 from flax_qformer.pretraining.metrics import FOLDERS, METRICS, MetricsLogger, check_reporters
 from flax_qformer.pretraining.model import Blip2ForPreTraining
 from flax_qformer.pretraining.optimizer import Selection, make_optimizer, make_schedule, select
-from flax_qformer.pretraining.retrieval import Retrieval, warn_of_few_images
+from flax_qformer.pretraining.retrieval import Found, Retrieval, warn_of_few_images
 from flax_qformer.pretraining.samples import Sampler
 from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, changed, check_resumable, to_yaml
 from flax_qformer.pretraining.sources import DataSettings, Source
@@ -86,7 +86,7 @@ def train(settings: TrainSettings) -> str:
         }
         optimizer = make_optimizer(
             model.config,
-            schedules | {"all": schedule} if schedules else schedule,
+            {**schedules, "all": schedules.get("all", schedule)} if schedules else schedule,
             optimizer=settings.optimizer,
             weight_decay=settings.weight_decay,
             b1=settings.b1,
@@ -148,16 +148,16 @@ def train(settings: TrainSettings) -> str:
             examples = _examples(held_out, processor, settings)
             try:
                 found = retrieval.search(state.averaged_params, examples, settings.rerank)
-                samples = sampler and sampler.draw(state.averaged_params, found)
-                log.write(done, found.figures)
-                if samples:
-                    log.show(done, samples)
-                figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures.items())
-                logger.info("step %d: %s", done, figures)
             except InputError as error:
                 if jax.process_count() > 1:  # the others are in the midst of it
                     raise
                 logger.warning("no evaluation: %s", error)
+                return
+            log.write(done, found.figures)
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures.items())
+            logger.info("step %d: %s", done, figures)
+            if sampler:
+                _show_samples(sampler, state.averaged_params, found, log, done)
             give_back()
 
         with Progress(settings.steps, "step", initial=done, line_every=math.inf) as progress:
@@ -192,6 +192,10 @@ def train(settings: TrainSettings) -> str:
                 again = "the same command without `overwrite=True`" if settings.overwrite else "the same command"
                 raise Stopped(_first(came), f"stopped after step {done}, which is saved; {again} goes on from there")
             evaluate()
+    # Modules that belong to one class alone are compared with their initial values when they are saved.
+    trained_modules = {path.split("/")[0] for path in trained} - PARTS.keys()
+    new = [(name, kind) for name, kind in model.config.newly_initialised if name not in trained_modules]
+    model = model.clone(config=dataclasses.replace(model.config, newly_initialised=tuple(new)))
     save_pretrained(output / "model", model, state.averaged_params, processor, overwrite=True)
     return f"trained {done} steps, {feed.state['skipped']} examples skipped; wrote {output / 'model'}{log.last()}"
 
@@ -203,7 +207,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
       InputError: a setting, the data or the model is unfit.
     """
     model, params = from_pretrained(settings.model, as_dtype(settings.dtype), model_class=Blip2ForPreTraining)
-    check_heads(model.config, settings.model)
+    heads = ("vision_proj", "text_proj", "itm_head") if settings.rerank else ("vision_proj", "text_proj")
+    check_heads(model.config, settings.model, *heads)
     processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
     source = open_source(settings, "all" if settings.everything else "held_out").select(slice(settings.evaluate_on))
     examples = _examples(source, processor, settings)
@@ -415,7 +420,7 @@ def _load(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dic
 
 
 def _trained(params: Mapping[str, Any], train: Selection) -> set[str]:
-    """The paths of what is trained: of what is selected, all that the losses read."""
+    """The paths of the trained parameters: the selected ones that the losses read."""
     selected = select(params, train)
     unread = {path.split("/")[0] for path in selected} & (PARTS.keys() - set(Blip2ForPreTraining.parts))
     trained = {path for path in selected if path.split("/")[0] not in unread}
@@ -424,6 +429,18 @@ def _trained(params: Mapping[str, Any], train: Selection) -> set[str]:
     if unread:
         logger.info("%s stays frozen: the stage-1 losses do not read it", ", ".join(unread))
     return trained
+
+
+def _show_samples(sampler: Sampler, params: Any, found: Found, log: MetricsLogger, step: int) -> None:
+    """Log samples of an evaluation; a run goes on without them where they cannot be drawn."""
+    try:
+        samples = sampler.draw(params, found)
+        if samples:
+            log.show(step, samples)
+    except (InputError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() > 1:  # the others wait for this one
+            raise
+        logger.warning("no samples: %s", first_line(error))
 
 
 def _open_held_out(settings: TrainSettings) -> Source | None:
