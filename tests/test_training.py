@@ -648,13 +648,11 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
                 if field.type is not bool
                 else text.index(f"--{field.name.replace('_', '-')},")
             )
-            about = text[start:].partition(")" if field.default is not dataclasses.MISSING else "(required)")
-            default = field.default
-            if default is dataclasses.MISSING:
-                assert about[1]
-            else:
-                shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-                assert f"(default: {shown})" in text[start:].replace("- ", "-"), field.name
+            about = text[start:].replace("- ", "-")
+            is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            default = {} if field.default is dataclasses.MISSING else field.default
+            shown = " ".join(map(str, default)) if isinstance(default, tuple | dict) else str(default)
+            assert ("(required)" if is_required else f"(default: {shown})") in about, field.name
 
 
 @pytest.mark.parametrize(
