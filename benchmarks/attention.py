@@ -14,9 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flax_qformer.attention import attention_without_keys, dot_product_attention
-from flax_qformer.config import BLIP_DIFFUSION
-from flax_qformer.layers import Dense
+from flax_qformer.models.attention import attention_without_keys, dot_product_attention
+from flax_qformer.models.config import BLIP_DIFFUSION
+from flax_qformer.models.layers import Dense
 from side_by_side import in_turn, seconds
 
 VISION, QFORMER = BLIP_DIFFUSION.vision_config, BLIP_DIFFUSION.qformer_config

@@ -14,10 +14,9 @@ import jax
 import numpy as np
 
 import flax_qformer as fq
-from flax_qformer.checkpoint import initialise
-from flax_qformer.compiler import compiler_options
-from flax_qformer.memory import give_back, keep_memory, share_heap
-from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step
+from flax_qformer.checkpoints.loading import initialise
+from flax_qformer.compilation import compiler_options, give_back, keep_memory, share_heap
+from flax_qformer.training import TrainState, make_optimizer, make_train_step
 
 
 def main() -> None:

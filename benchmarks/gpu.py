@@ -20,7 +20,7 @@ os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 import jax
 
 import flax_qformer as fq
-from flax_qformer.config import BLIP_DIFFUSION
+from flax_qformer.models.config import BLIP_DIFFUSION
 from forward import Bench
 from side_by_side import times_faster
 

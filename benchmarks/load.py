@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from flax_qformer.config import BLIP_DIFFUSION
-from flax_qformer.source import DEFAULT_MODEL
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.models.config import BLIP_DIFFUSION
 from side_by_side import write_model
 
 OURS = """

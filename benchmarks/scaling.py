@@ -17,8 +17,8 @@ import jax
 import matplotlib.pyplot as plt
 
 import flax_qformer as fq
-from flax_qformer.compiler import compiler_options
-from flax_qformer.config import BLIP_DIFFUSION
+from flax_qformer.compilation import compiler_options
+from flax_qformer.models.config import BLIP_DIFFUSION
 from side_by_side import draw_batch, operations, seconds, write_model
 
 BATCH, TEXT, IMAGE = 1, 16, 224

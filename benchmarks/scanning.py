@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 import flax_qformer as fq
-from flax_qformer.config import BLIP_DIFFUSION
+from flax_qformer.models.config import BLIP_DIFFUSION
 from side_by_side import draw_batch, in_turn, seconds, times_faster, write_model
 
 TEXT_TOKENS = 16

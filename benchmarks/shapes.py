@@ -19,8 +19,8 @@ import numpy as np
 
 import flax_qformer as fq
 from flax_qformer.assets.shapes import HELD_OUT, SIDE, Scene, Thing, draw_scene
-from flax_qformer.pretraining.retrieval import Retrieval
-from flax_qformer.source import DEFAULT_MODEL
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.training.evaluation import Retrieval
 
 IMAGES = 100
 RERANKED = 10

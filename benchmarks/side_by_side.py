@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import flax_qformer as fq
-from flax_qformer.convert.layouts import parameters
+from flax_qformer.convert.tables.qformer import parameters
 
 REST = 0.3
 """Seconds between two measurements: threads of PyTorch's wait in a loop for a moment before they sleep."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_qformer.config import BLIP2_VIT_L
+from flax_qformer.models.config import BLIP2_VIT_L
 from side_by_side import Other, draw_batch, in_turn, times_faster
 
 TEXT_TOKENS = 32

@@ -9,16 +9,11 @@ Example::
     output = model.apply({"params": params}, **processor(images=image, text="dog"))
 """
 
-from .attention_maps import attention_maps, draw_attention
-from .checkpoint import convert_checkpoint, export_checkpoint, from_pretrained, save_pretrained
-from .config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
-from .errors import InputError
-from .pretraining import Blip2ForPreTraining, PreTrainingOutput
-from .processor import ImageProcessor, Processor
-from .push import push_to_hub
-from .qformer import Blip2QFormerModel, QFormerOutput
-from .sharding import make_mesh, shard_batch, shard_params
-from .surgery import (
+from flax_qformer.checkpoints.loading import convert_checkpoint, export_checkpoint, from_pretrained, save_pretrained
+from flax_qformer.errors import InputError
+from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+from flax_qformer.models.qformer import Blip2QFormerModel, QFormerOutput
+from flax_qformer.models.surgery import (
     get_input_embeddings,
     interpolate_positions,
     prune_heads,
@@ -27,8 +22,13 @@ from .surgery import (
     stack_layers,
     unstack_layers,
 )
-from .version import __version__
-from .vision import Blip2VisionModel, VisionOutput
+from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
+from flax_qformer.parallel.mesh import make_mesh, shard_batch, shard_params
+from flax_qformer.processing.attention_maps import attention_maps, draw_attention
+from flax_qformer.processing.processor import ImageProcessor, Processor
+from flax_qformer.training import Blip2ForPreTraining, PreTrainingOutput
+from flax_qformer.training.push import push_to_hub
+from flax_qformer.version import __version__
 
 __all__ = [
     "Blip2Config",

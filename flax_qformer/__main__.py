@@ -1,3 +1,3 @@
-from .cli import main
+from flax_qformer.commands.main import main
 
 main()

@@ -1,5 +1,7 @@
 """The one exception for what a caller can put right."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Input that cannot be used: one sentence on what is wrong and what to do.
@@ -12,3 +14,9 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, in no more than 120 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first 20 names, and how many more there are."""
+    shown = ", ".join(name if len(name) <= 200 else name[:197] + "..." for name in names[:20])
+    return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 import cases
 import fake_hub
 import flax_qformer as fq
-from flax_qformer.convert.layouts import Layout, parameters
+from flax_qformer.convert.tables.qformer import Layout, parameters
 
 # For jax.jit(compiler_options=...) where it is to be optimized all the same.
 OPTIMIZED = {"xla_backend_optimization_level": 3, LOOPS: FULL}

@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 import flax_qformer as fq
-from flax_qformer.processes import join_processes
-from flax_qformer.sharding import held_bytes
+from flax_qformer.parallel.mesh import held_bytes
+from flax_qformer.parallel.processes import join_processes
 
 
 def main(path: str, folder: str) -> None:

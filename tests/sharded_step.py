@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 import flax_qformer as fq
-from flax_qformer.pretraining import pretraining_loss
-from flax_qformer.sharding import batch_part, on, parse_mesh
+from flax_qformer.parallel.mesh import batch_part, on, parse_mesh
+from flax_qformer.training import pretraining_loss
 
 CONFIG = fq.Blip2Config.from_dict(
     {

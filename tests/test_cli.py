@@ -21,10 +21,11 @@ import pytest
 import cases
 import flax_qformer as fq
 from conftest import GOLDEN
-from flax_qformer import cli, convert
+from flax_qformer import convert
 from flax_qformer.assets.shapes import HELD_OUT, draw_scene
-from flax_qformer.cli import main
-from flax_qformer.source import DEFAULT_MODEL, EXAMPLE_IMAGE
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, EXAMPLE_IMAGE
+from flax_qformer.commands import main as cli
+from flax_qformer.commands.main import main
 from torch_files import torch_save
 
 BIN = Path(sys.executable).parent
@@ -82,7 +83,7 @@ def test_no_pytorch_is_needed(tmp_path: Path) -> None:
 import sys
 for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tyro", "tensorboardX"):
     sys.modules[name] = None
-from flax_qformer.cli import main
+from flax_qformer.commands.main import main
 main(["embed", {str(EXAMPLE_IMAGE)!r}, "--text", "dog"])
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 import cases
 import flax_qformer as fq
 from conftest import GOLDEN, same, weights, write_upstream
-from flax_qformer.config import BLIP_DIFFUSION
 from flax_qformer.convert import convert, export
-from flax_qformer.convert.layouts import Layout, parameters
-from flax_qformer.convert.tensors import open_tensors
+from flax_qformer.convert.files import open_tensors
+from flax_qformer.convert.tables.qformer import Layout, parameters
+from flax_qformer.models.config import BLIP_DIFFUSION
 from torch_files import torch_save
 
 

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import flax_qformer as fq
-from flax_qformer.cli import main
-from flax_qformer.source import DEFAULT_MODEL
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.commands.main import main
 
 BIN = Path(sys.executable).parent
 IMAGES, SHARDS = 203, 26
@@ -219,7 +219,7 @@ def test_what_cannot_go_on_is_refused(
 def test_half_precision_and_nothing_but_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flax_qformer.embedding.SAMPLE", 64)
+    monkeypatch.setattr("flax_qformer.commands.embed_data.SAMPLE", 64)
     broken = tmp_path / "broken"
     broken.mkdir()
     for i in range(3):

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 import cases
 import flax_qformer as fq
 from conftest import write_upstream
-from flax_qformer.config import BLIP_DIFFUSION
 from flax_qformer.convert import export
+from flax_qformer.models.config import BLIP_DIFFUSION
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,7 @@ def test_conversion_takes_little_more_than_the_file(folder: Path, tmp_path: Path
     """Peak memory of the whole process, as the system counts it (getrusage would count the parent's as well)."""
     program = f"""
 from pathlib import Path
-from flax_qformer.cli import main
+from flax_qformer.commands.main import main
 main(["convert", {str(folder)!r}, {str(tmp_path / "flax")!r}])
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 import cases
 import flax_qformer as fq
 from conftest import same
-from flax_qformer import pretraining
-from flax_qformer.convert.layouts import parameters
-from flax_qformer.layers import LORA
+from flax_qformer import training
+from flax_qformer.convert.tables.qformer import parameters
+from flax_qformer.models.layers import LORA
 
 # This geometry has no qkv bias, and its cross-attention runs without keys.
 CONFIG = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"])
@@ -65,13 +65,13 @@ def base() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lora(base: Any) -> dict[str, Any]:
-    return filled(pretraining.add_lora(base, PATTERN, 2, jax.random.key(0)))
+    return filled(training.add_lora(base, PATTERN, 2, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
 def file(lora: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    pretraining.save_lora(path, lora)
+    training.save_lora(path, lora)
     return path
 
 
@@ -85,15 +85,15 @@ def test_merged_and_unmerged_outputs_are_equal() -> None:
 
     run, run_scanned = program(SMALL), program(scanned(SMALL))
     base = drawn(SMALL, "proj_layer")
-    lora = filled(pretraining.add_lora(base, PATTERN, 2, jax.random.key(0)))
-    merged, stacked = pretraining.merge_lora(lora), fq.stack_layers(lora)
+    lora = filled(training.add_lora(base, PATTERN, 2, jax.random.key(0)))
+    merged, stacked = training.merge_lora(lora), fq.stack_layers(lora)
     assert flat(merged).keys() == flat(base).keys()
     expected = run(merged)
     assert np.abs(run(base) - expected).max() > 0.1
     placed = fq.shard_params(stacked, fq.make_mesh(data=1, fsdp=-1))
     np.testing.assert_allclose(run(lora), expected, atol=1e-5)
     np.testing.assert_allclose(run_scanned(placed), expected, atol=1e-5)
-    placed_and_merged = pretraining.merge_lora(placed)
+    placed_and_merged = training.merge_lora(placed)
     for path, leaf in flat(fq.stack_layers(merged)).items():
         np.testing.assert_allclose(flat(placed_and_merged)[path], leaf, atol=1e-6, err_msg=path)
         assert flat(placed_and_merged)[path].sharding.is_equivalent_to(flat(placed)[path].sharding, leaf.ndim), path
@@ -101,7 +101,7 @@ def test_merged_and_unmerged_outputs_are_equal() -> None:
 
 def test_new_weights_change_nothing(base: Any) -> None:
     mesh, paths = fq.make_mesh(data=1, fsdp=-1), (f"{QUERY}/kernel", f"{QKV}/kernel")
-    params = pretraining.add_lora(fq.shard_params(base, mesh), lambda path: path in paths, 3, jax.random.key(0))
+    params = training.add_lora(fq.shard_params(base, mesh), lambda path: path in paths, 3, jax.random.key(0))
     added = {path: leaf for path, leaf in flat(params).items() if path.endswith(LORA)}
     assert {path: leaf.shape for path, leaf in added.items()} == {
         f"{QUERY}/lora_A": (28, 3),
@@ -111,26 +111,26 @@ def test_new_weights_change_nothing(base: Any) -> None:
     }
     assert all(leaf.sharding.mesh == mesh and leaf.is_fully_replicated for leaf in added.values())
     assert 0.9 < np.abs(added[f"{QUERY}/lora_A"]).max() * 28**0.5 <= 1
-    assert same(pretraining.merge_lora(params), base)
+    assert same(training.merge_lora(params), base)
 
 
 def test_lora_is_trained_alone(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, qformer_config=dataclasses.replace(SMALL.qformer_config, num_hidden_layers=1))
     base = drawn(config, "proj_layer")
-    optimizer = pretraining.make_optimizer(config, 3e-2)
-    params = pretraining.add_lora(base, "^encoder/", 2, jax.random.key(0))
-    state = pretraining.TrainState.create(params, optimizer, "lora_")
+    optimizer = training.make_optimizer(config, 3e-2)
+    params = training.add_lora(base, "^encoder/", 2, jax.random.key(0))
+    state = training.TrainState.create(params, optimizer, "lora_")
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     model = fq.Blip2QFormerModel(config)
     batch = {"image": cases.draw("image", (2, 17, 30)), "target": cases.draw("target", (2, 3, 28))}
 
     def loss(model: Any, trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        params = pretraining.merge(trained, frozen)
+        params = training.merge(trained, frozen)
         output = model.apply({"params": params}, encoder_hidden_states=batch["image"])
         return jnp.square(output.query_embeddings - batch["target"]).mean(), {}
 
-    step = pretraining.make_train_step(model, optimizer, loss=loss, donate=False)
+    step = training.make_train_step(model, optimizer, loss=loss, donate=False)
     losses = []
     for _ in range(10):
         state, metrics = step(state, batch)
@@ -139,10 +139,10 @@ def test_lora_is_trained_alone(tmp_path: Path) -> None:
     assert same(state.frozen, base)
 
     file = tmp_path / "lora.safetensors"
-    pretraining.save_lora(file, state.params)
+    training.save_lora(file, state.params)
     assert f"{QUERY}/lora_A" in load_file(file)
     assert file.stat().st_size < 4 * sum(leaf.size for leaf in jax.tree.leaves(state.trained)) + 20_000
-    assert same(pretraining.load_lora(file, base), state.params)
+    assert same(training.load_lora(file, base), state.params)
 
 
 @pytest.mark.slow
@@ -151,10 +151,10 @@ def test_the_first_stage_trains_lora_on_a_mesh() -> None:
     config, mesh = sharded_step.CONFIG, fq.make_mesh(data=1, fsdp=-1)
     base = fq.stack_layers(drawn(dataclasses.replace(config, scan_layers=False), *fq.Blip2ForPreTraining.parts))
     before = jax.tree.map(np.array, base)  # a step gives up its state, and the base with it
-    params = pretraining.add_lora(base, "encoder/|_proj/", 2, jax.random.key(0))
-    optimizer = pretraining.make_optimizer(config, 3e-2, layer_decay=0.9)
-    state = pretraining.TrainState.create(params, optimizer, "lora_")
-    step = pretraining.make_train_step(fq.Blip2ForPreTraining(config), optimizer, mesh=mesh)
+    params = training.add_lora(base, "encoder/|_proj/", 2, jax.random.key(0))
+    optimizer = training.make_optimizer(config, 3e-2, layer_decay=0.9)
+    state = training.TrainState.create(params, optimizer, "lora_")
+    step = training.make_train_step(fq.Blip2ForPreTraining(config), optimizer, mesh=mesh)
     state, batch, losses = fq.shard_params(state, mesh), fq.shard_batch(sharded_step.make_batch(), mesh), []
     for _ in range(20):
         state, metrics = step(state, batch)
@@ -169,7 +169,7 @@ def test_files_next_to_a_model(base: Any, lora: Any, file: Path, tmp_path: Path)
         fq.save_pretrained(tmp_path / "base", model, lora)
     fq.save_pretrained(tmp_path / "base", model, base)
     assert same(fq.from_pretrained(tmp_path / "base", lora=file)[1], lora)
-    assert same(pretraining.load_lora(file, fq.stack_layers(base)), fq.stack_layers(lora))
+    assert same(training.load_lora(file, fq.stack_layers(base)), fq.stack_layers(lora))
     mesh = fq.make_mesh(data=1, fsdp=-1)
     model, params = fq.from_pretrained(tmp_path / "base", config=scanned(CONFIG), lora=file, mesh=mesh)
     assert model.config.scan_layers
@@ -186,15 +186,15 @@ def test_what_cannot_be_added(base: Any, lora: Any) -> None:
         (lora, "encoder/layer_1/", 2, "already have encoder/layer_1"),
     ):
         with pytest.raises(fq.InputError, match=message):
-            pretraining.add_lora(params, pattern, rank, key)
+            training.add_lora(params, pattern, rank, key)
     with pytest.raises(fq.InputError, match="have LoRA weights; merge them"):
         fq.prune_heads(CONFIG, lora, {0: [1]})
     with pytest.raises(fq.InputError, match="LoRA weights on some layers only"):
-        fq.stack_layers(pretraining.add_lora(base, "encoder/layer_0/", 2, key))
+        fq.stack_layers(training.add_lora(base, "encoder/layer_0/", 2, key))
     with pytest.raises(fq.InputError, match="without encoder/.*kernel.*give the whole tree"):
-        pretraining.merge_lora({"encoder": {"lora_A": np.ones((2, 1)), "lora_B": np.ones((1, 2))}})
+        training.merge_lora({"encoder": {"lora_A": np.ones((2, 1)), "lora_B": np.ones((1, 2))}})
     with pytest.raises(fq.InputError, match="no LoRA weights; add them"):
-        pretraining.save_lora("unused.safetensors", base)
+        training.save_lora("unused.safetensors", base)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,10 @@ def test_a_file_of_another_base(changes: Any, message: str, base: Any, file: Pat
     tensors = {name: value for name, value in (load_file(file) | changes).items() if value is not None}
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(fq.InputError, match=f"does not fit the model.*{message}.*that it was trained on"):
-        pretraining.load_lora(tmp_path / "other.safetensors", base)
+        training.load_lora(tmp_path / "other.safetensors", base)
 
 
 def test_a_file_without_lora(base: Any, tmp_path: Path) -> None:
     save_file({"query_tokens": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(fq.InputError, match="no LoRA weights; give a file"):
-        pretraining.load_lora(tmp_path / "other.safetensors", base)
+        training.load_lora(tmp_path / "other.safetensors", base)

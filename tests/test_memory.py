@@ -12,7 +12,7 @@ PROGRAM = """
 import resource
 import time
 from pathlib import Path
-from flax_qformer.memory import give_back, keep_memory, share_heap
+from flax_qformer.compilation import give_back, keep_memory, share_heap
 
 {first}
 import jax

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 import cases
 import flax_qformer as fq
 from conftest import OPTIMIZED, checkpointing
-from flax_qformer.activations import ACTIVATIONS
 from flax_qformer.convert import export
+from flax_qformer.models.activations import ACTIVATIONS
 
 GEOMETRIES = list(cases.GEOMETRIES)
 
@@ -181,7 +181,7 @@ def test_positions_for_images_of_another_size(case: Case, golden: Any) -> None:
 
 
 def test_embedded_model_from_strings_and_pictures(golden: Any) -> None:
-    from flax_qformer.source import DEFAULT_MODEL
+    from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 
     model, params = fq.from_pretrained(DEFAULT_MODEL)
     processor = fq.Processor.from_pretrained(DEFAULT_MODEL)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import pytest
 
 import flax_qformer as fq
-from flax_qformer.cli import main
-from flax_qformer.config import BLIP2_VIT_L
-from flax_qformer.pretraining.hlo import traffic
-from flax_qformer.pretraining.plan import CHIPS, flops
+from flax_qformer.commands.main import main
+from flax_qformer.models.config import BLIP2_VIT_L
+from flax_qformer.planning.hlo import traffic
+from flax_qformer.planning.planner import CHIPS, flops
 
 PROGRAM = """HloModule step
 

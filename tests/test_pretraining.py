@@ -16,7 +16,7 @@ import cases
 import flax_qformer as fq
 from conftest import same
 from flax_qformer.convert import export
-from flax_qformer.pretraining.generation import nucleus
+from flax_qformer.models.captioning import nucleus
 from torch_files import torch_save
 
 END = 3

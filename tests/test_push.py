@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 import flax_qformer as fq
-from flax_qformer.pretraining.settings import TrainSettings, to_yaml
-from flax_qformer.push import model_card
-from flax_qformer.source import DEFAULT_MODEL
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.training.push import model_card
+from flax_qformer.training.settings import TrainSettings, to_yaml
 
 SCRIPT = """
 import json, os, sys
 import numpy as np, jax
 from huggingface_hub import hf_hub_download
 import flax_qformer as fq
-from flax_qformer.cli import main
+from flax_qformer.commands.main import main
 
 run, model = sys.argv[1:]
 answers = {"failed": 0}
@@ -94,7 +94,9 @@ def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
 
 def test_the_model_card(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It shows what the model is, settings and metrics, and no paths."""
-    monkeypatch.setattr("flax_qformer.push._if_public", lambda name, kind: name if name == "someone/base" else None)
+    monkeypatch.setattr(
+        "flax_qformer.training.push._if_public", lambda name, kind: name if name == "someone/base" else None
+    )
     card = model_card(run / "model", run, "someone/model", "mit")
     for part in (
         "library_name: flax-qformer\n",

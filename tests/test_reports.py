@@ -16,9 +16,9 @@ import pytest
 
 import flax_qformer as fq
 from flax_qformer import progress
-from flax_qformer.pretraining import metrics, retrieval
-from flax_qformer.pretraining.metrics import MetricsLogger, Samples
 from flax_qformer.progress import Progress, print_line
+from flax_qformer.training import metrics, retrieval
+from flax_qformer.training.metrics import MetricsLogger, Samples
 
 SAMPLES = Samples([("a|b", "c")], {"retrieved": np.zeros((4, 6, 3), np.uint8)})
 

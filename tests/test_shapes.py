@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 
 from flax_qformer.assets import shapes
-from flax_qformer.pretraining.data import DataSettings
-from flax_qformer.pretraining.sources import open_source
+from flax_qformer.data.batches import DataSettings
+from flax_qformer.data.sources import open_source
 
 
 @pytest.mark.parametrize(

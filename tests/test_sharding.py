@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 
 import flax_qformer as fq
-from flax_qformer.sharding import parse_mesh, sharding_of
-from flax_qformer.source import DEFAULT_MODEL
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.parallel.mesh import parse_mesh, sharding_of
 
 SCRIPT, LOADING = (Path(__file__).parent / name for name in ("sharded_step.py", "placed_loading.py"))
 SPLITS = [

@@ -30,15 +30,15 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import flax_qformer as fq
 from conftest import same
-from flax_qformer import pretraining
-from flax_qformer.cli import main
-from flax_qformer.convert.layouts import parameters
-from flax_qformer.pretraining import train
-from flax_qformer.pretraining.checkpoints import Checkpoints
-from flax_qformer.pretraining.hashing import hashed
-from flax_qformer.pretraining.retrieval import Found, Retrieval
-from flax_qformer.pretraining.samples import SIDE, Sampler
-from flax_qformer.pretraining.settings import EvaluateSettings, TrainSettings, to_yaml
+from flax_qformer import training
+from flax_qformer.commands.main import main
+from flax_qformer.convert.tables.qformer import parameters
+from flax_qformer.training import loop
+from flax_qformer.training.evaluation import Found, Retrieval
+from flax_qformer.training.hashing import hashed
+from flax_qformer.training.run_checkpoints import Checkpoints
+from flax_qformer.training.samples import SIDE, Sampler
+from flax_qformer.training.settings import EvaluateSettings, TrainSettings, to_yaml
 
 BIN = Path(sys.executable).parent
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -153,16 +153,16 @@ def test_groups_of_parameters() -> None:
         (["qformer", "heads"], heads | rest),
         (["all"], params.keys()),
     ):
-        trained, frozen = pretraining.partition(params, groups)
+        trained, frozen = training.partition(params, groups)
         assert (trained.keys(), frozen.keys()) == (names, params.keys() - names)
-        assert same(pretraining.merge(trained, frozen), params)
-        state = pretraining.TrainState.create(params, pretraining.make_optimizer(tree()[0], 0.1), groups)
+        assert same(training.merge(trained, frozen), params)
+        state = training.TrainState.create(params, training.make_optimizer(tree()[0], 0.1), groups)
         sizes = sorted(leaf.shape for leaf in jax.tree.leaves(trained))
         kept = sorted(leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.float32)
         assert kept == sorted(sizes * 2), groups
     for wrong in (["tower"], []):
         with pytest.raises(fq.InputError, match="name vision, qformer, heads or all"):
-            pretraining.partition(params, wrong)
+            training.partition(params, wrong)
 
 
 def test_selections_of_parameters() -> None:
@@ -181,11 +181,11 @@ def test_selections_of_parameters() -> None:
         # Beside heads, it is another model's.
         ("qformer", {path for path in paths if path.split("/")[0] in ("query_tokens", "embeddings", "encoder")}),
     ):
-        trained, _ = pretraining.partition(params, selection)
+        trained, _ = training.partition(params, selection)
         found = set(flatten_dict(trained, sep="/"))
         assert found == ({p for p in paths if p.startswith(expected)} if isinstance(expected, str) else expected)
     del params["vision_proj"], params["text_proj"], params["itm_head"], params["temp"], params["lm_head"]
-    assert "proj_layer" in pretraining.partition(params, "qformer")[0]
+    assert "proj_layer" in training.partition(params, "qformer")[0]
     for wrong, message in (
         ("crosattention", "'crosattention' fits no parameter.* such as "),
         ("(", "no regular expression"),
@@ -193,7 +193,7 @@ def test_selections_of_parameters() -> None:
         ({"encoder": "fast"}, "none for query_tokens"),
     ):
         with pytest.raises(fq.InputError, match=message):
-            pretraining.partition(params, wrong)
+            training.partition(params, wrong)
 
 
 def test_learning_rates_of_groups_and_other_optimizers() -> None:
@@ -206,7 +206,7 @@ def test_learning_rates_of_groups_and_other_optimizers() -> None:
     labels = {0.5: "vision", 0.25: "crossattention", 0.125: "all"}
     by_path = {"labels": lambda path: labels[rate_of(path)]}
     for name, chosen in (("adamw", {}), ("lion", by_path), ("adafactor", {}), ("sgd", by_path)):
-        optimizer = pretraining.make_optimizer(config, rates, optimizer=name, weight_decay=0, clip_norm=0, **chosen)
+        optimizer = training.make_optimizer(config, rates, optimizer=name, weight_decay=0, clip_norm=0, **chosen)
         updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
         for path, update in flatten_dict(updates, sep="/").items():
             np.testing.assert_allclose(update, -rate_of(path), rtol=1e-4, err_msg=f"{name} {path}")
@@ -216,21 +216,21 @@ def test_learning_rates_of_groups_and_other_optimizers() -> None:
         ({"all": 1.0, "vision": 1.0}, "of vision is for no trained parameter"),
     ):
         with pytest.raises(fq.InputError, match=message):
-            pretraining.make_optimizer(config, wrong).init(params)
+            training.make_optimizer(config, wrong).init(params)
     with pytest.raises(fq.InputError, match="`optimizer` is 'adam'"):
-        pretraining.make_optimizer(config, 1.0, optimizer="adam")
+        training.make_optimizer(config, 1.0, optimizer="adam")
 
 
 def test_a_frozen_tower_has_no_backward_pass(tiny: Any) -> None:
     model, params = tiny
-    optimizer = pretraining.make_optimizer(model.config, 1e-3)
-    step, (batch,) = pretraining.make_train_step(model, optimizer), batches(4)
+    optimizer = training.make_optimizer(model.config, 1e-3)
+    step, (batch,) = training.make_train_step(model, optimizer), batches(4)
 
     def flops(function: Any, *arguments: Any) -> float:
         return function.lower(*arguments).cost_analysis()["flops"]
 
     def of_step(*train: Any) -> float:
-        state = jax.eval_shape(lambda: pretraining.TrainState.create(params, optimizer, train))
+        state = jax.eval_shape(lambda: training.TrainState.create(params, optimizer, train))
         return flops(step, state, batch)
 
     tower = flops(
@@ -248,7 +248,7 @@ def test_what_does_not_decay_and_how_rates_fall_with_depth() -> None:
     zero = jax.tree.map(jnp.zeros_like, params)
 
     def first_updates(gradients: Any, *arguments: Any, **settings: Any) -> Any:
-        optimizer = pretraining.make_optimizer(config, *arguments, **settings)
+        optimizer = training.make_optimizer(config, *arguments, **settings)
         update = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params)[0])
         return update(gradients)
 
@@ -279,12 +279,12 @@ def test_what_does_not_decay_and_how_rates_fall_with_depth() -> None:
 
 
 def test_warm_up_and_cosine() -> None:
-    schedule = pretraining.make_schedule(2.0, steps=110, warmup=10)
+    schedule = training.make_schedule(2.0, steps=110, warmup=10)
     for step, rate in ((0, 0), (5, 1), (10, 2), (60, 1.1), (110, 0.2), (200, 0.2)):
         assert float(schedule(step)) == pytest.approx(rate), step
-    assert float(pretraining.make_schedule(2.0, steps=10, warmup=0)(0)) == 2
+    assert float(training.make_schedule(2.0, steps=10, warmup=0)(0)) == 2
     # Fewer steps than the warm-up takes.
-    short = pretraining.make_schedule(2.0, steps=4, warmup=100)
+    short = training.make_schedule(2.0, steps=4, warmup=100)
     assert [float(short(i)) for i in range(5)] == [0, 0.5, 1, 1.5, 2]
 
 
@@ -297,7 +297,7 @@ def trees(number: int) -> list[dict[str, Any]]:
 
 
 def run_optimizer(gradients: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
-    optimizer = pretraining.make_optimizer(tree()[0], 0.1, **settings)
+    optimizer = training.make_optimizer(tree()[0], 0.1, **settings)
     params = jax.tree.map(jnp.ones_like, gradients[0])
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -339,8 +339,8 @@ class Linear:
 @pytest.mark.filterwarnings("ignore:Some donated buffers")
 def test_moving_average() -> None:
     optimizer = optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation()
-    state = pretraining.TrainState.create({"query_tokens": jnp.float32(1)}, optimizer, ema=True)
-    step = pretraining.make_train_step(Linear(), optimizer, ema_decay=0.9, accumulation=2)  # type: ignore[arg-type]
+    state = training.TrainState.create({"query_tokens": jnp.float32(1)}, optimizer, ema=True)
+    step = training.make_train_step(Linear(), optimizer, ema_decay=0.9, accumulation=2)  # type: ignore[arg-type]
     weight = average = 1.0
     for pair in ((1.0, 3.0), (2.0, 4.0), (0.0, 6.0)):
         for x in pair:
@@ -359,9 +359,9 @@ def test_a_loop_of_ones_own(tiny: Any) -> None:
     model, params = tiny
     params = jax.tree.map(jnp.array, params)
     tower = jax.tree.map(np.array, params["visual_encoder"])
-    optimizer = pretraining.make_optimizer(model.config, 3e-3)
-    state = pretraining.TrainState.create(params, optimizer)
-    step: Any = pretraining.make_train_step(model, optimizer)
+    optimizer = training.make_optimizer(model.config, 3e-3)
+    state = training.TrainState.create(params, optimizer)
+    step: Any = training.make_train_step(model, optimizer)
     step = step.lower(state, batches(4)[0]).compile()
     losses = []
     for batch in batches(4) * 30:
@@ -381,17 +381,15 @@ def test_a_loss_of_ones_own(tiny: Any) -> None:
     batch = fq.shard_batch(batches(4)[0] | {"target": rng.normal(size=(4, 3, 16)).astype(np.float32)}, mesh)
 
     def loss(model: Any, trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        tree = {"params": pretraining.merge(trained, frozen)}
+        tree = {"params": training.merge(trained, frozen)}
         vectors = model.apply(tree, batch["pixel_values"], batch["input_ids"]).query_embeddings
         error = jnp.square(vectors - batch["target"])
         return error.mean(), {"largest": error.max(), "vectors": vectors}
 
-    optimizer = pretraining.make_optimizer(config, 0.03, weight_decay=0.1, accumulation=2)
-    state = pretraining.TrainState.create(params, optimizer, r"query_tokens|crossattention|proj_layer|temp", ema=True)
+    optimizer = training.make_optimizer(config, 0.03, weight_decay=0.1, accumulation=2)
+    state = training.TrainState.create(params, optimizer, r"query_tokens|crossattention|proj_layer|temp", ema=True)
     state = fq.shard_params(state, mesh)
-    step = pretraining.make_train_step(
-        model, optimizer, loss=loss, ema_decay=0.5, accumulation=2, mesh=mesh, donate=False
-    )
+    step = training.make_train_step(model, optimizer, loss=loss, ema_decay=0.5, accumulation=2, mesh=mesh, donate=False)
     begun, losses = state, []
     for _ in range(20):
         state, metrics = step(state, batch)
@@ -403,7 +401,7 @@ def test_a_loss_of_ones_own(tiny: Any) -> None:
     assert same(state.params["visual_encoder"], params["visual_encoder"])
     assert not same(state.params["proj_layer"], state.averaged_params["proj_layer"])
     with pytest.raises(fq.InputError, match="float16 is not supported: small gradients underflow"):
-        pretraining.make_train_step(model.clone(dtype=jnp.float16), optimizer)
+        training.make_train_step(model.clone(dtype=jnp.float16), optimizer)
 
 
 def test_the_library_needs_none_of_the_programs_packages() -> None:
@@ -411,8 +409,8 @@ def test_the_library_needs_none_of_the_programs_packages() -> None:
 import sys
 for name in ("datasets", "grain", "tyro", "tensorboardX"):
     sys.modules[name] = None
-from flax_qformer.pretraining import TrainState, make_optimizer, make_train_step, partition
-from flax_qformer.cli import main
+from flax_qformer.training import TrainState, make_optimizer, make_train_step, partition
+from flax_qformer.commands.main import main
 main(["train", "--data", "x", "--output", "y"])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -506,7 +504,7 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
     shutil.copytree(folder / "data", tmp_path / "data")
     model, params = tiny
     processor, mesh = fq.Processor.from_pretrained(folder / "model"), fq.make_mesh(data=1, fsdp=2)
-    source = pretraining.data.open_source(pretraining.data.DataSettings(str(tmp_path / "data")), "all")
+    source = training.data.open_source(training.data.DataSettings(str(tmp_path / "data")), "all")
     (tmp_path / "data" / "1.png").write_bytes(b"broken")
     ids = list(dict.fromkeys(source.image_ids.tolist()))
     del ids[1]
@@ -548,7 +546,7 @@ def test_what_is_read_ahead_counts_when_it_is_taken() -> None:
         epoch = property(lambda self: self.position / 10)
 
     numbers: Any = Numbers()
-    feed = train.Feed(numbers, fq.make_mesh())
+    feed = loop.Feed(numbers, fq.make_mesh())
     taken = []
     for _ in range(2):
         taken.append((int(feed.take()["x"][0]), feed.state["position"], feed.epoch))
@@ -566,8 +564,8 @@ def test_what_is_read_ahead_counts_when_it_is_taken() -> None:
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The settings that a command would run with."""
     seen: list[Any] = []
-    monkeypatch.setattr("flax_qformer.pretraining.train.train", lambda settings: seen.append(settings))
-    monkeypatch.setattr("flax_qformer.pretraining.train.evaluate", lambda settings: seen.append(settings) or {})
+    monkeypatch.setattr("flax_qformer.training.loop.train", lambda settings: seen.append(settings))
+    monkeypatch.setattr("flax_qformer.training.loop.evaluate", lambda settings: seen.append(settings) or {})
 
     def parse(*arguments: Any) -> Any:
         main(list(map(str, arguments)))
@@ -1021,8 +1019,8 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
 
         return step
 
-    monkeypatch.setattr("flax_qformer.pretraining.train.make_train_step", make_step)
-    monkeypatch.setattr("flax_qformer.pretraining.train._short", str)
+    monkeypatch.setattr("flax_qformer.training.loop.make_train_step", make_step)
+    monkeypatch.setattr("flax_qformer.training.loop._short", str)
 
 
 @pytest.mark.parametrize("is_late", [False, True])
@@ -1030,7 +1028,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_late: bool
 ) -> None:
     fail_in(monkeypatch, 5)
-    monkeypatch.setattr(train.Reports, "is_late", is_late)
+    monkeypatch.setattr(loop.Reports, "is_late", is_late)
     run = tmp_path / "broken"
     message = refused(capsys, *program(folder, run, "--num-workers", 0, "--evaluate-every", 0))
     assert "train: loss is not finite at step 3; the last good checkpoint is of step 2; lower --learning" in message
@@ -1041,9 +1039,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that comes while the step before it is waited for."""
     fail_in(monkeypatch, 0)
-    monkeypatch.setattr(train.Reports, "is_late", True)
+    monkeypatch.setattr(loop.Reports, "is_late", True)
     monkeypatch.setattr(
-        train.Reports, "_check_finite", lambda _, number, __: number == 3 and signal.raise_signal(signal.SIGTERM)
+        loop.Reports, "_check_finite", lambda _, number, __: number == 3 and signal.raise_signal(signal.SIGTERM)
     )
     evaluated: list[Any] = []
     monkeypatch.setattr(Retrieval, "search", lambda *_: evaluated.append(_) or Found({}, [], [], np.zeros(0)))
@@ -1055,14 +1053,14 @@ def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, m
 
 
 def test_a_step_is_told_of_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.Reports, "is_late", True)
+    monkeypatch.setattr(loop.Reports, "is_late", True)
     monkeypatch.setattr(train, "_short", str)
     told: list[int] = []
     log: Any = SimpleNamespace(write=lambda step, _: told.append(step))
     settings = TrainSettings(data="", output=str(tmp_path), model="", log_every=1)
-    reports = train.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.Progress(4, "step"))
+    reports = loop.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.Progress(4, "step"))
     for number in (1, 2, 3):
-        reports.add(train.Step(number, [{"loss": jnp.float32(0)}], 0, 0))
+        reports.add(loop.Step(number, [{"loss": jnp.float32(0)}], 0, 0))
         assert told == list(range(1, number))
     reports.catch_up()
     assert told == [1, 2, 3]

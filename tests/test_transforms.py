@@ -16,8 +16,8 @@ from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 import cases
 import flax_qformer as fq
 from conftest import checkpointing, write_upstream
-from flax_qformer import attention, encoders, inputs, layers, qformer, vision
-from flax_qformer.pretraining.model import Blip2ForPreTraining
+from flax_qformer.models import attention, encoders, inputs, kernels, layers, qformer, vision
+from flax_qformer.models.pretraining import Blip2ForPreTraining
 
 CONFIG = fq.Blip2Config.from_dict(
     {
@@ -139,8 +139,8 @@ def test_attention_in_parts(at_once: int, num_queries: int, dtype: str, monkeypa
         return context, *pull(jnp.cos(context))
 
     whole = context_and_gradients(parts=False)
-    monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
-    monkeypatch.setattr(attention, "LEAST_PIECES", 2)
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(kernels, "LEAST_PIECES", 2)
     rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.02, "atol": 0.02}
     for part, expected in zip(context_and_gradients(parts=True), whole, strict=True):
         np.testing.assert_allclose(part.astype(np.float32), expected.astype(np.float32), **rounding)

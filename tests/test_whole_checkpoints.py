@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import flax_qformer as fq
 from conftest import same
-from flax_qformer.cli import main
-from flax_qformer.convert.layouts import PARTS, Layout, parameters
-from flax_qformer.pretraining.checkpoints import Checkpoints
+from flax_qformer.commands.main import main
+from flax_qformer.convert.tables.qformer import PARTS, Layout, parameters
+from flax_qformer.training.run_checkpoints import Checkpoints
 
 SPLIT = ("--mesh", "fsdp=2", "--scan-layers", "True")
 CONFIG = fq.Blip2Config.from_dict(

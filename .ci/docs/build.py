@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sphinx.cmd.build import main as sphinx_build
 
-PAGES = {"flax_qformer": "index.html", "flax_qformer.pretraining": "pretraining.html"}
+PAGES = {"flax_qformer": "index.html", "flax_qformer.training": "training.html"}
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from flax_qformer.assets.shapes import SIDE, Scene, Thing
-from flax_qformer.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
-from flax_qformer.convert.layouts import parameters
-from flax_qformer.source import EXAMPLE_IMAGE
+from flax_qformer.checkpoints.model_files import EXAMPLE_IMAGE
+from flax_qformer.convert.tables.qformer import parameters
+from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = """

@@ -1,0 +1,151 @@
+"""Where the files of a model are: in a folder, beside a file, or on the hub."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flax_qformer.errors import InputError, first_line
+
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
+"""The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
+
+EXAMPLE_IMAGE = DEFAULT_MODEL.parent / "example.png"
+
+BERT = "bert-base-uncased"
+"""The tokenizer of a checkpoint that brings none, upstream's as well."""
+
+PARAMS = "params"
+"""The orbax checkpoint in a folder of ours."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_LAVIS = ("blip_model/blip_weight.pt", "proj_layer/proj_weight.pt")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one model; what is None is not there.
+
+    Attributes:
+      name: what the caller called it.
+      config: `config.json`.
+      params: folder of an orbax checkpoint.
+      weights: PyTorch checkpoint files that together hold the model.
+      tokenizer: folder with a tokenizer's files.
+      image_processor: `preprocessor_config.json`.
+      pipeline: `model_index.json` of the diffusers pipeline around it.
+    """
+
+    name: str
+    config: Path | None = None
+    params: Path | None = None
+    weights: tuple[Path, ...] = ()
+    tokenizer: Path | None = None
+    image_processor: Path | None = None
+    pipeline: Path | None = None
+
+
+def locate(name: str | os.PathLike[str], *, weights: bool = True) -> ModelFiles:
+    """Find the files of a model.
+
+    Args:
+      name: a folder (ours, upstream's `qformer` folder, its parent with `model_index.json`, or LAVIS's), a single
+        checkpoint file, the `*.index.json` of a sharded one, or a hub id.
+      weights: whether parameters are wanted; without them a hub id downloads a few small files.
+
+    Raises:
+      InputError: there is nothing of the name, or nothing in it.
+    """
+    path, name = Path(name), str(name)
+    try:
+        if name and path.is_dir():
+            return _in_folder(path, name)
+        if path.is_file():
+            return replace(_in_folder(path.parent, name), params=None, weights=(path,))
+    except OSError as error:
+        raise InputError(f"{error.filename or name} cannot be read ({error.strerror})") from None
+    if _is_hub_id(name):
+        return _in_folder(_download(name, weights), name)
+    raise InputError(
+        f"there is no file or folder {name or repr(name)}; give one, or a hub id such as Salesforce/blipdiffusion"
+    )
+
+
+def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that holds a tokenizer's files, of a folder or a hub id."""
+    path = Path(name)
+    if not os.path.isdir(path):
+        if not _is_hub_id(str(name)):
+            raise InputError(f"there is no folder {name} with a tokenizer")
+        path = _fetch(str(name), TOKENIZER_FILES)
+    return path if any(os.path.isfile(path / file) for file in TOKENIZER_FILES[:2]) else None
+
+
+def _in_folder(folder: Path, name: str) -> ModelFiles:
+    pipeline = folder
+    if (folder / "model_index.json").is_file() and (folder / "qformer").is_dir():
+        folder = folder / "qformer"
+    elif (folder.parent / "model_index.json").is_file():
+        pipeline = folder.parent
+    return ModelFiles(
+        name,
+        config=_first(folder, ["config.json"]),
+        params=folder / PARAMS if (folder / PARAMS).is_dir() else None,
+        weights=_weights(folder),
+        tokenizer=find_tokenizer(folder),
+        image_processor=_first(folder, ["preprocessor_config.json"])
+        or _first(pipeline / "image_processor", ["preprocessor_config.json"]),
+        pipeline=_first(pipeline, ["model_index.json"]),
+    )
+
+
+def _weights(folder: Path) -> tuple[Path, ...]:
+    found = _first(folder, _WEIGHTS)
+    if found:
+        return (found,)
+    return tuple(folder / file for file in _LAVIS if (folder / file).is_file())
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _is_hub_id(name: str) -> bool:
+    looks_like_a_file = Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".json")
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not looks_like_a_file
+
+
+def _download(hub_id: str, weights: bool) -> Path:
+    """Fetch what belongs to the Q-Former, safetensors if there are any, into the hub's cache."""
+    small = ["config.json", "preprocessor_config.json", *TOKENIZER_FILES]
+    patterns = ["model_index.json", "image_processor/*.json", *small, *(f"qformer/{file}" for file in small)]
+    if not weights:
+        return _fetch(hub_id, patterns)
+    patterns += [f"{PARAMS}/**", "model*.safetensors*", "qformer/model*.safetensors*"]
+    folder = _fetch(hub_id, patterns)
+    found = _in_folder(folder, hub_id)
+    if found.params or found.weights:
+        return folder
+    return _fetch(hub_id, [*patterns, "pytorch_model*", "qformer/pytorch_model*", *_LAVIS])
+
+
+def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+    # The hub's errors and those of whatever it downloads with.
+    except Exception as error:
+        raise InputError(
+            f"{hub_id} is no file or folder here, and cannot be had from the hub ({first_line(error)}); check the name "
+            "and the connection, or give a folder"
+        ) from None

@@ -1,0 +1,399 @@
+"""Captioned images, from wherever they lie to batches of arrays.
+
+settings = DataSettings(data="my_images")
+train = open_source(settings)
+with Batches(train, processor, settings) as batches:
+    batch = next(batches)
+
+Hugging Face `datasets` keeps the rows in memory-mapped files, and grain shuffles them, deals them out to processes and
+has them decoded by workers. What an element becomes depends on the seed, the epoch and the row alone: neither the
+number of workers nor a stop in between changes it.
+"""
+
+import gc
+import logging
+import math
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Generator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import numpy as np
+import PIL.Image
+
+from flax_qformer.data.sources import DataSettings, Images, Source, open_images, open_source
+from flax_qformer.errors import InputError
+from flax_qformer.parallel.stopping import signals_held
+from flax_qformer.processing.processor import ImageProcessor, Processor, open_image
+
+__all__ = [
+    "Batches",
+    "DataSettings",
+    "Images",
+    "Source",
+    "evaluation_batches",
+    "image_batches",
+    "open_images",
+    "open_source",
+]
+
+logger = logging.getLogger(__name__)
+
+LOGGED_SKIPS = 10
+"""So many examples are named when they are skipped; the rest are only counted."""
+
+
+class Batches:
+    """Full batches without end, each epoch in another order; an iterator with a position that can be kept.
+
+    A batch has pixel_values (B, height, width, 3) float32, input_ids and attention_mask (B, T) int32 and image_id (B,)
+    int32, where B is this process's share of the batch and T is `max_text_length`. What has a broken image or no
+    caption is skipped and counted.
+
+    Close it, or use it in a `with` block, to end its workers. They start with the first batch, by importing the main
+    module anew: a script that trains needs `if __name__ == "__main__":`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Processor,
+        settings: DataSettings,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Batches for one of several processes.
+
+        Raises:
+          InputError: the batch does not divide among the processes, the model reads no such length of text, or grain
+            is not installed.
+        """
+        if settings.batch_size % process_count:
+            nearest = max(1, round(settings.batch_size / process_count)) * process_count
+            raise InputError(
+                f"a batch of {settings.batch_size} does not divide among {process_count} processes; {nearest} does"
+            )
+        self._grain = _grain()
+        self._source = source
+        self._tokenize = partial(processor, max_length=settings.max_text_length)
+        # An impossible length shall show now.
+        self._tokenize(text="")
+        self._settings = settings
+        self._share = (process_index, process_count)
+        self._size = settings.batch_size // process_count
+        self._prepare = partial(
+            _prepare, image_processor=processor.image_processor, crop_scale=settings.crop_scale, flip=settings.flip
+        )
+        self._running: list[Any] = []
+        # Also where nobody closes it: grain's own clean-up comes too late at the end of the program.
+        weakref.finalize(self, _close, self._running)
+        self._position = self._skipped = 0
+
+    @property
+    def skipped(self) -> int:
+        """Examples that were skipped so far, each time they came."""
+        return self._skipped
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source so far."""
+        return self._position * self._share[1] / len(self._source)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch. A call that fails or is interrupted leaves the position where it was.
+
+        Raises:
+          InputError: a worker died, or as many examples as the source has came in a row without a good one.
+        """
+        examples: list[dict[str, Any]] = []
+        read, skipped, fruitless = 0, self._skipped, 0
+        if not self._running:
+            self._running.append(self._open())
+        try:
+            while len(examples) < self._size:
+                element = _next_element(self._running[0])
+                read += 1
+                if "error" not in element:
+                    examples.append(element)
+                    fruitless = 0
+                    continue
+                skipped, fruitless = skipped + 1, fruitless + 1
+                if skipped <= LOGGED_SKIPS:
+                    logger.warning("skipped: %s", element["error"])
+                if fruitless >= len(self._source):
+                    raise InputError(f"no example of {self._source.name} can be used; the last: {element['error']}")
+            batch = _collate(examples, self._tokenize)
+        except BaseException:
+            self.close()
+            raise
+        self._position, self._skipped = self._position + read, skipped
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position, for `json`. Each process has its own, as each skips on its own."""
+        return {"position": self._position, "skipped": self._skipped, **self._must_match()}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Go on as the iterator would have from which the state is, with any number of workers.
+
+        Raises:
+          InputError: the data, the seed or the number of processes is another.
+        """
+        meaning = {"rows": "the number of examples (`data`, `held_out`)", "seed": "`seed`"}
+        for name, value in self._must_match().items():
+            if state[name] != value:
+                what = meaning.get(name, name)
+                raise InputError(f"{what} was {state[name]} and is now {value}; set it back to go on, or start anew")
+        self.close()
+        self._position, self._skipped = state["position"], state["skipped"]
+
+    def close(self) -> None:
+        """End the workers; the next batch would start new ones."""
+        _close(self._running)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _must_match(self) -> dict[str, int]:
+        index, count = self._share
+        return {"rows": len(self._source), "seed": self._settings.seed, "process_index": index, "process_count": count}
+
+    def _open(self) -> Any:
+        index, count = self._share
+        # The one endless order of all processes, of which each takes every count-th element. Grain's own state would
+        # be bound to the number of workers; a plain number of elements is not.
+        elements = (
+            self._grain.MapDataset.source(self._source)
+            .seed(self._settings.seed)
+            .random_map(self._prepare)
+            .shuffle()
+            .repeat()[index + self._position * count :: count]
+        )
+        return _run(self._grain, elements, self._settings.num_workers, self._size)
+
+
+def evaluation_batches(
+    source: Source, processor: Processor, settings: DataSettings
+) -> Generator[tuple[dict[str, np.ndarray], list[str]]]:
+    """Every example once and in order, without augmentation; the pixels are the processor's.
+
+    Of a list of captions the first is taken. What cannot be used is left out and logged.
+
+    Yields:
+      A batch as of `Batches`, always of `batch_size`, and the captions of its n <= batch_size examples. The last batch
+      is filled up with its last example; only its first n rows count.
+
+    Raises:
+      InputError: a worker died, or no example can be used.
+    """
+    grain = _grain()
+    prepare = partial(_prepare, image_processor=processor.image_processor)
+    dataset = grain.MapDataset.source(source).map(prepare)
+    running = [_run(grain, dataset, settings.num_workers, settings.batch_size)]
+    tokenize = partial(processor, max_length=settings.max_text_length)
+    examples: list[dict[str, Any]] = []
+    used = skipped = 0
+    try:
+        for _ in range(len(source)):
+            element = _next_element(running[0])
+            if "error" in element:
+                skipped += 1
+                if skipped <= LOGGED_SKIPS:
+                    logger.warning("left out: %s", element["error"])
+                continue
+            used += 1
+            examples.append(element)
+            if len(examples) == settings.batch_size:
+                yield _collate(examples, tokenize), [example["caption"] for example in examples]
+                examples = []
+        if used == 0:
+            raise InputError(f"no example of {source.name} can be used; the last: {element['error']}")
+        if examples:
+            filled = examples + examples[-1:] * (settings.batch_size - len(examples))
+            yield _collate(filled, tokenize), [example["caption"] for example in examples]
+    finally:
+        _close(running)
+    if skipped:
+        logger.warning("%d of %d examples of %s were left out", skipped, len(source), source.name)
+
+
+def image_batches(
+    images: Images, image_processor: ImageProcessor, batches: Sequence[range], size: int, num_workers: int
+) -> Generator[dict[str, Any]]:
+    """The images of these rows, batch by batch; workers decode a batch or two ahead.
+
+    Yields:
+      For each of n <= size rows `id`, and `error`, which is None or says why there is no image; pixel_values (size,
+      height, width, 3) float32, zeros where there is none.
+
+    Raises:
+      InputError: a worker died, or grain is not installed.
+    """
+    grain = _grain()
+    # Each worker's part of a batch comes in one piece: single images would keep the process that reads them busy.
+    step = math.ceil(size / max(num_workers, 1))
+    pieces = [[rows[i : i + step] for i in range(0, len(rows), step)] for rows in batches]
+    decode = partial(_decode, images=images, image_processor=image_processor)
+    elements = grain.MapDataset.source([rows for some in pieces for rows in some]).map(decode)
+    running = [_run(grain, elements, num_workers, 1)]
+    try:
+        for some in pieces:
+            # Not in shared memory, which JAX may still have in its hands when the program ends.
+            pixels = np.zeros((size, image_processor.height, image_processor.width, 3), np.float32)
+            batch: dict[str, Any] = {"pixel_values": pixels, "id": [], "error": []}
+            for rows in some:
+                element = _next_element(running[0])
+                pixels[len(batch["id"]) :][: len(rows)] = element.pop("pixel_values")
+                for name, values in element.items():
+                    batch[name] += values
+            yield batch
+    finally:
+        _close(running)
+
+
+def _grain() -> ModuleType:
+    try:
+        import grain
+        from absl import flags
+    except ImportError:
+        raise InputError("loading data needs grain; run pip install 'flax-qformer[train]'") from None
+    # Grain up to 0.2.18 reads this flag of its workers' profiler although nobody parsed any (google/grain issue 1355).
+    if "grain_enable_multiprocess_worker_profiling" in flags.FLAGS:
+        flags.FLAGS["grain_enable_multiprocess_worker_profiling"].present = True
+    return grain
+
+
+def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) -> Any:
+    """Grain's iterator over a MapDataset, which decodes about one batch ahead if it has workers."""
+    # A worker takes seconds to start, too long for a single batch.
+    num_workers = min(num_workers, max(len(elements) - 1, 0) // batch_size)
+    if num_workers:
+        # Where the resource tracker starts with the first of them, it lets signals through that are held for them.
+        multiprocessing.resource_tracker.ensure_running()
+    # By default each worker would decode 500 ahead, in 16 threads.
+    elements = elements.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    options = grain.MultiprocessingOptions(
+        num_workers=num_workers, per_worker_buffer_size=math.ceil(batch_size / max(num_workers, 1))
+    )
+    return iter(elements.mp_prefetch(options, worker_init_fn=_start_worker))
+
+
+def _close(running: list[Any]) -> None:
+    while running:
+        running.pop().close()
+    # Grain's iterators refer to themselves, and hold the last elements in shared memory, which has to be given back.
+    gc.collect()
+
+
+def _start_worker(index: int, count: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach all processes, but the parent may have to load until it has saved; it ends
+    # its workers itself. Where it was killed before it could, they must not wait for it forever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _next_element(elements: Any) -> dict[str, Any]:
+    try:
+        with signals_held():  # the first call starts the workers; the others do not wait for it
+            return next(elements)
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        code = str(error).partition("exit code ")[2].partition(".")[0]
+        raise InputError(
+            f"a process that loads data died (exit code {code}), likely for want of memory or of space in /dev/shm; "
+            "lower `num_workers` or `batch_size`"
+        ) from None
+
+
+def _prepare(
+    row: Mapping[str, Any],
+    rng: np.random.Generator | None = None,
+    *,
+    image_processor: ImageProcessor,
+    crop_scale: tuple[float, float] = (1, 1),
+    flip: bool = False,
+) -> dict[str, Any]:
+    """A row to pixel_values, caption and image_id, or to an error; without rng nothing is left to chance."""
+    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"] or []
+    captions = [caption.strip() for caption in captions if caption and caption.strip()]
+    if not captions:
+        return {"error": f"{row['name']} has no caption"}
+    caption = captions[rng.integers(len(captions)) if rng else 0]
+    try:
+        image = open_row(row["image"], row["name"])
+        if rng and crop_scale != (1, 1):
+            image = _random_crop(image, rng, crop_scale)
+        pixels = image_processor(image)
+    except Exception as error:
+        # Pillow's decoders raise whatever they meet in a broken file.
+        return {"error": str(error) or repr(error)}
+    if rng and flip and rng.random() < 0.5:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+    return {"pixel_values": pixels, "caption": caption, "image_id": row["image_id"]}
+
+
+def _decode(rows: range, *, images: Images, image_processor: ImageProcessor) -> dict[str, Any]:
+    pixels = np.zeros((len(rows), image_processor.height, image_processor.width, 3), np.float32)
+    ids, errors = [], []
+    for place, row in enumerate(map(images.__getitem__, rows)):
+        error = None
+        try:
+            pixels[place] = image_processor(open_row(row["image"], row["name"]))
+        except Exception as caught:
+            # Pillow's decoders raise whatever they meet in a broken file.
+            error = str(caught) or repr(caught)
+        ids.append(row["id"])
+        errors.append(error)
+    return {"pixel_values": pixels, "id": ids, "error": errors}
+
+
+def open_row(image: Any, name: str) -> PIL.Image.Image:
+    """Open what a row of a `Source` or of `Images` has as its image; `name` is what errors call it."""
+    if isinstance(image, Mapping):
+        image = image["bytes"] or image.get("path")
+    if not image:
+        raise InputError(f"{name} has no image")
+    return open_image(image, name) if isinstance(image, bytes) else open_image(Path(image))
+
+
+def _random_crop(image: PIL.Image.Image, rng: np.random.Generator, scale: tuple[float, float]) -> PIL.Image.Image:
+    """A part of an aspect from 3:4 to 4:3, as torchvision's RandomResizedCrop draws it; narrow images stay whole."""
+    for _ in range(10):
+        area = image.width * image.height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+            return image.crop((left, top, left + width, top + height))
+    return image
+
+
+def _collate(examples: Sequence[Mapping[str, Any]], tokenize: Any) -> dict[str, np.ndarray]:
+    return {
+        "pixel_values": np.stack([example["pixel_values"] for example in examples]),
+        **tokenize(text=[example["caption"] for example in examples]),
+        "image_id": np.array([example["image_id"] for example in examples], np.int32),
+    }

@@ -1,0 +1,689 @@
+"""Image embeddings and text to query embeddings: the Q-Former."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flax_qformer.errors import InputError
+from flax_qformer.models.activations import ACTIVATIONS
+from flax_qformer.models.attention import (
+    CROSS_ATTENTION_MASK,
+    SELF_ATTENTION_MASK,
+    attention_without_keys,
+    dot_product_attention,
+    mask_bias,
+)
+from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig
+from flax_qformer.models.encoders import check_stacked, layer_runner, scanned
+from flax_qformer.models.inputs import as_array
+from flax_qformer.models.layers import INITIALIZER, Block
+from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
+from flax_qformer.parallel.mesh import interleaved, replicated
+
+KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
+"""Keys and values of one attention, each (batch, tokens, heads, head_dim)."""
+
+
+@flax.struct.dataclass
+class QFormerOutput:
+    """What the Q-Former returns. N tokens are the queries, if there are any, and then the text.
+
+    Attributes:
+      last_hidden_state: (batch, N, width)
+      pooler_output: (batch, width): the first token.
+      query_embeddings: (batch, num_query_tokens, width): the queries after `proj_layer`, what a diffusion model reads
+        as words (upstream's `return_dict=False`). None without queries.
+      hidden_states: (batch, N, width) before the first and after each layer; None unless asked for.
+      attentions: (batch, heads, N, N) of each layer; None unless asked for.
+      cross_attentions: (batch, heads, num_query_tokens, image tokens) of each layer that cross-attends; None unless
+        asked for.
+      past_key_values: self-attention keys and values of each layer, each (batch, tokens, heads, head_dim), those given
+        included; None unless asked for.
+      image_key_values: those of the image, of each layer that cross-attends; None unless `past_key_values` are asked
+        for, empty where the image was read without making them.
+    """
+
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array
+    query_embeddings: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+    past_key_values: tuple[KeyValue, ...] | None = None
+    image_key_values: tuple[KeyValue, ...] | None = None
+
+
+class _Table(Block):
+    """An embedding table; rows in `dtype`. Ids outside the table give NaN rather than a wrong row."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids: (...) -> (..., width)."""
+        # Rows of a table that is split by width would come split by width too, not by batch.
+        table = replicated(self.param("embedding", INITIALIZER, self.shape, self.param_dtype))
+        rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return rows.astype(self.dtype)
+
+
+class Blip2TextEmbeddings(Block):
+    """Words and positions, the queries in front. Source: diffusers `Blip2TextEmbeddings`."""
+
+    config: Blip2QFormerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: jax.Array | None,
+        input_ids: jax.Array | None,
+        positions: jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        """queries: (batch, queries, width), input_ids: (batch, T), either may be None -> (batch, N, width).
+
+        positions: (T,) of the text's tokens.
+        """
+        c = self.config
+        parts = [] if queries is None else [queries.astype(self.dtype)]
+        if input_ids is not None:
+            words = _Table((c.vocab_size, c.hidden_size), name="word_embeddings", **self.policy)(input_ids)
+            # PyTorch's padding_idx: the row of the padding token is never trained.
+            is_pad = (input_ids == c.pad_token_id)[..., None]
+            words = jnp.where(is_pad, jax.lax.stop_gradient(words), words)
+            places = _Table((c.max_position_embeddings, c.hidden_size), name="position_embeddings", **self.policy)
+            parts.append(words + places(positions))
+        x = self.layer_norm("LayerNorm", c.layer_norm_eps)(jnp.concatenate(parts, axis=1))
+        return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
+
+
+def _one_after_other(past: jax.Array, own: jax.Array) -> jax.Array:
+    return jnp.concatenate([past, own], axis=1)
+
+
+def _around(past: jax.Array, own: jax.Array) -> jax.Array:
+    """Of each three rows the first and the third are past."""
+    return interleaved(past, own, past)
+
+
+class Blip2QFormerMultiHeadAttention(Block):
+    """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`.
+
+    `joined` puts keys, or values, that are past and those of the context together: in self-attention one after the
+    other, in cross-attention row by row.
+    """
+
+    config: Blip2QFormerConfig
+    num_heads: int
+    joined: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None,
+        bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        past: KeyValue | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
+        """x: (batch, queries, width) attends to context: (batch, keys, context width), to what is past, or to both.
+
+        Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values if
+        they were made.
+        """
+        c, num_queries = self.config, x.shape[1]
+        heads = (self.num_heads, c.head_dim)
+        query = self.dense("query", x.shape[-1:], heads)(x) * c.head_dim**-0.5
+        if context is None:
+            assert past is not None
+            key, value = past
+        else:
+            num_keys = context.shape[1]
+            to_key, to_value = (self.dense(name, context.shape[-1:], heads) for name in ("key", "value"))
+            is_less_work = num_queries * (num_keys + c.head_dim) < num_keys * c.head_dim
+            if is_less_work and deterministic and head_mask is None and past is None:
+                attended, weights = attention_without_keys(query, context, to_key, to_value, bias=bias)
+                return attended, weights, None
+            key, value = to_key(context), to_value(context)
+            if past is not None:
+                before = (array.astype(self.dtype) for array in past)
+                key, value = (self.joined(*pair) for pair in zip(before, (key, value), strict=True))
+        dropout = None if deterministic else nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
+        attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
+        return attended, weights, (key, value)
+
+
+class _ResidualOutput(Block):
+    """Back to the width, dropout, residual, LayerNorm. Source: transformers `Blip2QFormerOutput`, `...SelfOutput`."""
+
+    config: Blip2QFormerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array, deterministic: bool) -> jax.Array:
+        """x: (batch, tokens, *inner), residual: (batch, tokens, width) -> (batch, tokens, width)."""
+        c = self.config
+        x = self.dense("dense", x.shape[2:], (c.hidden_size,))(x)
+        x = nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
+        return self.layer_norm("LayerNorm", c.layer_norm_eps)(x + residual)
+
+
+class Blip2QFormerAttention(Block):
+    """Attention and what follows it. Source: transformers `Blip2QFormerAttention`."""
+
+    config: Blip2QFormerConfig
+    num_heads: int
+    joined: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None,
+        bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        past: KeyValue | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
+        """x: (batch, queries, width) -> the same shape, weights (batch, heads, queries, keys), and keys and values."""
+        attention = Blip2QFormerMultiHeadAttention(
+            self.config, self.num_heads, self.joined, name="attention", **self.policy
+        )
+        attended, weights, cache = attention(x, context, bias, head_mask, past, deterministic)
+        return _ResidualOutput(self.config, name="output", **self.policy)(attended, x, deterministic), weights, cache
+
+
+class _Intermediate(Block):
+    """Source: transformers `Blip2QFormerIntermediate`."""
+
+    config: Blip2QFormerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (batch, tokens, width) -> (batch, tokens, intermediate_size)."""
+        c = self.config
+        activation = ACTIVATIONS[c.hidden_act]
+        return self.dense("dense", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
+
+
+class Blip2QFormerLayer(Block):
+    """Self-attention over all tokens, cross-attention for the queries, and a feed-forward each for queries and text.
+
+    `heads` are the self-attention heads that are left, numbered as in the unpruned layer. Source: diffusers
+    `Blip2QFormerLayer`.
+    """
+
+    config: Blip2QFormerConfig
+    heads: tuple[int, ...]
+    cross_attends: bool
+    num_queries: int
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        image: jax.Array | None,
+        bias: jax.Array | None,
+        image_bias: jax.Array | None,
+        head_mask: jax.Array | None,
+        past: KeyValue | None,
+        image_past: KeyValue | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, KeyValue | None, KeyValue | None]:
+        """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and what it came from.
+
+        That is the queries alone, (batch, num_queries, width), the weights, (batch, heads, N, past + N), those of
+        cross-attention, (batch, heads, num_queries, image tokens) or None, the keys and values of self-attention, and
+        those of cross-attention or None.
+        """
+        c, cross_weights, image_cache = self.config, None, None
+        kept = None if head_mask is None else head_mask[:, self.heads, :, :]
+        attention = Blip2QFormerAttention(c, len(self.heads), _one_after_other, name="attention", **self.policy)
+        x, weights, cache = attention(x, x, bias, kept, past, self.deterministic)
+        queries, text = x[:, : self.num_queries], x[:, self.num_queries :]
+        if self.num_queries:
+            if self.cross_attends and (image is not None or image_past is not None):
+                cross = Blip2QFormerAttention(c, c.num_attention_heads, _around, name="crossattention", **self.policy)
+                queries, cross_weights, image_cache = cross(
+                    queries, image, image_bias, head_mask, image_past, self.deterministic
+                )
+            queries = self._feed_forward(queries, "_query")
+        if text.shape[1]:
+            text = self._feed_forward(text, "")
+        return jnp.concatenate([queries, text], axis=1), queries, weights, cross_weights, cache, image_cache
+
+    def _feed_forward(self, x: jax.Array, suffix: str) -> jax.Array:
+        inner = _Intermediate(self.config, name=f"intermediate{suffix}", **self.policy)(x)
+        return _ResidualOutput(self.config, name=f"output{suffix}", **self.policy)(inner, x, self.deterministic)
+
+
+@flax.struct.dataclass
+class EncoderInputs:
+    """What the layers go by, beside the tokens. N tokens are `num_queries` queries, and then the text.
+
+    Attributes:
+      image: (batch, image tokens, image width)
+      bias: (batch, 1, 1 or N, past + N), added to the scores of self-attention.
+      image_bias: (batch, 1, 1 or num_queries, image tokens), added to those of cross-attention.
+      head_mask: (layers, batch or 1, heads, 1, 1), factors on the weights of both.
+      past: keys and values of self-attention that are past, of each layer.
+      image_past: those of cross-attention, of each layer that has it.
+      deterministic: drop nothing.
+    """
+
+    image: jax.Array | None
+    bias: jax.Array | None
+    image_bias: jax.Array | None
+    head_mask: jax.Array | None
+    past: tuple[KeyValue, ...] | None
+    image_past: tuple[KeyValue, ...] | None
+    num_queries: int = flax.struct.field(pytree_node=False)
+    deterministic: bool = flax.struct.field(pytree_node=False)
+
+
+class EncoderOutput(NamedTuple):
+    """What the layers give.
+
+    Attributes:
+      queries: their last state; of layers one by one, none recomputed, its gradient leaves the last layer's text out.
+      states: (batch, N, width) before the first and after each layer.
+      attentions: (batch, heads, N, past + N) of each layer.
+      cross_attentions: (batch, heads, num_queries, image tokens) of each layer that cross-attends.
+      past: keys and values of self-attention, those given included.
+      image_past: those of cross-attention, where they were made.
+    """
+
+    queries: jax.Array
+    states: list[jax.Array]
+    attentions: list[jax.Array]
+    cross_attentions: list[jax.Array]
+    past: list[KeyValue]
+    image_past: list[KeyValue]
+
+
+class Blip2QFormerEncoder(Block):
+    """The Q-Former's layers. Source: diffusers `Blip2QFormerEncoder`.
+
+    With the config's `scan_layers` they run in a loop over groups of `cross_attention_frequency`: the parameters are
+    those of an encoder of one group, `layers`, with a leading axis.
+    """
+
+    config: Blip2Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: EncoderInputs) -> EncoderOutput:
+        """x: (batch, N, width)."""
+        c = self.config.qformer_config
+        check_stacked(self, self.config.scan_layers)
+        if self.config.scan_layers:
+            return self._scan(x, inputs)
+        queries, images = x[:, : inputs.num_queries], iter(inputs.image_past or ())
+        # In the order of `EncoderOutput`, which is that of what a layer returns.
+        found: tuple[list[Any], ...] = ([x], [], [], [], [])
+        run = layer_runner(c.gradient_checkpointing)
+        for i in range(c.num_hidden_layers):
+            heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
+            layer = Blip2QFormerLayer(
+                c, heads, cross_attends, inputs.num_queries, inputs.deterministic, name=f"layer_{i}", **self.policy
+            )
+            rest = (
+                inputs.bias,
+                inputs.image_bias,
+                None if inputs.head_mask is None else inputs.head_mask[i],
+                None if inputs.past is None else inputs.past[i],
+                next(images, None) if cross_attends else None,
+            )
+            x, queries, *others = run(layer, (x, inputs.image), rest)
+            if c.gradient_checkpointing:
+                queries = x[:, : inputs.num_queries]  # the gradient has to come through the first output
+            for one, of_all in zip((x, *others), found, strict=True):
+                if one is not None:
+                    of_all.append(one)
+        return EncoderOutput(queries, *found)
+
+    def _scan(self, x: jax.Array, inputs: EncoderInputs) -> EncoderOutput:
+        depth, size = self.config.qformer_config.num_hidden_layers, self.config.qformer_config.cross_attention_frequency
+        groups = depth // size
+
+        def run(group: Blip2QFormerEncoder, x: jax.Array, row: Any) -> tuple:
+            head_mask, past, image_past = row
+            past = past and tuple(jax.tree.map(lambda leaf, i=i: leaf[i], past) for i in range(size))
+            image_past = image_past and (image_past,)
+            own = dataclasses.replace(inputs, head_mask=head_mask, past=past, image_past=image_past)
+            _, states, *others = group(x, own)
+            return states[-1], (states[1:], *others)
+
+        def rows(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), tree)
+
+        past, image_past = (
+            jax.tree.map(lambda *layers: jnp.stack(layers), *given) if given else None
+            for given in (inputs.past, inputs.image_past)
+        )
+        qformer = dataclasses.replace(self.config.qformer_config, num_hidden_layers=size)
+        config = dataclasses.replace(self.config, qformer_config=qformer, scan_layers=False)
+        group = Blip2QFormerEncoder(config, name="layers", **self.policy)
+        last, outputs = scanned(group, groups, x, (*rows((inputs.head_mask, past)), image_past), run)
+        states, *others = (
+            [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(groups) for layer in layers]
+            for layers in outputs
+        )
+        return EncoderOutput(last[:, : inputs.num_queries], [x, *states[:-1], last], *others)
+
+
+class ProjLayer(Block):
+    """A feed-forward on the queries; the residual is its input before the LayerNorm. Source: diffusers `ProjLayer`.
+
+    It begins as the identity, so that queries trained without it pass through.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """x: (batch, queries, width) -> the same shape."""
+        y = self.layer_norm("LayerNorm", 1e-12)(x)
+        y = self.dense("dense1", (self.width,), (4 * self.width,), activation=ACTIVATIONS["quick_gelu"])(y)
+        y = self.dense("dense2", (4 * self.width,), (self.width,), kernel_init=nn.initializers.zeros)(y)
+        return nn.Dropout(0.1, deterministic=deterministic)(y) + x
+
+
+class QFormer(Block):
+    """The vision tower, the queries and the layers: what `Blip2QFormerModel` and `Blip2ForPreTraining` share.
+
+    `parts` names the modules that a class has besides.
+    """
+
+    config: Blip2Config
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def setup(self) -> None:
+        c = self.config
+        width = c.qformer_config.hidden_size
+        self.visual_encoder = Blip2VisionModel(c.vision_config, c.scan_layers, **self.policy)
+        self.query_tokens = self.param("query_tokens", INITIALIZER, (1, c.num_query_tokens, width), self.param_dtype)
+        self.embeddings = Blip2TextEmbeddings(c.qformer_config, **self.policy)
+        self.encoder = Blip2QFormerEncoder(c, **self.policy)
+
+    def encode_image(
+        self,
+        pixel_values: jax.Array,
+        *,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> VisionOutput:
+        """Embed images, see `Blip2VisionModel`. The result can be kept for `encoder_hidden_states`."""
+        return self.visual_encoder(
+            as_array("pixel_values", pixel_values),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            deterministic=deterministic,
+        )
+
+    @nn.nowrap
+    def check_parts(self, *names: str, other: str) -> None:
+        """Raise InputError where the parameters lack a part that is about to run.
+
+        Args:
+          names: top-level names of the parameters.
+          other: the class whose parameters have everything else.
+        """
+        if self.is_mutable_collection("params"):
+            return
+        missing = [name for name in names if not self.has_variable("params", name)]
+        if missing:
+            own = type(self).__name__
+            raise InputError(
+                f"the parameters have no {', '.join(missing)}: they are not those of {own}, perhaps those of {other}; "
+                f"load them with `model_class={own}`, or run {other}"
+            )
+
+    def read(
+        self,
+        pixel_values: jax.Array | None = None,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        head_mask: jax.Array | None = None,
+        past_key_values: tuple[KeyValue, ...] | None = None,
+        image_key_values: tuple[KeyValue, ...] | None = None,
+        positions: jax.Array | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> QFormerOutput:
+        """Run the layers; arguments, errors and output are those of `Blip2QFormerModel`, without `proj_layer`.
+
+        Args:
+          image_key_values: of images that were read before, one for each text; or beside `encoder_hidden_states`, for
+            three times as many texts: these go with the second of each three, the first and the third share one that
+            was read before.
+          positions: (T,) of the text's tokens; by default in order, from what is past without its queries on.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "encoder_hidden_states": image_states(encoder_hidden_states),
+            "encoder_attention_mask": encoder_attention_mask,
+            "head_mask": head_mask,
+        }
+        input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
+            None if value is None else as_array(name, value) for name, value in given.items()
+        )
+        if pixel_values is not None:
+            if encoder_hidden_states is not None:
+                raise InputError("give `pixel_values` or `encoder_hidden_states`, not both")
+            encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
+        layers = self.config.qformer_config.num_hidden_layers
+        if past_key_values is not None and len(past_key_values) != layers:
+            raise InputError(f"`past_key_values` are of {len(past_key_values)} layers; the model has {layers}")
+        rows_past, num_past = past_key_values[0][0].shape[:2] if past_key_values else (0, 0)
+        if num_past and encoder_hidden_states is not None:
+            raise InputError("`past_key_values` hold the queries: give the text that follows them, and no image")
+        if use_cache and past_key_values is None and encoder_hidden_states is None and image_key_values is None:
+            raise InputError(
+                "`use_cache` is for an image and what follows: give `pixel_values` or `encoder_hidden_states`"
+            )
+        if not image_key_values:
+            check_inputs(self.config, encoder_hidden_states, input_ids)
+        if num_past and input_ids is not None and rows_past != len(input_ids):
+            raise InputError(f"{rows_past} rows of `past_key_values` and {len(input_ids)} texts; give as many of each")
+        if positions is None:
+            first = max(num_past - self.config.num_query_tokens, 0)
+            positions = jnp.arange(first, first + (0 if input_ids is None else input_ids.shape[1]))
+            check_length(self.config.qformer_config, first + len(positions))
+
+        queries = None
+        if encoder_hidden_states is not None or image_key_values:
+            rows = encoder_hidden_states if input_ids is None else input_ids
+            assert rows is not None
+            queries = jnp.broadcast_to(self.query_tokens, (len(rows), *self.query_tokens.shape[1:]))
+        x = self.embeddings(queries, input_ids, positions, deterministic)
+        num_queries = 0 if queries is None else queries.shape[1]
+
+        bias = image_bias = None
+        if attention_mask is not None:
+            mask = _over_all_tokens(attention_mask, (x.shape[0], x.shape[1]), num_queries, num_past)
+            bias = mask_bias(mask, SELF_ATTENTION_MASK)
+        if encoder_attention_mask is not None and encoder_hidden_states is not None:
+            _check_image_mask(encoder_attention_mask, encoder_hidden_states, num_queries)
+            image_bias = mask_bias(encoder_attention_mask, CROSS_ATTENTION_MASK)
+        if head_mask is not None:
+            head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
+
+        inputs = EncoderInputs(
+            image=encoder_hidden_states,
+            bias=bias,
+            image_bias=image_bias,
+            head_mask=head_mask,
+            past=past_key_values,
+            image_past=image_key_values,
+            num_queries=num_queries,
+            deterministic=deterministic,
+        )
+        output = self.encoder(x, inputs)
+        return QFormerOutput(
+            last_hidden_state=output.states[-1],
+            pooler_output=output.states[-1][:, 0],
+            query_embeddings=output.queries if num_queries else None,
+            hidden_states=tuple(output.states) if output_hidden_states else None,
+            attentions=tuple(output.attentions) if output_attentions else None,
+            cross_attentions=tuple(output.cross_attentions) if output_attentions else None,
+            past_key_values=tuple(output.past) if use_cache else None,
+            image_key_values=tuple(output.image_past) if use_cache else None,
+        )
+
+
+class Blip2QFormerModel(QFormer):
+    """BLIP-Diffusion's Q-Former with its vision tower.
+
+    Source: diffusers `Blip2QFormerModel`; arXiv 2305.14720 (BLIP-Diffusion), 2301.12597 (BLIP-2).
+
+    Example::
+
+        model = Blip2QFormerModel(config)
+        output = model.apply({"params": params}, pixel_values, input_ids, attention_mask)
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("proj_layer",)
+
+    def setup(self) -> None:
+        super().setup()
+        self.proj_layer = ProjLayer(self.config.qformer_config.hidden_size, **self.policy)
+
+    def __call__(
+        self,
+        pixel_values: jax.Array | None = None,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        encoder_hidden_states: jax.Array | VisionOutput | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        head_mask: jax.Array | None = None,
+        past_key_values: tuple[KeyValue, ...] | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> QFormerOutput:
+        """Read images and text. Without an image there are no queries; without text there are only queries.
+
+        With Q queries and T tokens of text, N = Q + T (Q = 0 without an image):
+
+        Args:
+          pixel_values: (batch, image_size, image_size, 3), as `Processor` makes them.
+          input_ids: (batch, T) whole numbers.
+          attention_mask: ones for what is attended to, zeros for what is not: (batch, T) over the text, or (batch, N)
+            or (batch, N, N) over queries and text.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or all of
+            what `encode_image` returns.
+          encoder_attention_mask: (batch, image tokens) or (batch, Q, image tokens), which of them the queries may see.
+          head_mask: factors on the attention weights, of self- and cross-attention alike: (heads,), (layers, heads), or
+            (layers, batch, heads, 1, 1). Heads are numbered as in the unpruned model.
+          past_key_values: those of an earlier call, which the text follows and attends to; no image then. Masks are
+            over what is past, too: (batch, T), (batch, past + T) or (batch, T, past + T).
+          use_cache: return `past_key_values`.
+          output_attentions, output_hidden_states: return those of every layer as well.
+          deterministic: False turns dropout on, which needs a `dropout` rng.
+
+        Raises:
+          InputError: the inputs do not fit one another or the config.
+        """
+        output = self.read(
+            pixel_values,
+            input_ids,
+            attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            head_mask=head_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            deterministic=deterministic,
+        )
+        if output.query_embeddings is None:
+            return output
+        self.check_parts("proj_layer", other="Blip2ForPreTraining")
+        return dataclasses.replace(output, query_embeddings=self.proj_layer(output.query_embeddings, deterministic))
+
+
+def image_states(given: Any) -> Any:
+    """The image embeddings, of themselves or of the vision tower's whole output."""
+    return given.last_hidden_state if isinstance(given, VisionOutput) else given
+
+
+def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
+    """Raise InputError where image embeddings and text do not fit the config or each other."""
+    if image is None and input_ids is None:
+        raise InputError("nothing to read: give `pixel_values` or `encoder_hidden_states`, `input_ids`, or both")
+    if image is not None and (image.ndim != 3 or image.shape[-1] != config.vision_config.hidden_size):
+        raise InputError(
+            f"`encoder_hidden_states` have shape {image.shape}; "
+            f"they must be (batch, image tokens, {config.vision_config.hidden_size})"
+        )
+    if input_ids is None:
+        return
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise InputError(
+            f"`input_ids` are {input_ids.dtype} of shape {input_ids.shape}; they must be whole numbers (batch, tokens)"
+        )
+    if image is None and not input_ids.shape[1]:
+        raise InputError("`input_ids` have no tokens; give some, or an image")
+    if image is not None and len(image) != len(input_ids):
+        raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
+
+
+def check_length(config: Blip2QFormerConfig, length: int) -> None:
+    """Raise InputError where a text has more tokens than the model positions."""
+    if length > config.max_position_embeddings:
+        raise InputError(
+            f"the text has {length} tokens, the model {config.max_position_embeddings} positions: truncate the text"
+        )
+
+
+def _check_image_mask(mask: jax.Array, image: jax.Array, num_queries: int) -> None:
+    batch, tokens, _ = image.shape
+    if mask.shape not in ((batch, tokens), (batch, num_queries, tokens)):
+        raise InputError(
+            f"`encoder_attention_mask` has shape {mask.shape}; it must be ({batch}, {tokens}) over the image, or "
+            f"({batch}, {num_queries}, {tokens}) over queries and image"
+        )
+
+
+def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int, num_past: int) -> jax.Array:
+    """Extend a mask over the text to what is past, queries and text; one over all of that passes through."""
+    batch, total = shape
+    text, keys = total - num_queries, num_past + total
+    if mask.shape == (batch, text):
+        return jnp.concatenate([jnp.ones((batch, keys - text)), mask], axis=1)
+    if mask.shape not in ((batch, keys), (batch, total, keys)):
+        raise InputError(
+            f"`attention_mask` has shape {mask.shape}; it must be ({batch}, {text}) over the text, or "
+            f"({batch}, {keys}) or ({batch}, {total}, {keys}) over {num_queries + num_past} queries and text"
+        )
+    return mask
+
+
+def _per_layer(head_mask: jax.Array, config: Blip2QFormerConfig, batch: int) -> jax.Array:
+    """Bring a head mask to (layers, batch or 1, heads, 1, 1)."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    if head_mask.shape == (heads,):
+        head_mask = jnp.broadcast_to(head_mask, (layers, heads))
+    if head_mask.shape == (layers, heads):
+        return head_mask[:, None, :, None, None]
+    if head_mask.shape in ((layers, batch, heads, 1, 1), (layers, 1, heads, 1, 1)):
+        return head_mask
+    raise InputError(
+        f"`head_mask` has shape {head_mask.shape}; it must be ({heads},), ({layers}, {heads}) "
+        f"or ({layers}, {batch}, {heads}, 1, 1)"
+    )

@@ -1,0 +1,234 @@
+"""A model on many chips: the mesh, which axis of a parameter lies along which of the mesh's, and activations on it.
+
+Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads and inner
+widths. The program stays that of one chip: XLA puts the collectives in, and the losses see the whole batch.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flax_qformer.compilation import rounds_at_once
+from flax_qformer.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"self_attn/qkv/kernel", ("fsdp", None, "tensor", None)),
+    (r"self_attn/qkv/bias", (None, "tensor", None)),
+    (r"attention/(query|key|value)/kernel", ("fsdp", "tensor", None)),
+    (r"attention/(query|key|value)/bias", ("tensor", None)),
+    (r"(self_attn/projection|(cross)?attention/output/dense)/kernel", ("tensor", None, "fsdp")),
+    (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/kernel", ("fsdp", "tensor")),
+    (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/bias", ("tensor",)),
+    (r"(fc2|output(_query)?/dense|proj_layer/dense2)/kernel", ("tensor", "fsdp")),
+    (r"(word|position)_embeddings/embedding", (None, "fsdp")),
+    (r"patch_embedding/kernel", (None, None, None, "fsdp")),
+    (r"position_embedding", (None, None, "fsdp")),
+    (r"(vision_proj|text_proj|itm_head|lm_head/.*)/kernel", ("fsdp", None)),
+)
+"""Pattern of a path's end -> the mesh's axis for each axis of the parameter. The first that fits holds, for optimizer
+state as well; what no row names (biases of the width, LayerNorms) is on every chip whole."""
+
+TOKENS_AT_ONCE = 16
+"""Image tokens of the whole batch that a chip holds at once, to take those of other chips' images."""
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """All devices as a mesh; one of the numbers may be -1, for as many as are left.
+
+    Raises:
+      InputError: the numbers do not multiply to the number of devices.
+    """
+    return _mesh(dict(zip(AXES, (data, fsdp, tensor), strict=True)), jax.devices())
+
+
+def named_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
+    """These devices as the mesh that `data=-1,fsdp=4,tensor=2` names."""
+    return _mesh(parse_mesh(text), devices)
+
+
+def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    fitting = _fit_mesh(sizes, len(devices))
+    # Unlike `jax.make_mesh`, on every version of TPU: an axis need not lie along whole axes of the pod.
+    placed = mesh_utils.create_device_mesh(fitting, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The sizes that `data=-1,fsdp=4,tensor=2` names, for `make_mesh`; those that it leaves out are 1."""
+    parts = [part for part in text.split(",") if part]
+    try:
+        sizes = {name: int(size) for name, size in (part.split("=") for part in parts)}
+    except ValueError:
+        sizes = {"": 0}
+    if not sizes.keys() <= set(AXES) or len(sizes) < len(parts):
+        raise InputError(f"the mesh is {text!r}; write it as data=-1,fsdp=4,tensor=2, leaving out what is 1")
+    return dict.fromkeys(AXES, 1) | sizes
+
+
+def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Around what is traced: batches stay split over the mesh from layer to layer."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def shard_params(params: Tree, mesh: Mesh) -> Tree:
+    """Spread a tree of parameters, or of anything with their paths in it, over a mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(params, shardings(params, mesh))
+
+    def spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        # All processes have the whole, and each gives what is its own.
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(spread, params, shardings(params, mesh))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Spread a batch over the chips; of several processes, each gives its own part.
+
+    Raises:
+      InputError: it does not divide, or the mesh has other axes.
+    """
+    _check_axes(mesh)
+    sharding, (_, count) = NamedSharding(mesh, BATCH), batch_part(mesh)
+    lengths = {name: np.shape(array)[:1] for name, array in batch.items()}
+    if len(set(lengths.values())) > 1 or () in lengths.values():
+        told = ", ".join(f"{name} {length[0] if length else 'none'}" for name, length in lengths.items())
+        raise InputError(f"the arrays of a batch must have equally many rows; these have: {told}")
+    for name, (length,) in lengths.items():
+        check_divides(length * count, mesh, name)
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch this process gives, and of how many: processes that `tensor` joins give the same.
+
+    Raises:
+      InputError: the parts overlap.
+    """
+    held: dict[int, set[int]] = {}
+    number = mesh.shape["data"] * mesh.shape["fsdp"]
+    where: dict[Any, tuple[slice, ...]] = dict(NamedSharding(mesh, BATCH).devices_indices_map((number,)))
+    for device, (rows,) in where.items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != number or len(set(map(len, parts))) > 1:
+        raise InputError("the mesh gives processes unequal parts of a batch; let tensor divide a process's devices")
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def check_divides(size: int, mesh: Mesh, what: str) -> None:
+    """Whether a batch divides among the chips; InputError with the nearest that does."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % parts:
+        nearest = max(1, round(size / parts)) * parts
+        raise InputError(f"{what}: {size} does not divide into {parts} parts (data x fsdp); {nearest} does")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where each array of a tree goes; see `sharding_of`."""
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf), mesh)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole."""
+    _check_axes(mesh)
+    axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
+    if len(axes) > len(shape):  # a factored optimizer's state
+        axes = ()
+    # Stacked layers have an axis of depth in front.
+    axes = (None,) * (len(shape) - len(axes)) + axes
+    whole = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*whole))
+
+
+def keep_batch(x: jax.Array) -> jax.Array:
+    """Keep the first axis split over the mesh that is set: XLA may else split widths, and sum over the wire."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH[0] if axis in mesh.auto_axes)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
+
+
+def is_batch_split() -> bool:
+    """Whether the mesh that is set, if any, gives each chip a part of the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in BATCH[0] if axis in mesh.auto_axes)
+
+
+def pick_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[index]`; on a mesh a few tokens at a time, since every chip gets them of the whole batch to choose from.
+
+    x: (batch, tokens, width), index: (batch,).
+    """
+    if not is_batch_split():
+        return x[index]
+    batch, tokens, width = x.shape
+    pieces = math.ceil(tokens / TOKENS_AT_ONCE)
+    x = jnp.pad(x, ((0, 0), (0, pieces * TOKENS_AT_ONCE - tokens), (0, 0)))
+    x = x.reshape(batch, pieces, TOKENS_AT_ONCE, width).swapaxes(0, 1)
+
+    def choose(_: None, piece: jax.Array) -> tuple[None, jax.Array]:
+        return None, keep_batch(keep_batch(piece)[index])
+
+    _, chosen = jax.lax.scan(choose, None, x, unroll=rounds_at_once(pieces))
+    return chosen.swapaxes(0, 1).reshape(batch, -1, width)[:, :tokens]
+
+
+def interleaved(*arrays: jax.Array) -> jax.Array:
+    """N arrays of (batch, ...) to (N * batch, ...), row by row; each row stays on its chip."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Bring all of a parameter to every chip of the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
+
+
+def held_bytes(params: Any) -> tuple[int, int]:
+    """How much of a tree this process's devices hold, what several hold counted once, and how much there is."""
+    leaves = jax.tree.leaves(params)
+    parts = ({str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves)
+    return sum(sum(sizes.values()) for sizes in parts), sum(leaf.nbytes for leaf in leaves)
+
+
+def _check_axes(mesh: Mesh) -> None:
+    if mesh.axis_names != AXES:
+        raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
+
+
+def _fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
+    if not all(isinstance(size, int | np.integer) for size in sizes.values()):
+        raise InputError(f"a mesh has whole numbers of devices along data, fsdp and tensor, not {[*sizes.values()]}")
+    rest = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) == 1 and known > 0 and count % known == 0:
+        sizes = sizes | {rest[0]: count // known}
+    elif rest or known != count or min(sizes.values()) < 1:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise InputError(
+            f"a mesh of {given} does not fit {count} devices; their product must be {count}, and one of them may be -1"
+        )
+    return tuple(sizes.values())

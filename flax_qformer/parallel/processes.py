@@ -1,0 +1,98 @@
+"""Several processes that run one program, each with chips of its own: find one another, agree, gather."""
+
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_qformer.errors import InputError, first_line
+
+VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+"""Arguments of `jax.distributed.initialize`, where no cluster tells them."""
+
+PATIENCE = 7 * 24 * 3600
+"""Seconds that a process which is done waits for the others; one that dies is noticed much sooner."""
+
+
+def join_processes() -> None:
+    """Find the job's other processes; before anything else is asked of jax.
+
+    Raises:
+      InputError: nothing says where they are, or they do not answer.
+    """
+    values: dict[str, Any] = {name: os.environ[key] for name, key in VARIABLES.items() if key in os.environ}
+    try:
+        values |= {name: int(values[name]) for name in ("num_processes", "process_id") if name in values}
+        if ":" not in values.get("coordinator_address", ":"):
+            raise ValueError(f"{values['coordinator_address']} has no port")
+        jax.distributed.initialize(**values, shutdown_timeout_seconds=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the job's other processes are not to be found ({first_line(error)}); Cloud TPU, GKE and Slurm tell where "
+            "they are, elsewhere set JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, JAX_NUM_PROCESSES, and "
+            "JAX_PROCESS_ID, which counts from 0"
+        ) from None
+    if not is_first():
+        logging.getLogger("flax_qformer").setLevel(logging.ERROR)
+
+
+def tells_of_lost_process(error: Exception) -> bool:
+    """Whether it may say that another process of the job has ended, and nothing about this one."""
+    is_own = str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and not is_own
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is true in any process; all ask together."""
+    return bool(ask_all(flag))
+
+
+def ask_all(flag: bool) -> Any:
+    """As `any_process`, without waiting: a bool, or an array of one that is there when all is done that was given to
+    the devices before.
+    """
+    if jax.process_count() == 1:
+        return flag
+    mesh = Mesh(np.array(jax.devices()), "device")
+    flags = np.full(jax.local_device_count(), flag)
+    asked = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("device")), flags)
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(asked)
+
+
+def wait_for_all(place: str) -> None:
+    """Go on when all processes are here."""
+    multihost_utils.sync_global_devices(place)
+
+
+def of_all(numbers: dict[str, int]) -> list[dict[str, int]]:
+    """Each process's numbers, by process."""
+    if jax.process_count() == 1:
+        return [numbers]
+    # In halves: JAX would cut what has 64 bits.
+    halves = multihost_utils.process_allgather(np.array(list(numbers.values()), np.int64).view(np.uint32))
+    rows = np.ascontiguousarray(halves).view(np.int64)
+    return [dict(zip(numbers, row.tolist(), strict=True)) for row in rows]
+
+
+def from_first(text: str) -> str:
+    """The first process's text, a path for example."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.zeros(1 << 16, np.uint8)
+    encoded = np.frombuffer(os.fsencode(text), np.uint8)
+    padded[: len(encoded)] = encoded
+    return os.fsdecode(multihost_utils.broadcast_one_to_all(padded).tobytes().rstrip(b"\0"))

@@ -1,0 +1,1 @@
+"""What a training step needs of a pod that is not there."""

@@ -1,0 +1,207 @@
+"""Where a run's metrics and samples go: `metrics.jsonl`, TensorBoard, Weights & Biases."""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from flax_qformer.checkpoints.atomic import check_space, new_file
+from flax_qformer.errors import InputError, first_line
+from flax_qformer.parallel.processes import is_first, wait_for_all
+
+METRICS = "metrics.jsonl"
+FOLDERS = ("tensorboard", "wandb")
+"""Folders that the reporters make in a run's folder."""
+
+ReportTo: TypeAlias = Literal["tensorboard", "wandb"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a model makes of a few examples.
+
+    Attributes:
+      captions: the true caption of each example, and the one that the model writes.
+      pictures: (height, width, 3) uint8, by name.
+    """
+
+    captions: list[tuple[str, str]]
+    pictures: dict[str, np.ndarray]
+
+
+class Reporter(Protocol):
+    """A program that shows metrics and samples. A resumed run reports to the same place."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, samples: Samples) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class TensorBoard:
+    """TensorBoard's files in `tensorboard`. What an earlier run wrote of later steps is discarded."""
+
+    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def show(self, step: int, samples: Samples) -> None:
+        rows = [("", "true caption", "written caption"), ("---",) * 3]
+        rows += [(str(number), *pair) for number, pair in enumerate(samples.captions)]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        self._writer.add_text("samples/captions", table, step)
+        for name, picture in samples.pictures.items():
+            self._writer.add_image(f"samples/{name}", picture, step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, whose id is kept in `wandb/run_id`.
+
+    Its steps are a metric of their own: W&B's own step cannot go back, and drops an evaluation of the step that a run
+    resumes from.
+    """
+
+    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+        kept = folder / "wandb" / "run_id"
+        if not kept.exists():
+            with new_file(kept) as file:
+                file.write(uuid.uuid4().hex[:8].encode())
+        self._wandb: Any = importlib.import_module("wandb")
+        try:
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "flax_qformer"),
+                id=kept.read_text(),
+                resume="allow",
+                dir=str(folder),
+                name=folder.resolve().name,
+                config=dict(settings),
+                # A copy of standard output would hold every redrawing of the progress bar.
+                settings=self._wandb.Settings(
+                    console="off", silent=not logging.getLogger(__name__).isEnabledFor(logging.INFO)
+                ),
+            )
+        except self._wandb.Error as error:
+            raise InputError(
+                f"Weights & Biases does not take the run ({first_line(error)}); run `wandb login`, set "
+                "WANDB_MODE=offline, or leave wandb out of `report_to`"
+            ) from None
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **figures})
+
+    def show(self, step: int, samples: Samples) -> None:
+        pictures = {f"samples/{name}": self._wandb.Image(picture) for name, picture in samples.pictures.items()}
+        captions = self._wandb.Table(columns=["true caption", "written caption"], data=samples.captions)
+        self._run.log({"step": step, "samples/captions": captions, **pictures})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+REPORTERS: dict[ReportTo, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def check_reporters(report_to: Sequence[ReportTo]) -> None:
+    """Raise InputError where Weights & Biases is asked for and not installed."""
+    # A folder of the same name, which wandb makes, is a package without a file.
+    spec = importlib.util.find_spec("wandb") if "wandb" in report_to else None
+    if "wandb" in report_to and (spec is None or spec.origin is None):
+        raise InputError("`report_to` names wandb, which is not installed; run pip install 'flax-qformer[wandb]'")
+
+
+class MetricsLogger:
+    """The metrics of a run: `metrics.jsonl` with a line for each time, and the reporters. The first process writes."""
+
+    def __init__(self, folder: Path, step: int, report_to: Sequence[ReportTo], settings: Mapping[str, Any]) -> None:
+        """Resume after a step: the lines of later steps are removed, as the run writes them again.
+
+        Args:
+          folder: the run's folder.
+          step: the last finished step.
+          report_to: names of `REPORTERS`.
+          settings: of the run, to be shown with it.
+        """
+        self._folder, self._path = folder, folder / METRICS
+        self._last: dict[str, float] = {}
+        self._evaluated: set[int] = set()
+        kept = []
+        for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
+            # The last one may have been cut off.
+            with contextlib.suppress(ValueError):
+                figures = json.loads(line)
+                if figures["step"] <= step:
+                    kept.append(line + "\n")
+                    self._note(**figures)
+        wait_for_all("read")
+        if is_first():
+            with new_file(self._path) as file:
+                file.write("".join(kept).encode())
+        self._reporters: list[Reporter] = [
+            REPORTERS[name](folder, step, settings) for name in dict.fromkeys(report_to) if is_first()
+        ]
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for reporter in self._reporters:
+            reporter.close(failed=kind is not None)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self._note(step, **figures)
+        if not is_first():
+            return
+        with self._writing():
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+            for reporter in self._reporters:
+                reporter.write(step, figures)
+
+    def show(self, step: int, samples: Samples) -> None:
+        with self._writing():
+            for reporter in self._reporters:
+                reporter.show(step, samples)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            # TensorBoard's writer is a thread, which would end with a traceback.
+            check_space(self._folder, 0)
+            yield
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self._path} ({error.strerror}); free space and run the same command again"
+            ) from None
+
+    def is_evaluated(self, step: int) -> bool:
+        return step in self._evaluated
+
+    def last(self) -> str:
+        """The last figures, a line each."""
+        return "".join(f"\n  {name}: {value:g}" for name, value in self._last.items())
+
+    def _note(self, step: int, **figures: float) -> None:
+        self._last = figures
+        if "images" in figures:
+            self._evaluated.add(step)

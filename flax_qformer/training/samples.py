@@ -1,0 +1,177 @@
+"""Samples of an evaluation: what the model makes of a few held-out images.
+
+Each image has a caption by beam search beside the true one, a map of where the queries look, and the images that its
+caption finds.
+"""
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_qformer.data.batches import evaluation_batches, open_row
+from flax_qformer.data.sources import DataSettings, Source
+from flax_qformer.models.pretraining import Blip2ForPreTraining
+from flax_qformer.parallel.processes import is_first
+from flax_qformer.processing.attention_maps import attention_maps
+from flax_qformer.processing.processor import Processor, to_rgb
+from flax_qformer.training.evaluation import Found
+from flax_qformer.training.metrics import Samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUM_BEAMS = 3
+TOP = 5
+"""Images shown for each text."""
+
+SIDE = 112
+"""Of an image in a picture, in pixels."""
+
+DARK = 0.15
+"""Brightness of an image where the queries do not look."""
+
+BILINEAR = PIL.Image.Resampling.BILINEAR
+
+
+class Sampler:
+    """Draws samples of the same images at each evaluation; the model's part is compiled once."""
+
+    def __init__(
+        self,
+        model: Blip2ForPreTraining,
+        processor: Processor,
+        source: Source,
+        count: int,
+        max_length: int,
+        mesh: Mesh,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+          source: what is evaluated on.
+          count: images to show.
+          max_length: tokens of a caption, at most.
+          mesh: of the parameters. Several processes draw together.
+        """
+        self._processor, self._source, self._count, self._max_length = processor, source, count, max_length
+        self._ids, self._rows = np.unique(source.image_ids, return_index=True)
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        # The compiled program below has no collectives: a beam search is a loop, and in a job of several processes on
+        # CPU a collective in a loop may hang, see `rounds_at_once`. So each device gets the parameters, in the dtype
+        # that they are computed in, and does the same work.
+        self._gather = jax.jit(
+            lambda params: jax.tree.map(lambda leaf: leaf.astype(model.dtype), params), out_shardings=self._whole
+        )
+        apply: Any = model.apply
+
+        @partial(jax.jit, out_shardings=self._whole)
+        def look(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+            states = apply({"params": params}, pixels, method="encode_image").last_hidden_state
+            written = apply(
+                {"params": params},
+                encoder_hidden_states=states,
+                eos_token_id=processor.tokenizer.sep_token_id,
+                num_beams=NUM_BEAMS,
+                max_length=max_length,
+                min_length=1,
+                method="caption",
+            )
+            output = apply(
+                {"params": params},
+                None,
+                ids,
+                mask,
+                encoder_hidden_states=states,
+                output_attentions=True,
+                method="read",
+            )
+            maps = attention_maps(output.cross_attentions, model.config)
+            return written, maps.astype(jnp.float32).mean(axis=1)
+
+        self._look = look
+
+    def draw(self, params: Any, found: Found) -> Samples | None:
+        """Run the model on the examples and draw the results; None in all processes but the first.
+
+        Args:
+          params: the parameters that were evaluated.
+          found: what the evaluation found.
+
+        Raises:
+          InputError: no example can be used.
+        """
+        batch, true = self._examples()
+        arrays = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
+        placed = [jax.make_array_from_callback(a.shape, self._whole, a.__getitem__) for a in arrays]
+        tokens, maps = map(np.asarray, self._look(self._gather(params), *placed))
+        if not is_first():
+            return None
+        written = self._processor.tokenizer.batch_decode(tokens[: len(true)], skip_special_tokens=True)
+        shown = batch["image_id"][: len(true)].tolist()
+        attention = [_attention_row(self._image(image_id), row) for image_id, row in zip(shown, maps, strict=False)]
+        retrieved = self._draw_retrieved(dict(zip(shown, true, strict=True)), found)
+        pictures = {"attention": np.concatenate(attention), "retrieved": _pixels(retrieved)}
+        return Samples(list(zip(true, written, strict=True)), pictures)
+
+    def _examples(self) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The first images that can be used, each with its first caption."""
+        settings = DataSettings(
+            self._source.name, batch_size=self._count, max_text_length=self._max_length, num_workers=0
+        )
+        source = self._source.select(np.sort(self._rows))
+        with contextlib.closing(evaluation_batches(source, self._processor, settings)) as batches:
+            return next(batches)
+
+    def _image(self, image_id: int) -> PIL.Image.Image:
+        row = self._source[int(self._rows[np.searchsorted(self._ids, image_id)])]
+        return open_row(row["image"], row["name"])
+
+    def _draw_retrieved(self, texts: dict[int, str], found: Found) -> "Figure":
+        """A row for each text: the images that fit best, the best first; the text's own image has a green frame."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(1.5 * TOP, 1.8 * len(texts)))
+        axes = figure.subplots(len(texts), TOP, squeeze=False)
+        figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.25 / len(texts), wspace=0.05, hspace=0.25)
+        for row, (own, text) in zip(axes, texts.items(), strict=True):
+            row[0].set_title(text, loc="left", fontsize=9, parse_math=False)
+            for axis in row:
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.spines[:].set_visible(False)
+            for axis, image_id in zip(row, found.best_images(own, TOP), strict=False):
+                image = to_rgb(self._image(image_id))
+                image.thumbnail((SIDE, SIDE))
+                axis.imshow(image)
+                axis.spines[:].set(visible=image_id == own, color="green", linewidth=4)
+        return figure
+
+
+def _attention_row(image: PIL.Image.Image, maps: np.ndarray) -> np.ndarray:
+    """The image, then as the queries see it: dark where they do not look, on average and query by query.
+
+    `draw_attention` is the better picture, and takes 100 times as long.
+
+    maps: (queries, grid, grid) -> (SIDE, (2 + queries) * SIDE, 3) uint8; each map is scaled to its own maximum.
+    """
+    pixels = np.asarray(to_rgb(image).resize((SIDE, SIDE)))
+    panels = [pixels]
+    for strength in (maps.mean(axis=0), *maps):
+        light = PIL.Image.fromarray(strength / max(strength.max(), 1e-12)).resize((SIDE, SIDE), BILINEAR)
+        panels.append((pixels * (DARK + (1 - DARK) * np.asarray(light)[..., None])).astype(np.uint8))
+    return np.concatenate(panels, axis=1)
+
+
+def _pixels(figure: "Figure") -> np.ndarray:
+    """A figure as (height, width, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

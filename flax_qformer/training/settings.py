@@ -1,0 +1,226 @@
+"""The settings of the training program: one dataclass, for the command line and for a YAML file."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.data.sources import DataSettings
+from flax_qformer.errors import InputError
+from flax_qformer.training.metrics import ReportTo
+from flax_qformer.training.optimizer import OptimizerName
+
+FIXED = ("model", "train", "optimizer", "group_learning_rates", "ema_decay", "accumulation", "scan_layers", "seed")
+"""What decides of the state's form or the data's order, and so may not change between a stop and its resumption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(DataSettings):
+    """Train a Q-Former on captioned images, or go on where a run in the same folder stopped.
+
+    Attributes:
+      output: folder of the run: its checkpoints, metrics.jsonl, TensorBoard's files, and in the end `model`.
+      model: what to start from: a folder, checkpoint file or hub id; from a folder with a config.json and a tokenizer
+        but no weights, all parameters are randomly initialised.
+      tokenizer: folder or hub id, where the checkpoint brings none.
+      overwrite: start anew, in place of the run that is in the folder.
+      train: what is trained: vision, qformer, heads, all, or regular expressions of paths such as
+        encoder/layer_0/crossattention/attention/query/kernel.
+      steps: how many to take in all.
+      optimizer: adamw, lion, adafactor or sgd.
+      learning_rate: the highest, after the warm-up; it falls along a cosine to a tenth.
+      group_learning_rates: other learning rates, each after the group or regular expression that it is for, such as
+        vision 1e-5 crossattention 2e-4; the first that fits a parameter holds.
+      warmup: steps until the highest learning rate.
+      weight_decay: decoupled from the gradient; none on biases, LayerNorms and the temperature.
+      b1: decay of the first moment of adamw and lion, and sgd's momentum; adafactor has none.
+      b2: decay of the second moment of adamw and lion.
+      clip_norm: longest gradient; 0 switches clipping off.
+      layer_decay: each layer's learning rate is this times that of the layer above.
+      accumulation: batches whose gradients are averaged for one step; each is contrasted by itself.
+      ema_decay: of the moving average of the parameters, which is what is evaluated and kept; 0 for none.
+      dropout: of the Q-Former, in place of its config's.
+      dtype: what is computed in: float32 or bfloat16; trained parameters are float32, frozen ones as the checkpoint has
+        them.
+      gradient_checkpointing: recompute each layer in the backward pass, for less memory.
+      scan_layers: run the layers in a loop, which compiles faster, and on a CPU runs slower; by default on chips alone.
+        A pruned model cannot.
+      mesh: how to split over the devices, such as data=-1,fsdp=4,tensor=2: data and fsdp split the batch, fsdp and
+        tensor the parameters; -1 takes what is left.
+      distributed: join the job's other processes, as jax.distributed.initialize finds them on Cloud TPU, GKE and Slurm;
+        elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell.
+      log_every: steps between lines of metrics.
+      report_to: where metrics and samples go beside metrics.jsonl: tensorboard, wandb (Weights & Biases), or both.
+      save_every: steps between checkpoints.
+      keep: newest checkpoints that are kept.
+      evaluate_every: steps between evaluations on what is held out; 0 for one at the end.
+      evaluate_on: how many examples at most.
+      rerank: candidates that ITM orders anew in an evaluation; 0 for none.
+      samples: held-out images whose captions, retrieved images and attention maps each evaluation reports; 0 for none.
+    """
+
+    output: str
+    model: str = str(DEFAULT_MODEL)
+    tokenizer: str | None = None
+    overwrite: bool = False
+    train: tuple[str, ...] = ("qformer", "heads")
+    steps: int = 1000
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 1e-4
+    group_learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    warmup: int = 100
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.98
+    clip_norm: float = 1.0
+    layer_decay: float = 1.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    dropout: float | None = None
+    dtype: str = "bfloat16"
+    gradient_checkpointing: bool = False
+    scan_layers: bool | None = None
+    mesh: str = "data=-1"
+    distributed: bool = False
+    log_every: int = 10
+    report_to: tuple[ReportTo, ...] = ("tensorboard",)
+    save_every: int = 500
+    keep: int = 2
+    evaluate_every: int = 0
+    evaluate_on: int = 1000
+    rerank: int = 16
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_least(self, 1, ("steps", "accumulation", "log_every", "save_every", "keep"))
+        _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank", "samples"))
+        # A pair alone has no negatives.
+        _check_least(self, 2, ("batch_size", "evaluate_on"))
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"`learning_rate` is {self.learning_rate}; it must be a number above 0")
+        for group, rate in self.group_learning_rates.items():
+            if not 0 < rate < float("inf"):
+                raise InputError(f"`group_learning_rates` has {rate} for {group}; it must be a number above 0")
+        if not self.train:
+            raise InputError("`train` names nothing; name vision, qformer, heads or all")
+        if self.dtype == "float16":
+            raise InputError(
+                "`dtype` is float16, in which small gradients underflow without loss scaling; train in bfloat16, which "
+                "has the range of float32, or in float32"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"`layer_decay` is {self.layer_decay}; it must be above 0 and at most 1")
+        for name in ("b1", "b2", "ema_decay", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"`{name}` is {value}; it must be from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(DataSettings):
+    """Measure how well the images and captions of a data set find each other.
+
+    Attributes:
+      model: folder, checkpoint file or hub id of a stage-1 model.
+      tokenizer: folder or hub id, where the checkpoint brings none.
+      everything: use all examples, not only those that training with the same settings holds out.
+      evaluate_on: how many examples at most; a text is to find its own image, so that texts which fit several count
+        as missed when they find another.
+      rerank: candidates of each query that ITM orders anew; 0 for none.
+      dtype: what is computed in: float32, bfloat16 or float16.
+    """
+
+    model: str = str(DEFAULT_MODEL)
+    tokenizer: str | None = None
+    everything: bool = False
+    evaluate_on: int = 1000
+    rerank: int = 16
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_least(self, 2, ("evaluate_on",))
+        _check_least(self, 0, ("rerank",))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a file names, for either program.
+
+    Raises:
+      InputError: it cannot be read, or names a setting that there is not.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the name") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a setting a line, as in: batch_size: 64")
+    known = {field.name for kind in (TrainSettings, EvaluateSettings) for field in dataclasses.fields(kind)}
+    unknown = [str(name) for name in values if name not in known]
+    if unknown:
+        raise InputError(
+            f"{path} names unknown settings: {', '.join(unknown)}; take those of `TrainSettings` or `EvaluateSettings`"
+        )
+    return values
+
+
+def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
+    """A file's settings as the command line would give them; what only the other program has is passed over."""
+    own, arguments = {field.name: field for field in dataclasses.fields(kind)}, []
+    for name, value in read_yaml(path).items():
+        flag = name.replace("_", "-")
+        if name not in own:
+            continue
+        if value is None and own[name].default is not None:
+            raise InputError(f"{path} leaves {name} empty; give it a value, or leave the line out")
+        if own[name].type is bool and isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | dict):
+            parts = value if isinstance(value, list) else [part for pair in value.items() for part in pair]
+            arguments += [f"--{flag}", *map(str, parts)]
+        else:
+            arguments.append(f"--{flag}={value}")
+    return arguments
+
+
+def to_yaml(settings: DataSettings) -> str:
+    import yaml
+
+    return yaml.safe_dump(_plain(settings), sort_keys=False)
+
+
+def _plain(settings: DataSettings) -> dict[str, Any]:
+    """As YAML keeps them, which has no tuples."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(settings).items()}
+
+
+def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not least <= getattr(settings, name) < float("inf"):
+            raise InputError(f"`{name}` is {getattr(settings, name)}; it must be {least} or more")
+
+
+def changed(before: Mapping[str, Any], now: DataSettings, names: Collection[str] | None = None) -> list[str]:
+    """What became of the settings that a run was saved with: of these names, by default of all."""
+    return [
+        f"`{name}` was {before[name]} and is now {value}"
+        for name, value in _plain(now).items()
+        if (names is None or name in names) and name in before and before[name] != value
+    ]
+
+
+def check_resumable(before: Mapping[str, Any], now: DataSettings) -> None:
+    """Raise InputError where settings changed that the saved state depends on."""
+    unfit = changed(before, now, FIXED)
+    if unfit:
+        raise InputError(
+            f"the run cannot go on with other settings: {'; '.join(unfit)}. Set them back, name another `output`, "
+            "or start anew with `overwrite=True`"
+        )
