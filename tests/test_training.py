@@ -994,8 +994,8 @@ def test_a_run_is_not_lost(
         assert message in refused(capsys, *program(folder, run, *more))
         assert files() == before
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        load = train._load
-        patch.setattr(train, "_load", lambda *of: signal.raise_signal(signal.SIGINT) or load(*of))
+        load = loop._load
+        patch.setattr(loop, "_load", lambda *of: signal.raise_signal(signal.SIGINT) or load(*of))
         main(list(map(str, program(folder, run, "--overwrite"))))
     assert stop.value.code == 128 + signal.SIGINT
     assert "stopped before the run began; nothing was changed" in capsys.readouterr().err
@@ -1054,11 +1054,11 @@ def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, m
 
 def test_a_step_is_told_of_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop.Reports, "is_late", True)
-    monkeypatch.setattr(train, "_short", str)
+    monkeypatch.setattr(loop, "_short", str)
     told: list[int] = []
     log: Any = SimpleNamespace(write=lambda step, _: told.append(step))
     settings = TrainSettings(data="", output=str(tmp_path), model="", log_every=1)
-    reports = loop.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, train.Progress(4, "step"))
+    reports = loop.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, loop.Progress(4, "step"))
     for number in (1, 2, 3):
         reports.add(loop.Step(number, [{"loss": jnp.float32(0)}], 0, 0))
         assert told == list(range(1, number))
