@@ -25,6 +25,8 @@ Selection: TypeAlias = str | Iterable[str] | Callable[[str], Any] | Mapping[str,
 """
 
 Rate: TypeAlias = float | optax.Schedule
+"""A learning rate: a number, or an optax schedule, which is a function of the step."""
+
 OptimizerName = Literal["adamw", "lion", "adafactor", "sgd"]
 
 GROUPS = ("vision", "qformer", "heads", "all")
