@@ -325,6 +325,7 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_hub_that_hangs_up(tmp_path: Path, hub: Any) -> None:
     """The hub's library tries again and says so; then comes our line."""
     served, environment = hub

@@ -56,6 +56,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     assert found["texts"].tolist() == ["red circle"]
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE", raising=False)

@@ -94,6 +94,7 @@ def shards(output: Path) -> int:
     return len(list(output.glob("*.parquet")))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "embeddings"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):

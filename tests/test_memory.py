@@ -45,6 +45,7 @@ def run(first: str, then: str) -> list[float]:
     return [float(number) for number in answer.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="it is glibc that is told")
 def test_what_is_freed_is_kept_until_it_is_given_back() -> None:
     faults, _ = run("", "")

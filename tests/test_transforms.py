@@ -229,6 +229,7 @@ def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.M
         jax.eval_shape(call, {"params": params})
 
 
+@pytest.mark.slow
 def test_layers_are_not_compiled_where_nothing_is(params: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call would compile them anew."""
     compiled, jit = [], jax.jit

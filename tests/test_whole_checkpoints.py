@@ -22,7 +22,7 @@ CONFIG = fq.Blip2Config.from_dict(
         "vision_config": {
             "hidden_size": 16,
             "intermediate_size": 16,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "image_size": 16,
             "patch_size": 8,
@@ -30,7 +30,7 @@ CONFIG = fq.Blip2Config.from_dict(
         "qformer_config": {
             "vocab_size": 12,
             "hidden_size": 16,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "intermediate_size": 16,
             "max_position_embeddings": 16,
@@ -84,6 +84,7 @@ def train(model: Path, data: Path, output: Path, *more: str) -> None:
         "batch-size": 4,
         "max-text-length": 8,
         "num-workers": 0,
+        "dropout": 0,
         "dtype": "float32",
     }
     main(["train", *(str(word) for name, value in arguments.items() for word in (f"--{name}", value)), *more])
@@ -121,6 +122,7 @@ def test_training_too_slow_to_change_anything_returns_every_tensor(
         check_bytes(tmp_path / f"{number}", source)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_keep_their_dtype(data: Path, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "diffusers", ("proj_layer",), np.float16)
     train(source, data, tmp_path / "run", "--steps", "1", "--train", "heads")
@@ -154,7 +156,7 @@ def test_commands_refuse_a_model_without_trained_heads(data: Path, tmp_path: Pat
         for command in (
             ["caption", image],
             ["search", image, "--text", "red"],
-            ["evaluate", "--data", str(data), "--everything"],
+            ["evaluate", "--data", str(data), "--everything", "--num-workers", "0"],
         ):
             capsys.readouterr()
             with pytest.raises(SystemExit) as stop:

@@ -19,7 +19,7 @@ def main() -> None:
     missing = []
     for module, page in PAGES.items():
         text = (output / page).read_text()
-        names = importlib.import_module(module).__all__
+        names = [name for name in importlib.import_module(module).__all__ if not name.startswith("_")]
         missing += [f"{module}.{name}" for name in names if f'descname"><span class="pre">{name}<' not in text]
     sys.exit(f"the API reference lacks {', '.join(missing)}" if missing else None)
 

@@ -84,8 +84,11 @@ class Batches:
         self._grain = _grain()
         self._source = source
         self._tokenize = partial(processor, max_length=settings.max_text_length)
-        # An impossible length shall show now.
-        self._tokenize(text="")
+        longest = processor.config.qformer_config.max_position_embeddings
+        if settings.max_text_length > longest:
+            raise InputError(
+                f"`max_text_length` is {settings.max_text_length}; the model reads at most {longest} tokens"
+            )
         self._settings = settings
         self._share = (process_index, process_count)
         self._size = settings.batch_size // process_count

@@ -208,8 +208,8 @@ class Blip2Config(_Config):
         object.__setattr__(self, "pruned_heads", tuple(sorted((la, he) for la, he in pruned.items() if he)))
         named: Any = self.newly_initialised
         named = list(named.items()) if isinstance(named, Mapping) else named
-        pairs = named if isinstance(named, tuple | list) else [None]
-        if not all(isinstance(pair, tuple | list) and list(map(type, pair)) == [str, str] for pair in pairs):
+        entries = named if isinstance(named, tuple | list) else [None]
+        if not all(isinstance(pair, tuple | list) and list(map(type, pair)) == [str, str] for pair in entries):
             raise InputError("newly_initialised must map names of modules to how they were initialised")
         object.__setattr__(self, "newly_initialised", tuple(sorted(map(tuple, named))))
         if self.scan_layers:

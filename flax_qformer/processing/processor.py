@@ -280,10 +280,7 @@ class Processor:
         longest = qformer.max_position_embeddings
         if max_length is not None:
             if max_length > longest:
-                raise InputError(
-                    f"texts of {max_length} tokens are asked for, by `max_length` or, in training, `max_text_length`; "
-                    f"the model reads at most {longest}"
-                )
+                raise InputError(f"`max_length` is {max_length}; the model reads at most {longest} tokens")
             truncate, longest = True, max_length
         limit = longest if truncate else None
         tokens = self.tokenizer(texts, truncation=truncate, max_length=limit, verbose=False)["input_ids"]

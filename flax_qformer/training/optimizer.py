@@ -14,6 +14,8 @@ from flax_qformer.models.config import Blip2Config
 from flax_qformer.models.selection import labels_of, matching
 
 Rate: TypeAlias = float | optax.Schedule
+"""A learning rate: a number, or an optax schedule, which is a function of the step."""
+
 OptimizerName = Literal["adamw", "lion", "adafactor", "sgd"]
 
 
