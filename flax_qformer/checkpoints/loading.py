@@ -5,7 +5,6 @@ saved along, the tokenizer's files and `preprocessor_config.json`.
 """
 
 import contextlib
-import json
 import logging
 import os
 from collections import Counter
@@ -17,35 +16,24 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
-from flax_qformer.checkpoints.atomic import check_absent, check_apart, check_space, new_folder
 from flax_qformer.checkpoints.lora_files import load_lora
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, PARAMS, TOKENIZER_FILES, ModelFiles, locate
-from flax_qformer.convert import check_finite, check_shapes, convert, export, layout_of, parts_of
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, PARAMS, ModelFiles, locate
+from flax_qformer.convert import check_finite, check_shapes, convert, layout_of, parts_of
 from flax_qformer.convert.files import open_tensors
-from flax_qformer.convert.tables.qformer import BERT_BIAS, PARTS, Layout, parameters
+from flax_qformer.convert.tables.qformer import BERT_BIAS, PARTS, parameters
 from flax_qformer.convert.tensors import StoredTensor, merged
 from flax_qformer.errors import InputError, first_line
 from flax_qformer.models.config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
 from flax_qformer.models.pretraining import TEMPERATURE, Blip2ForPreTraining
 from flax_qformer.models.qformer import Blip2QFormerModel
-from flax_qformer.models.surgery import check_merged, stack_layers, unstack_layers
+from flax_qformer.models.surgery import stack_layers
 from flax_qformer.parallel.mesh import held_bytes, shard_params, sharding_of
-from flax_qformer.parallel.processes import from_first, is_first, tells_of_lost_process, wait_for_all
-from flax_qformer.processing.processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-CHUNK_BYTES = 1 << 20
-"""Of what is written as one piece, and so is read as one: a chip's part of a parameter needs few more."""
-
-WRITE_BYTES = 1 << 27
-"""Of what is copied on its way to disk, held at once, unless one parameter is more."""
 
 LAVIS_TOWER = "clip_vit_L.pth"
 """LAVIS's file of the frozen tower, by the name that it downloads it under."""
@@ -128,7 +116,7 @@ def from_pretrained(
         raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(CLASSES)}")
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
-    loaded = _load(_located(path_or_hub_id, config), model_class, config, kept, allow_non_finite, place)
+    loaded = load(located(path_or_hub_id, config), model_class, config, kept, allow_non_finite, place)
     besides = sorted(set(map(_rule, loaded.left_out)) - {POSITIONS, TIED_DECODER})
     if besides:
         log.info("%s: left out %s, which are other parts of BLIP-Diffusion or CLIP", path_or_hub_id, ", ".join(besides))
@@ -155,7 +143,7 @@ def initialise(
     """A model with all its parameters initialised, in float32; arguments and result as of `from_pretrained`."""
     config = config if isinstance(config, Blip2Config) else Blip2Config.from_json(Path(config))
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
-    params = _initial(model_class, config, seed=seed, place=place)
+    params = initial_params(model_class, config, seed=seed, place=place)
     return model_class(_with_new(config, params), dtype=as_dtype(dtype)), params
 
 
@@ -164,118 +152,6 @@ def read_config(path_or_hub_id: str | os.PathLike[str]) -> Blip2Config:
     if Path(path_or_hub_id).suffix == ".json":
         return _config(ModelFiles(str(path_or_hub_id)), path_or_hub_id)
     return _config(locate(path_or_hub_id, weights=False), None)
-
-
-def save_pretrained(
-    path: str | os.PathLike[str],
-    model: AnyModel,
-    params: Mapping[str, Any],
-    processor: Processor | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write a model to a folder, in the dtypes that its parameters have. The folder is whole or absent.
-
-    Modules that `model` does not read but the tree holds are written too. Modules that training has changed are no
-    longer recorded as newly initialised. Of several processes, all call this together.
-
-    Raises:
-      InputError: the folder exists and may not be replaced, or the parameters are not those of the model
-        or have LoRA weights.
-    """
-    check_merged(params)
-    params = unstack_layers(params)
-    shapes = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
-    _check(shapes, model.config, type(model))
-    config = _with_trained(model.config, params)
-    with new_folder(Path(path), overwrite) if is_first() else contextlib.nullcontext("") as folder:
-        folder = Path(from_first(str(folder)))
-        if is_first():
-            _write_files(folder, {"config.json": _config_file(config, type(model))})
-            if processor is not None:
-                processor.save_pretrained(folder)
-        _write_params(folder, params)
-    wait_for_all("saved")
-
-
-def convert_checkpoint(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    dtype: DTypeLike | None = None,
-    config: str | os.PathLike[str] | Blip2Config | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    allow_non_finite: bool = False,
-) -> str:
-    """Write a checkpoint as a folder of ours; `flax-qformer convert`.
-
-    Args:
-      source: anything that `from_pretrained` takes.
-      destination: the folder to make, whole or not at all.
-      dtype: cast the parameters; by default each keeps its own.
-      config: a `config.json`, where the checkpoint brings none; LAVIS's default to the published geometry.
-      tokenizer: folder or hub id, where the checkpoint brings none; defaults to `bert-base-uncased`.
-      overwrite: replace an existing folder.
-      allow_non_finite: accept infinities and NaN.
-
-    Returns:
-      A line on what was done.
-
-    Raises:
-      InputError: the source cannot be used, or the destination exists.
-    """
-    check_absent(Path(destination), overwrite)
-    check_apart(Path(source), Path(destination))
-    found = _located(source, config)
-    loaded = _load(found, None, config, None if dtype is None else as_dtype(dtype), allow_non_finite)
-    settings, notes = _settings(found, loaded, tokenizer)
-    with new_folder(Path(destination), overwrite) as folder:
-        _write_files(folder, settings)
-        _write_params(folder, loaded.params)
-    return f"{loaded.summary()}; wrote {destination}{notes}"
-
-
-def export_checkpoint(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    layout: Layout | None = None,
-    overwrite: bool = False,
-) -> str:
-    """Write a folder with a PyTorch checkpoint; `flax-qformer export`.
-
-    Args:
-      source: anything that `from_pretrained` takes.
-      destination: the folder to make, whole or not at all.
-      layout: by whose names. "diffusers", the default, is for upstream's `Blip2QFormerModel.from_pretrained`; a stage-1
-        model without a `proj_layer` gets one that is the identity, and keeps its heads, which upstream ignores.
-        "lavis", the default for a stage-1 model, is for the `load_state_dict` of LAVIS's.
-      overwrite: replace an existing folder.
-
-    Returns:
-      A line on what was done.
-
-    Raises:
-      InputError: the source cannot be used, or the destination exists.
-    """
-    check_absent(Path(destination), overwrite)
-    check_apart(Path(source), Path(destination))
-    found = _located(source, None)
-    loaded = _load(found, None, None, None, allow_non_finite=True)
-    if layout is None:
-        layout = "lavis" if loaded.model_class is Blip2ForPreTraining else "diffusers"
-    if layout == "diffusers":
-        loaded = _completed(replace(loaded, model_class=Blip2QFormerModel), loaded.params["query_tokens"].dtype)
-    settings, notes = _settings(found, loaded, None)
-    tensors = export(loaded.params, loaded.config, layout)
-    with new_folder(Path(destination), overwrite) as folder:
-        _write_files(folder, settings)
-        with _saving(folder, tensors.values()):
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        # safetensors lets nobody else read what it writes.
-        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    return f"{loaded.summary()}; wrote {destination}{notes}"
 
 
 def check_heads(config: Blip2Config, name: str, *heads: str) -> None:
@@ -303,7 +179,7 @@ def as_dtype(name: DTypeLike) -> jnp.dtype:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
     """A checkpoint in memory."""
 
     model_class: type[AnyModel]
@@ -340,14 +216,14 @@ def _rule(name: str) -> str:
     return TIED_DECODER if name.endswith("decoder.weight") else name.removeprefix("blip.").split(".")[0]
 
 
-def _load(
+def load(
     source: ModelFiles,
     model_class: type[AnyModel] | None,
     config: str | os.PathLike[str] | Blip2Config | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
     place: Place | None = None,
-) -> _Loaded:
+) -> Loaded:
     """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
     if source.params:
         loaded = _load_ours(source, model_class, _config(source, config), dtype, allow_non_finite, place)
@@ -355,16 +231,16 @@ def _load(
         loaded = _load_pytorch(source, model_class, config, dtype, allow_non_finite, place)
     else:
         raise InputError(f"{source.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
-    return _completed(loaded, dtype, place)
+    return completed(loaded, dtype, place)
 
 
-def _completed(loaded: _Loaded, dtype: jnp.dtype | None = None, place: Place | None = None) -> _Loaded:
+def completed(loaded: Loaded, dtype: jnp.dtype | None = None, place: Place | None = None) -> Loaded:
     """With the modules that the class reads and the checkpoint lacks, newly initialised."""
     stored = flatten_dict(loaded.params, sep="/")
     missing = [part for part in loaded.model_class.parts if part not in _parts(stored)]
     if not missing:
         return loaded
-    initial = flatten_dict(_initial(loaded.model_class, loaded.config, missing, dtype, place=place), sep="/")
+    initial = flatten_dict(initial_params(loaded.model_class, loaded.config, missing, dtype, place=place), sep="/")
     config, made = _with_new(loaded.config, missing), loaded.initial.union(missing)
     return replace(loaded, config=config, params=unflatten_dict(stored | initial, sep="/"), initial=made)
 
@@ -380,26 +256,7 @@ def _with_new(config: Blip2Config, names: Iterable[str]) -> Blip2Config:
     return replace(config, newly_initialised=tuple((dict(config.newly_initialised) | new).items()))
 
 
-def _with_trained(config: Blip2Config, params: Mapping[str, Any]) -> Blip2Config:
-    """The config, in which modules that have left their initial values are no longer recorded as newly initialised."""
-    trained = set()
-    for model_class in CLASSES.values():
-        names = [name for name, _ in config.newly_initialised if name in model_class.parts and name in params]
-        initial = _initial(model_class, config, names) if names else {}
-        for name in names:
-            pairs = zip(jax.tree.leaves(params[name]), jax.tree.leaves(initial[name]), strict=True)
-            if not all(_is_close(leaf, np.asarray(first)) for leaf, first in pairs):
-                trained.add(name)
-    return replace(config, newly_initialised=tuple(pair for pair in config.newly_initialised if pair[0] not in trained))
-
-
-def _is_close(leaf: Any, first: np.ndarray) -> bool:
-    """Whether a parameter has its initial value, up to the rounding of its dtype."""
-    error = jnp.abs(leaf.astype(jnp.float32) - first)
-    return bool((error <= 1e-8 + 4 * jnp.finfo(leaf.dtype).eps * np.abs(first)).all())
-
-
-def _located(name: str | os.PathLike[str], config: object) -> ModelFiles:
+def located(name: str | os.PathLike[str], config: object) -> ModelFiles:
     """The files of a model. Before weights are downloaded, its config shows whether it is one of these models."""
     if config is None:
         _check_architecture(locate(name, weights=False))
@@ -432,7 +289,7 @@ def _load_pytorch(
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
     place: Place | None,
-) -> _Loaded:
+) -> Loaded:
     tensors = merged(_open(path) for path in source.weights)
     layout, parts = layout_of(tensors), parts_of(tensors)
     is_stage_1 = bool(parts) and "proj_layer" not in parts
@@ -450,10 +307,10 @@ def _load_pytorch(
     except InputError as error:
         about = "; the published geometry is assumed; `config=FILE` takes another"
         raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
-    return _Loaded(model_class, used, params, layout, left_out + beside)
+    return Loaded(model_class, used, params, layout, left_out + beside)
 
 
-def _initial(
+def initial_params(
     model_class: type[AnyModel],
     config: Blip2Config,
     names: Iterable[str] | None = None,
@@ -510,7 +367,7 @@ def _config(source: ModelFiles, config: str | os.PathLike[str] | Blip2Config | N
     return Blip2Config.from_json(path)
 
 
-def _check(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_class: type[AnyModel]) -> None:
+def check_tree(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_class: type[AnyModel]) -> None:
     """Check that a tree is whole: all that its class reads, and of the other class's modules all or nothing."""
     found = {path: shape for path, shape in shapes.items() if path != BERT_BIAS.path}
     parts = sorted({*model_class.parts, *_parts(found)})
@@ -524,7 +381,7 @@ def _load_ours(
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
     place: Place | None,
-) -> _Loaded:
+) -> Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
     assert source.params
@@ -533,7 +390,7 @@ def _load_ours(
         stored = flatten_dict(ocp.metadata(path).metadata, sep="/")
         shapes = {name: leaf.shape for name, leaf in stored.items()}
     stored_class = _class_of(source) or (Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel)
-    _check(shapes, config, stored_class)
+    check_tree(shapes, config, stored_class)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # orbax asks for one
     wanted = {
         name: jax.ShapeDtypeStruct(
@@ -546,7 +403,7 @@ def _load_ours(
     if dtype is not None and not allow_non_finite:
         finite = jax.device_get({path: _all_finite(leaf) for path, leaf in flatten_dict(params, sep="/").items()})
         check_finite([path for path, is_finite in finite.items() if not is_finite], dtype)
-    return _Loaded(model_class or stored_class, config, params, "flax")
+    return Loaded(model_class or stored_class, config, params, "flax")
 
 
 @jax.jit
@@ -568,66 +425,3 @@ def _reading(folder: Path) -> Iterator[None]:
         ) from None
     finally:
         absl.setLevel(level)
-
-
-def _config_file(config: Blip2Config, model_class: type[AnyModel]) -> bytes:
-    values = {"architectures": [model_class.__name__], **config.to_dict()}
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    # Uncompressed, since floats hardly compress. Orbax copies what it cuts into chunks: not all at once, and it refuses
-    # an array as large as the limit. Of host arrays it would make one copy more.
-    arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), dict(params))
-    leaves = jax.tree.leaves(arrays)
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.memory.write_concurrent_bytes = max(WRITE_BYTES, *(leaf.nbytes + 1 for leaf in leaves))
-    context.memory.deepcopy_host_arrays = False
-    with _saving(folder, leaves), context:
-        ocp.save(folder / PARAMS, arrays)
-
-
-@contextlib.contextmanager
-def _saving(folder: Path, arrays: Iterable[Any]) -> Iterator[None]:
-    """Raise OSError where arrays cannot be written; orbax and safetensors report that in types of their own."""
-    check_space(folder, sum(array.nbytes for array in arrays))
-    try:
-        yield
-    except Exception as error:
-        if tells_of_lost_process(error):
-            raise
-        raise OSError(str(error)) from error
-
-
-def _settings(
-    source: ModelFiles, loaded: _Loaded, tokenizer: str | os.PathLike[str] | None
-) -> tuple[dict[str, bytes], str]:
-    """The files of a folder but for the parameters, and what the caller should know of them."""
-    image_processor = ImageProcessor.from_source(source, loaded.config.vision_config.image_size)
-    files = {
-        "config.json": _config_file(loaded.config, loaded.model_class),
-        "preprocessor_config.json": image_settings_file(image_processor),
-    }
-    try:
-        folder = tokenizer_of(source, loaded.config, tokenizer)
-    except InputError as error:
-        if tokenizer is not None:
-            raise
-        return files, f" without a tokenizer ({error}): `convert_checkpoint(..., tokenizer=DIR)` adds one"
-    for name in TOKENIZER_FILES:
-        try:
-            files[name] = (folder / name).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise InputError(f"{folder / name} cannot be read ({error.strerror})") from None
-    return files, ""
-
-
-def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)

@@ -23,16 +23,9 @@ import jax
 import numpy as np
 
 from flax_qformer.checkpoints.atomic import check_writable, new_file
-from flax_qformer.checkpoints.loading import (
-    DTYPES,
-    Model,
-    as_dtype,
-    check_heads,
-    convert_checkpoint,
-    export_checkpoint,
-    from_pretrained,
-)
+from flax_qformer.checkpoints.loading import DTYPES, Model, as_dtype, check_heads, from_pretrained
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.checkpoints.saving import convert_checkpoint, export_checkpoint
 from flax_qformer.compilation import compiler_options, share_heap
 from flax_qformer.data.sources import DataSettings
 from flax_qformer.errors import InputError, first_line

@@ -19,8 +19,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from flax_qformer.checkpoints.atomic import new_file, writing
-from flax_qformer.checkpoints.loading import as_dtype, check_heads, from_pretrained, initialise, save_pretrained
+from flax_qformer.checkpoints.loading import as_dtype, check_heads, from_pretrained, initialise
 from flax_qformer.checkpoints.model_files import locate
+from flax_qformer.checkpoints.saving import save_pretrained
 from flax_qformer.compilation import compiler_options, give_back, is_on_cpu, keep_memory
 from flax_qformer.convert.tables.qformer import PARTS
 from flax_qformer.data.batches import Batches, evaluation_batches, open_source
