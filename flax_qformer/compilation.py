@@ -4,8 +4,12 @@ glibc returns a large block to the system when it is freed, such as the temporar
 again page by page, which takes a tenth of a step and more. Other C libraries behave as they do by default.
 """
 
+import contextlib
 import ctypes
 import functools
+import os
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -74,3 +78,16 @@ def _call(function: str, *arguments: int) -> None:
     function_of_glibc = getattr(ctypes.CDLL(None), function, None)
     if function_of_glibc is not None:
         function_of_glibc(*arguments)
+
+
+def keep_programs() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX's own variables say where, or not at all."""
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+        return
+    # Without a home or a place to write, programs are compiled each time.
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_qformer"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            settings.update("jax_compilation_cache_dir", str(folder))

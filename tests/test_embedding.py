@@ -220,7 +220,7 @@ def test_what_cannot_go_on_is_refused(
 def test_half_precision_and_nothing_but_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flax_qformer.commands.embed_data.SAMPLE", 64)
+    monkeypatch.setattr("flax_qformer.commands.bulk_embedding.SAMPLE", 64)
     broken = tmp_path / "broken"
     broken.mkdir()
     for i in range(3):

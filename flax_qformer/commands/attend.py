@@ -1,0 +1,80 @@
+"""A picture of what each query looks at."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_qformer.checkpoints.atomic import check_writable, new_file
+from flax_qformer.commands.options import (
+    TEXT_MULTIPLE,
+    add_model,
+    add_text,
+    input_files,
+    load_model,
+)
+from flax_qformer.errors import InputError
+from flax_qformer.models.qformer import Blip2QFormerModel
+from flax_qformer.processing.attention_maps import attention_maps, draw_attention
+from flax_qformer.processing.processor import open_image
+
+
+def add_parser(commands: Any) -> None:
+    command = commands.add_parser(
+        "attend",
+        help="a picture of what each query looks at",
+        description="Draw an image and beside it, for each query, where it looks: cross-attention averaged over heads, "
+        "and over layers or layer by layer. Each map is scaled to its own maximum.",
+    )
+    command.set_defaults(run=run)
+    command.add_argument("image", type=Path, metavar="IMAGE", help="image file")
+    add_text(command, help="the subject's name")
+    command.add_argument(
+        "--layers",
+        type=int,
+        nargs="*",
+        metavar="LAYER",
+        help="a row for each of these layers, counted from 0; for each that looks at the image if none is named "
+        "(default: one row, their average)",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("attention.png"),
+        metavar="FILE",
+        help="the suffix says the kind of picture (default: %(default)s)",
+    )
+    add_model(command)
+
+
+def run(options: argparse.Namespace) -> None:
+    suffix, known = options.output.suffix.removeprefix(".").lower(), ("png", "pdf", "svg", "jpg", "webp")
+    if suffix not in known:
+        raise InputError(f"{options.output} names no kind of picture; end it in .{', .'.join(known)}")
+    check_writable(options.output, input_files(options, [options.image]))
+    model, params, processor = load_model(options, Blip2QFormerModel)
+    image = open_image(options.image)
+    batch = processor(image, options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
+    run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))
+    output = run(params, batch)
+    maps = np.asarray(attention_maps(output.cross_attentions, model.config), np.float32)[0]
+    figure = draw_attention(image, _rows(maps, model, options.layers), title=options.text or "")
+    # No kind of picture takes more pixels than this along a side.
+    dpi = min(120, 16000 / max(figure.get_size_inches()))
+    with new_file(options.output) as file:
+        figure.savefig(file, format=suffix, dpi=dpi)
+    print(f"wrote {options.output}")
+
+
+def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) -> dict[str, np.ndarray]:
+    """The maps (layers, queries, grid, grid) that a picture shows, by label."""
+    if layers is None:
+        return {"all layers": maps.mean(axis=0)}
+    qformer = model.config.qformer_config
+    attending = [i for i in range(qformer.num_hidden_layers) if qformer.has_cross_attention(i)]
+    absent = [layer for layer in layers if layer not in attending]
+    if absent:
+        raise InputError(f"layer {absent[0]} does not look at the image; these do: {', '.join(map(str, attending))}")
+    return {f"layer {layer}": maps[attending.index(layer)] for layer in layers or attending}
