@@ -1,6 +1,6 @@
 """What the embedded model has learned, on combinations of size, colour and shape that it never saw.
 
-    python benchmarks/shapes.py [--model DIR]
+    PYTHONPATH=examples/shapes python benchmarks/shapes.py [--model DIR]
 
 Recall@1 among 100 images of two objects with 100 distinct captions, in both directions, and after ITM has reranked
 the first ten; how often a caption is nearer to its image than the same words with the objects exchanged, "b left of a";
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_qformer as fq
-from flax_qformer.assets.shapes import HELD_OUT, SIDE, Scene, Thing, draw_scene
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.training.evaluation import Retrieval
+from scenes import HELD_OUT, SIDE, Scene, Thing, draw_scene
 
 IMAGES = 100
 RERANKED = 10

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from flax_qformer.assets import shapes
+import scenes as shapes
 from flax_qformer.data.batches import DataSettings
 from flax_qformer.data.sources import open_source
 

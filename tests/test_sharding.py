@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 import flax_qformer as fq
+import scenes
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.parallel.mesh import parse_mesh, sharding_of
 
@@ -112,7 +113,7 @@ def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    drawing = [sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"]
+    drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
 
     def train(run: Path) -> list[subprocess.Popen[str]]:
@@ -157,7 +158,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
 def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations and their samples too, which all processes compute."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    drawing = [sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"]
+    drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
     sizes = "--batch-size 8 --steps 2 --warmup 1 --max-text-length 12 --num-workers 0 --held-out 8 --dtype float32"
     program, run = Path(sys.executable).with_name("flax-qformer"), tmp_path / "run"
@@ -173,7 +174,7 @@ def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_a_job_embeds_what_one_process_does(tmp_path: Path) -> None:
-    drawing = [sys.executable, "-m", "flax_qformer.assets.shapes", tmp_path / "data", "--images", "40"]
+    drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
     program = Path(sys.executable).with_name("flax-qformer")
     command = [program, "embed", "--data", tmp_path / "data", "--shard-size", "8", "--batch-size", "4", "--output"]

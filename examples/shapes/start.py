@@ -1,4 +1,4 @@
-"""Make the example image, and what the default model's training starts from: `python -m flax_qformer.assets.make DIR`.
+"""Make the package's example images, and what the default model's training starts from: `start.py DIR`.
 
 The folder gets a vocabulary, a config and random weights from a seed. `train_default.sh` does the rest.
 """
@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from flax_qformer.assets.shapes import SIDE, Scene, Thing
 from flax_qformer.checkpoints.model_files import EXAMPLE_IMAGE
 from flax_qformer.convert.tables.qformer import parameters
 from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+from flax_qformer.models.pretraining import Blip2ForPreTraining
+from scenes import HELD_OUT, SIDE, Scene, Thing, draw_scene
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = """
@@ -33,6 +34,7 @@ tree flower leaf grass rose apple banana cake bread egg
 sky sun moon cloud sea water river beach mountain hill snow rain fire stone forest garden field city
 """.split()
 
+NUM_EXAMPLES = 17
 EXAMPLE = (
     Thing("small", "red", "circle", (214, 40, 40), left=10, top=40),
     Thing("large", "blue", "square", (30, 90, 200), left=40, top=15),
@@ -40,7 +42,7 @@ EXAMPLE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flax_qformer.assets.make", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder = parser.parse_args().folder
     letters = string.ascii_lowercase + string.digits
@@ -52,6 +54,19 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     save_file(_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
     Scene((238, 236, 228), EXAMPLE).draw(scale=6).save(EXAMPLE_IMAGE)
+    draw_examples(EXAMPLE_IMAGE.parent / "scenes")
+
+
+def draw_examples(folder: Path) -> None:
+    """A few scenes that the default model was not trained on, with their captions and the names of their things."""
+    folder.mkdir(exist_ok=True)
+    rng, rows = np.random.default_rng(7), []
+    for number in range(NUM_EXAMPLES):
+        scene, name = draw_scene(rng, HELD_OUT), f"{number:02}.png"
+        scene.draw().save(folder / name)
+        names = [f"{thing.colour} {thing.shape}" for thing in scene.things]
+        rows.append({"file_name": name, "text": scene.caption(), "names": names})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _config(vocab_size: int) -> Blip2Config:
@@ -89,7 +104,7 @@ def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
     """
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
-    for parameter in parameters(config, "diffusers", ["heads"]):
+    for parameter in parameters(config, "diffusers", Blip2ForPreTraining.parts):
         drawn = rng.standard_normal(parameter.torch_shape, np.float32)
         if parameter.path.endswith("/kernel"):
             drawn *= 0.8 / np.sqrt(np.prod(parameter.torch_shape[1:]))

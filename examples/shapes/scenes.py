@@ -1,4 +1,4 @@
-"""Draw the data that the default model learns from: `python -m flax_qformer.assets.shapes DIR`.
+"""Draw the data that the default model learns from: `python examples/shapes/scenes.py DIR`.
 
 Coloured shapes of two sizes at random places, with captions. The combinations of size, colour and shape in `HELD_OUT`
 are never drawn unless asked for, so that they can be asked of a model that never saw them.
@@ -240,7 +240,7 @@ def _between(rng: np.random.Generator, limits: tuple[tuple[int, ...], tuple[int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flax_qformer.assets.shapes", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--objects", type=int, default=2, choices=(1, 2), help="in an image")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="captions of two objects together")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the embedded default model: `bash flax_qformer/assets/train_default.sh DIR`, in a checkout with `.[train]`
-# installed. DIR keeps the data and the runs. `python benchmarks/shapes.py` then prints what the model has learned.
+# Make the embedded default model: `bash examples/shapes/train_default.sh DIR`, in a checkout with `.[train]`
+# installed. DIR keeps the data and the runs. `PYTHONPATH=examples/shapes python benchmarks/shapes.py` then prints what the model has learned.
 #
 # The first run sees images of one object, where a word can mean nothing else; the second of two, where there is a choice
 # to look for what is named. Their batches are small, for many steps. The others read more captions of both objects, in
@@ -9,7 +9,7 @@
 set -euo pipefail
 
 folder=${1:?usage: bash train_default.sh DIR}
-assets=$(dirname "$0")
+here=$(dirname "$0")
 
 run() {
     local name=$1 start=$2
@@ -19,15 +19,15 @@ run() {
         --save-every 2000 --held-out 0.01 --evaluate-on 100
 }
 
-python -m flax_qformer.assets.make "$folder/start"
-python -m flax_qformer.assets.shapes "$folder/one" --objects 1 --images 20000 --seed 1
-python -m flax_qformer.assets.shapes "$folder/two" --objects 2 --images 20000 --seed 2
-python -m flax_qformer.assets.shapes "$folder/pairs" --objects 2 --images 20000 --seed 3 --pairs 12
-python -m flax_qformer.assets.shapes "$folder/more" --objects 2 --images 20000 --seed 4 --pairs 6
-python -m flax_qformer.assets.shapes "$folder/bare" --objects 2 --images 20000 --seed 5 --pairs 8 --bare
+python "$here/start.py" "$folder/start"
+python "$here/scenes.py" "$folder/one" --objects 1 --images 20000 --seed 1
+python "$here/scenes.py" "$folder/two" --objects 2 --images 20000 --seed 2
+python "$here/scenes.py" "$folder/pairs" --objects 2 --images 20000 --seed 3 --pairs 12
+python "$here/scenes.py" "$folder/more" --objects 2 --images 20000 --seed 4 --pairs 6
+python "$here/scenes.py" "$folder/bare" --objects 2 --images 20000 --seed 5 --pairs 8 --bare
 run one "$folder/start" --steps 5000 --batch-size 8 --seed 0
 run two "$folder/run_one/model" --steps 12000 --batch-size 8 --seed 1
 run pairs "$folder/run_two/model" --steps 6000 --batch-size 32 --seed 1 --dropout 0.1 --ema-decay 0.999
 run more "$folder/run_pairs/model" --steps 6000 --batch-size 32 --seed 2 --dropout 0.1 --ema-decay 0.999
 run bare "$folder/run_more/model" --steps 6000 --batch-size 32 --seed 3 --dropout 0.1 --ema-decay 0.999
-flax-qformer export "$folder/run_bare/model" "$assets/default" --layout diffusers --overwrite
+flax-qformer export "$folder/run_bare/model" "$here/../../flax_qformer/assets/default" --layout diffusers --overwrite
