@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flax_qformer.errors import InputError, first_line
 
-DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
+DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 """The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
 
 EXAMPLE_IMAGE = DEFAULT_MODEL.parent / "example.png"
