@@ -57,8 +57,14 @@ class _Instruction:
 
 
 def traffic(text: str) -> Traffic:
-    """Read `compiled.as_text()`."""
+    """Read `compiled.as_text()`.
+
+    Raises:
+      InputError: the text is not of the form that libtpu 0.0.42 writes.
+    """
     computations, entry = _parse(text)
+    if not entry:
+        raise InputError("this libtpu writes programs in an unknown way, without an ENTRY; take another version")
     memory, wire, count = 0.0, defaultdict[str, float](float), Counter[str]()
     for computation, times in _runs(computations, entry, 1):
         known = computation.by_name()
