@@ -23,7 +23,7 @@ from flax_qformer.models.losses import (
 )
 from flax_qformer.models.qformer import KeyValue, QFormer, check_inputs, check_length, image_states
 from flax_qformer.models.vision import VisionOutput
-from flax_qformer.parallel.mesh import pick_rows
+from flax_qformer.parallel.mesh import interleaved, is_batch_split, pick_rows
 
 TEMPERATURE = 0.07
 
@@ -167,16 +167,22 @@ class Blip2ForPreTraining(QFormer):
             negative_image_index = self._draw(negative_logits(logits, image_id), axis=0)
         if negative_text_index is None:
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
-        negative_ids, negative_mask = input_ids[negative_text_index], attention_mask[negative_text_index]
-        other_images = pick_rows(image, negative_image_index)
-        itm_logits = jnp.stack(
-            [
-                self._match(image, input_ids, attention_mask, deterministic, seen),
-                self._match(other_images, input_ids, attention_mask, deterministic),
-                self._match(image, negative_ids, negative_mask, deterministic, seen),
-            ],
-            axis=1,
-        )
+        # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
+        images: jax.Array | None = None
+        if not seen:
+            images = interleaved(image, pick_rows(image, negative_image_index), image)
+        elif is_batch_split() or self.config.qformer_config.gradient_checkpointing:
+            # Chips would exchange several times as much for keys and values, and recomputed layers would keep them.
+            images = pick_rows(image, negative_image_index)
+        else:
+            seen = jax.tree.map(lambda x: interleaved(x, x[negative_image_index], x), seen)
+        itm_logits = self._match(
+            images,
+            interleaved(input_ids, input_ids, input_ids[negative_text_index]),
+            interleaved(attention_mask, attention_mask, attention_mask[negative_text_index]),
+            deterministic,
+            seen,
+        ).reshape(-1, 3, 2)
 
         itg_logits = self.lm_head(captions, self._words())
 
@@ -337,18 +343,18 @@ class Blip2ForPreTraining(QFormer):
 
     def _match(
         self,
-        image: jax.Array,
+        image: jax.Array | None,
         input_ids: jax.Array,
         attention_mask: jax.Array | None,
         deterministic: bool,
-        image_key_values: tuple[KeyValue, ...] = (),
+        image_key_values: tuple[KeyValue, ...] | None = None,
     ) -> jax.Array:
-        """(batch, 2): logits of no match and a match, averaged over queries; keys and values replace the images."""
+        """(batch, 2): logits of no match and a match, averaged over queries."""
         pair = self.read(
             None,
             input_ids,
             attention_mask,
-            encoder_hidden_states=None if image_key_values else image,
+            encoder_hidden_states=image,
             image_key_values=image_key_values,
             deterministic=deterministic,
         )

@@ -1,6 +1,7 @@
 """Image embeddings and text to query embeddings: the Q-Former."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from flax_qformer.models.encoders import check_stacked, layer_runner, scanned
 from flax_qformer.models.inputs import as_array
 from flax_qformer.models.layers import INITIALIZER, Block
 from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
-from flax_qformer.parallel.mesh import replicated
+from flax_qformer.parallel.mesh import interleaved, replicated
 
 KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
 """Keys and values of one attention, each (batch, tokens, heads, head_dim)."""
@@ -101,11 +102,25 @@ class Blip2TextEmbeddings(Block):
         return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
 
 
+def _one_after_other(past: jax.Array, own: jax.Array) -> jax.Array:
+    return jnp.concatenate([past, own], axis=1)
+
+
+def _around(past: jax.Array, own: jax.Array) -> jax.Array:
+    """Of each three rows the first and the third are past."""
+    return interleaved(past, own, past)
+
+
 class Blip2QFormerMultiHeadAttention(Block):
-    """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`."""
+    """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`.
+
+    `joined` puts keys, or values, that are past and those of the context together: in self-attention one after the
+    other, in cross-attention row by row.
+    """
 
     config: Blip2QFormerConfig
     num_heads: int
+    joined: Callable[[jax.Array, jax.Array], jax.Array]
 
     @nn.compact
     def __call__(
@@ -138,7 +153,7 @@ class Blip2QFormerMultiHeadAttention(Block):
             key, value = to_key(context), to_value(context)
             if past is not None:
                 before = (array.astype(self.dtype) for array in past)
-                key, value = (jnp.concatenate(pair, axis=1) for pair in zip(before, (key, value), strict=True))
+                key, value = (self.joined(*pair) for pair in zip(before, (key, value), strict=True))
         dropout = None if deterministic else nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
         attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
         return attended, weights, (key, value)
@@ -163,6 +178,7 @@ class Blip2QFormerAttention(Block):
 
     config: Blip2QFormerConfig
     num_heads: int
+    joined: Callable[[jax.Array, jax.Array], jax.Array]
 
     @nn.compact
     def __call__(
@@ -175,7 +191,9 @@ class Blip2QFormerAttention(Block):
         deterministic: bool,
     ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
         """x: (batch, queries, width) -> the same shape, weights (batch, heads, queries, keys), and keys and values."""
-        attention = Blip2QFormerMultiHeadAttention(self.config, self.num_heads, name="attention", **self.policy)
+        attention = Blip2QFormerMultiHeadAttention(
+            self.config, self.num_heads, self.joined, name="attention", **self.policy
+        )
         attended, weights, cache = attention(x, context, bias, head_mask, past, deterministic)
         return _ResidualOutput(self.config, name="output", **self.policy)(attended, x, deterministic), weights, cache
 
@@ -225,12 +243,12 @@ class Blip2QFormerLayer(Block):
         """
         c, cross_weights, image_cache = self.config, None, None
         kept = None if head_mask is None else head_mask[:, self.heads, :, :]
-        attention = Blip2QFormerAttention(c, len(self.heads), name="attention", **self.policy)
+        attention = Blip2QFormerAttention(c, len(self.heads), _one_after_other, name="attention", **self.policy)
         x, weights, cache = attention(x, x, bias, kept, past, self.deterministic)
         queries, text = x[:, : self.num_queries], x[:, self.num_queries :]
         if self.num_queries:
             if self.cross_attends and (image is not None or image_past is not None):
-                cross = Blip2QFormerAttention(c, c.num_attention_heads, name="crossattention", **self.policy)
+                cross = Blip2QFormerAttention(c, c.num_attention_heads, _around, name="crossattention", **self.policy)
                 queries, cross_weights, image_cache = cross(
                     queries, image, image_bias, head_mask, image_past, self.deterministic
                 )
@@ -446,7 +464,9 @@ class QFormer(Block):
         """Run the layers; arguments, errors and output are those of `Blip2QFormerModel`, without `proj_layer`.
 
         Args:
-          image_key_values: those of images that an earlier call read, one for each text, instead of the images.
+          image_key_values: of images that were read before, one for each text; or beside `encoder_hidden_states`, for
+            three times as many texts: these go with the second of each three, the first and the third share one that
+            was read before.
           positions: (T,) of the text's tokens; by default in order, from what is past without its queries on.
         """
         given = {

@@ -196,6 +196,11 @@ def pick_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return chosen.swapaxes(0, 1).reshape(batch, -1, width)[:, :tokens]
 
 
+def interleaved(*arrays: jax.Array) -> jax.Array:
+    """N arrays of (batch, ...) to (N * batch, ...), row by row; each row stays on its chip."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """Bring all of a parameter to every chip of the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
