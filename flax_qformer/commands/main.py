@@ -315,7 +315,7 @@ def train(settings: TrainSettings) -> None:
 
 
 def evaluate(settings: EvaluateSettings) -> None:
-    from flax_qformer.training.loop import evaluate
+    from flax_qformer.training.evaluation import evaluate
 
     for name, value in evaluate(settings).items():
         print(f"{name}: {value:g}")
