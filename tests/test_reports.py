@@ -17,7 +17,7 @@ import pytest
 import flax_qformer as fq
 from flax_qformer import progress
 from flax_qformer.progress import Progress, print_line
-from flax_qformer.training import metrics, retrieval
+from flax_qformer.training import evaluation, metrics
 from flax_qformer.training.metrics import MetricsLogger, Samples
 
 SAMPLES = Samples([("a|b", "c")], {"retrieved": np.zeros((4, 6, 3), np.uint8)})
@@ -90,7 +90,7 @@ def test_results_and_a_bar_on_one_terminal_do_not_mix(log: Any, monkeypatch: Any
     ],
 )
 def test_a_small_split_is_named(count: int, told: str, log: Any) -> None:
-    retrieval.warn_of_few_images(count)
+    evaluation.warn_of_few_images(count)
     assert told in log.text
     assert bool(told) == bool(log.text)
 

@@ -33,12 +33,17 @@ from conftest import same
 from flax_qformer import training
 from flax_qformer.commands.main import main
 from flax_qformer.convert.tables.qformer import parameters
-from flax_qformer.training import loop
-from flax_qformer.training.evaluation import Found, Retrieval
+from flax_qformer.data.batches import open_source
+from flax_qformer.data.sources import DataSettings
+from flax_qformer.progress import Progress
+from flax_qformer.training import run as run_module
+from flax_qformer.training.evaluation import Retrieval, RetrievalResult
 from flax_qformer.training.hashing import hashed
+from flax_qformer.training.prefetching import Prefetcher
 from flax_qformer.training.run_checkpoints import Checkpoints
 from flax_qformer.training.samples import SIDE, Sampler
 from flax_qformer.training.settings import EvaluateSettings, TrainSettings, to_yaml
+from flax_qformer.training.step_logging import DispatchedStep, StepLogger
 
 BIN = Path(sys.executable).parent
 COLOURS = ("red", "green", "blue", "black", "white")
@@ -504,16 +509,16 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
     shutil.copytree(folder / "data", tmp_path / "data")
     model, params = tiny
     processor, mesh = fq.Processor.from_pretrained(folder / "model"), fq.make_mesh(data=1, fsdp=2)
-    source = training.data.open_source(training.data.DataSettings(str(tmp_path / "data")), "all")
+    source = open_source(DataSettings(str(tmp_path / "data")), "all")
     (tmp_path / "data" / "1.png").write_bytes(b"broken")
     ids = list(dict.fromkeys(source.image_ids.tolist()))
     del ids[1]
-    found = Found({}, ids, ids, np.eye(len(ids)))
+    retrieved = RetrievalResult({}, ids, ids, np.eye(len(ids)))
     scanned = model.clone(config=model.config.scanned())
     drawn = []
     for one, tree in ((model, params), (scanned, fq.stack_layers(params))):
         sampler = Sampler(one, processor, source, 3, 8, mesh)
-        drawn.append(sampler.draw(fq.shard_params(tree, mesh), found))
+        drawn.append(sampler.draw(fq.shard_params(tree, mesh), retrieved))
     samples, other = drawn
     assert samples is not None
     assert samples.captions == other.captions
@@ -530,7 +535,7 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
 # What the program reads
 
 
-def test_what_is_read_ahead_counts_when_it_is_taken() -> None:
+def test_a_prefetched_batch_counts_when_it_is_taken() -> None:
     class Numbers:
         position = 0.0
 
@@ -546,15 +551,15 @@ def test_what_is_read_ahead_counts_when_it_is_taken() -> None:
         epoch = property(lambda self: self.position / 10)
 
     numbers: Any = Numbers()
-    feed = loop.Feed(numbers, fq.make_mesh())
+    prefetcher = Prefetcher(numbers, fq.make_mesh())
     taken = []
     for _ in range(2):
-        taken.append((int(feed.take()["x"][0]), feed.state["position"], feed.epoch))
-        feed.read_ahead()
-        taken.append(feed.state["position"])
+        taken.append((int(prefetcher.take()["x"][0]), prefetcher.state["position"], prefetcher.epoch))
+        prefetcher.prefetch()
+        taken.append(prefetcher.state["position"])
     assert taken == [(1, 1, 0.1), 1, (2, 2, 0.2), 2]
     with pytest.raises(fq.InputError, match="a worker died"):
-        feed.take()
+        prefetcher.take()
 
 
 # Settings
@@ -565,7 +570,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The settings that a command would run with."""
     seen: list[Any] = []
     monkeypatch.setattr("flax_qformer.training.loop.train", lambda settings: seen.append(settings))
-    monkeypatch.setattr("flax_qformer.training.loop.evaluate", lambda settings: seen.append(settings) or {})
+    monkeypatch.setattr("flax_qformer.training.evaluation.evaluate", lambda settings: seen.append(settings) or {})
 
     def parse(*arguments: Any) -> Any:
         main(list(map(str, arguments)))
@@ -994,8 +999,8 @@ def test_a_run_is_not_lost(
         assert message in refused(capsys, *program(folder, run, *more))
         assert files() == before
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        load = loop._load
-        patch.setattr(loop, "_load", lambda *of: signal.raise_signal(signal.SIGINT) or load(*of))
+        load = run_module.load_model
+        patch.setattr(run_module, "load_model", lambda *of: signal.raise_signal(signal.SIGINT) or load(*of))
         main(list(map(str, program(folder, run, "--overwrite"))))
     assert stop.value.code == 128 + signal.SIGINT
     assert "stopped before the run began; nothing was changed" in capsys.readouterr().err
@@ -1019,16 +1024,16 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
 
         return step
 
-    monkeypatch.setattr("flax_qformer.training.loop.make_train_step", make_step)
-    monkeypatch.setattr("flax_qformer.training.loop._short", str)
+    monkeypatch.setattr("flax_qformer.training.run.make_train_step", make_step)
+    monkeypatch.setattr("flax_qformer.training.step_logging._summary", str)
 
 
-@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("is_delayed", [False, True])
 def test_a_loss_that_is_not_finite_stops_the_run(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_late: bool
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_delayed: bool
 ) -> None:
     fail_in(monkeypatch, 5)
-    monkeypatch.setattr(loop.Reports, "is_late", is_late)
+    monkeypatch.setattr(StepLogger, "is_delayed", is_delayed)
     run = tmp_path / "broken"
     message = refused(capsys, *program(folder, run, "--num-workers", 0, "--evaluate-every", 0))
     assert "train: loss is not finite at step 3; the last good checkpoint is of step 2; lower --learning" in message
@@ -1039,12 +1044,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that comes while the step before it is waited for."""
     fail_in(monkeypatch, 0)
-    monkeypatch.setattr(loop.Reports, "is_late", True)
+    monkeypatch.setattr(StepLogger, "is_delayed", True)
     monkeypatch.setattr(
-        loop.Reports, "_check_finite", lambda _, number, __: number == 3 and signal.raise_signal(signal.SIGTERM)
+        StepLogger, "_check_finite", lambda _, number, __: number == 3 and signal.raise_signal(signal.SIGTERM)
     )
     evaluated: list[Any] = []
-    monkeypatch.setattr(Retrieval, "search", lambda *_: evaluated.append(_) or Found({}, [], [], np.zeros(0)))
+    monkeypatch.setattr(Retrieval, "search", lambda *_: evaluated.append(_) or RetrievalResult({}, [], [], np.zeros(0)))
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, program(folder, tmp_path / "run", "--num-workers", 0, "--evaluate-every", 3))))
     assert stop.value.code == 128 + signal.SIGTERM
@@ -1052,18 +1057,18 @@ def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, m
     assert not evaluated
 
 
-def test_a_step_is_told_of_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.Reports, "is_late", True)
-    monkeypatch.setattr(loop, "_short", str)
-    told: list[int] = []
-    log: Any = SimpleNamespace(write=lambda step, _: told.append(step))
+def test_a_step_is_logged_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepLogger, "is_delayed", True)
+    monkeypatch.setattr("flax_qformer.training.step_logging._summary", str)
+    logged: list[int] = []
+    log: Any = SimpleNamespace(write=lambda step, _: logged.append(step))
     settings = TrainSettings(data="", output=str(tmp_path), model="", log_every=1)
-    reports = loop.Reports(settings, np.zeros(4), Checkpoints(tmp_path), log, loop.Progress(4, "step"))
+    step_logger = StepLogger(settings, np.zeros(4), Checkpoints(tmp_path), log, Progress(4, "step"))
     for number in (1, 2, 3):
-        reports.add(loop.Step(number, [{"loss": jnp.float32(0)}], 0, 0))
-        assert told == list(range(1, number))
-    reports.catch_up()
-    assert told == [1, 2, 3]
+        step_logger.add(DispatchedStep(number, [{"loss": jnp.float32(0)}], 0, 0))
+        assert logged == list(range(1, number))
+    step_logger.flush()
+    assert logged == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(settings: EvaluateSettings) -> None:
-    from flax_qformer.training.loop import evaluate
+    from flax_qformer.training.evaluation import evaluate
 
     for name, value in evaluate(settings).items():
         print(f"{name}: {value:g}")

@@ -1,7 +1,8 @@
-"""A model on many chips: the mesh, which axis of a parameter lies along which of the mesh's, and activations on it.
+"""A model on many devices: the mesh, the sharding of parameters, batches and activations.
 
-Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads and inner
-widths. The program stays that of one chip: XLA puts the collectives in, and the losses see the whole batch.
+The mesh has three axes: `data` splits the batch and replicates the parameters, `fsdp` splits both, `tensor` splits
+heads and inner widths. The program is written for one device: XLA inserts the collectives, and losses are computed over
+the global batch.
 """
 
 import contextlib
@@ -37,38 +38,38 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"position_embedding", (None, None, "fsdp")),
     (r"(vision_proj|text_proj|itm_head|lm_head/.*)/kernel", ("fsdp", None)),
 )
-"""Pattern of a path's end -> the mesh's axis for each axis of the parameter. The first that fits holds, for optimizer
-state as well; what no row names (biases of the width, LayerNorms) is on every chip whole."""
+"""Partition rules: pattern of a path's end -> mesh axis of each axis of the parameter. The first match applies, also to
+optimizer state. Parameters without a match (biases of the width, LayerNorms) are replicated."""
 
 TOKENS_AT_ONCE = 16
-"""Image tokens of the whole batch that a chip holds at once, to take those of other chips' images."""
+"""Tokens of each image that are gathered across devices per step of `pick_rows`."""
 
 Tree = TypeVar("Tree")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices as a mesh; one of the numbers may be -1, for as many as are left.
+    """All devices as a mesh; one of the sizes may be -1, for all remaining devices.
 
     Raises:
-      InputError: the numbers do not multiply to the number of devices.
+      InputError: the product of the sizes is not the number of devices.
     """
     return _mesh(dict(zip(AXES, (data, fsdp, tensor), strict=True)), jax.devices())
 
 
 def named_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
-    """These devices as the mesh that `data=-1,fsdp=4,tensor=2` names."""
+    """The devices as a mesh with sizes such as `data=-1,fsdp=4,tensor=2`."""
     return _mesh(parse_mesh(text), devices)
 
 
 def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
     fitting = _fit_mesh(sizes, len(devices))
-    # Unlike `jax.make_mesh`, on every version of TPU: an axis need not lie along whole axes of the pod.
+    # Unlike `jax.make_mesh`, this allows splitting physical axes on every TPU version.
     placed = mesh_utils.create_device_mesh(fitting, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The sizes that `data=-1,fsdp=4,tensor=2` names, for `make_mesh`; those that it leaves out are 1."""
+    """The arguments of `make_mesh` from a text such as `data=-1,fsdp=4,tensor=2`; missing sizes are 1."""
     parts = [part for part in text.split(",") if part]
     try:
         sizes = {name: int(size) for name, size in (part.split("=") for part in parts)}
@@ -80,47 +81,49 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """Around what is traced: batches stay split over the mesh from layer to layer."""
+    """A context for tracing, in which `keep_batch` and the like shard activations over the mesh."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def shard_params(params: Tree, mesh: Mesh) -> Tree:
-    """Spread a tree of parameters, or of anything with their paths in it, over a mesh."""
+    """Shard a tree of parameters, or a tree that contains their paths, over a mesh."""
     if jax.process_count() == 1:
         return jax.device_put(params, shardings(params, mesh))
 
-    def spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        # All processes have the whole, and each gives what is its own.
+        # Each process has the whole array and places its own shards.
         whole = np.asarray(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return jax.tree.map(spread, params, shardings(params, mesh))
+    return jax.tree.map(place, params, shardings(params, mesh))
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Spread a batch over the chips; of several processes, each gives its own part.
+    """Shard a batch over the mesh; each process of a job passes its own part.
 
     Raises:
-      InputError: it does not divide, or the mesh has other axes.
+      InputError: the batch does not divide among the devices, or the mesh has other axes.
     """
     _check_axes(mesh)
     sharding, (_, count) = NamedSharding(mesh, BATCH), batch_part(mesh)
     lengths = {name: np.shape(array)[:1] for name, array in batch.items()}
     if len(set(lengths.values())) > 1 or () in lengths.values():
-        told = ", ".join(f"{name} {length[0] if length else 'none'}" for name, length in lengths.items())
-        raise InputError(f"the arrays of a batch must have equally many rows; these have: {told}")
+        described = ", ".join(f"{name} {length[0] if length else 'none'}" for name, length in lengths.items())
+        raise InputError(f"the arrays of a batch must have equally many rows; these have: {described}")
     for name, (length,) in lengths.items():
         check_divides(length * count, mesh, name)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}
 
 
 def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch this process gives, and of how many: processes that `tensor` joins give the same.
+    """The index of this process's part of a batch, and the number of parts.
+
+    Processes that share rows along `tensor` have the same part.
 
     Raises:
-      InputError: the parts overlap.
+      InputError: parts overlap or have different sizes.
     """
     held: dict[int, set[int]] = {}
     number = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -134,7 +137,7 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
 
 
 def check_divides(size: int, mesh: Mesh, what: str) -> None:
-    """Whether a batch divides among the chips; InputError with the nearest that does."""
+    """Raise InputError with the nearest size that fits if a batch does not divide among the devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % parts:
         nearest = max(1, round(size / parts)) * parts
@@ -142,7 +145,7 @@ def check_divides(size: int, mesh: Mesh, what: str) -> None:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where each array of a tree goes; see `sharding_of`."""
+    """The sharding of each array of a tree; see `sharding_of`."""
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf), mesh)
@@ -151,19 +154,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where an array goes, by the row of `RULES` that its path fits; an axis that does not divide stays whole."""
+    """The sharding of an array by the first match in `RULES`; an axis whose size does not divide is not split."""
     _check_axes(mesh)
     axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
-    if len(axes) > len(shape):  # a factored optimizer's state
+    if len(axes) > len(shape):  # state of a factored optimizer
         axes = ()
-    # Stacked layers have an axis of depth in front.
+    # Stacked layers have a leading axis of depth.
     axes = (None,) * (len(shape) - len(axes)) + axes
     whole = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
     return NamedSharding(mesh, PartitionSpec(*whole))
 
 
 def keep_batch(x: jax.Array) -> jax.Array:
-    """Keep the first axis split over the mesh that is set: XLA may else split widths, and sum over the wire."""
+    """Keep the first axis split over the current mesh: otherwise XLA may split widths, which needs an all-reduce."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH[0] if axis in mesh.auto_axes)
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
@@ -172,15 +175,15 @@ def keep_batch(x: jax.Array) -> jax.Array:
 
 
 def is_batch_split() -> bool:
-    """Whether the mesh that is set, if any, gives each chip a part of the batch."""
+    """Whether the current mesh, if any, splits the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(mesh.shape[axis] > 1 for axis in BATCH[0] if axis in mesh.auto_axes)
 
 
 def pick_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """`x[index]`; on a mesh a few tokens at a time, since every chip gets them of the whole batch to choose from.
+    """`x[index]`; on a mesh `TOKENS_AT_ONCE` tokens at a time, because each device gathers them for the whole batch.
 
-    x: (batch, tokens, width), index: (batch,).
+    x: (batch, tokens, width), index: (batch,) -> (batch, tokens, width).
     """
     if not is_batch_split():
         return x[index]
@@ -197,18 +200,18 @@ def pick_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def interleaved(*arrays: jax.Array) -> jax.Array:
-    """N arrays of (batch, ...) to (N * batch, ...), row by row; each row stays on its chip."""
+    """N arrays of (batch, ...) -> (N * batch, ...), row by row; each row stays on its device."""
     return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """Bring all of a parameter to every chip of the mesh that is set."""
+    """Replicate a parameter on all devices of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
 
 
 def held_bytes(params: Any) -> tuple[int, int]:
-    """How much of a tree this process's devices hold, what several hold counted once, and how much there is."""
+    """Bytes of a tree on this process's devices, replicas counted once, and bytes of the whole tree."""
     leaves = jax.tree.leaves(params)
     parts = ({str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves)
     return sum(sum(sizes.values()) for sizes in parts), sum(leaf.nbytes for leaf in leaves)
@@ -227,8 +230,8 @@ def _fit_mesh(sizes: dict[str, int], count: int) -> tuple[int, ...]:
     if len(rest) == 1 and known > 0 and count % known == 0:
         sizes = sizes | {rest[0]: count // known}
     elif rest or known != count or min(sizes.values()) < 1:
-        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        text = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise InputError(
-            f"a mesh of {given} does not fit {count} devices; their product must be {count}, and one of them may be -1"
+            f"a mesh of {text} does not fit {count} devices; their product must be {count}, and one of them may be -1"
         )
     return tuple(sizes.values())

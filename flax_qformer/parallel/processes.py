@@ -1,4 +1,4 @@
-"""Several processes that run one program, each with chips of its own: find one another, agree, gather."""
+"""Jobs of several processes, each with its own devices: join, agree, gather."""
 
 import logging
 import os
@@ -17,17 +17,17 @@ VARIABLES = {
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
-"""Arguments of `jax.distributed.initialize`, where no cluster tells them."""
+"""Arguments of `jax.distributed.initialize`, and the variables that set them where JAX does not detect a cluster."""
 
 PATIENCE = 7 * 24 * 3600
-"""Seconds that a process which is done waits for the others; one that dies is noticed much sooner."""
+"""Seconds that a finished process waits for the others; JAX detects a dead process much sooner."""
 
 
 def join_processes() -> None:
-    """Find the job's other processes; before anything else is asked of jax.
+    """Join the job's other processes. Call it before any other function of JAX.
 
     Raises:
-      InputError: nothing says where they are, or they do not answer.
+      InputError: no address of the other processes is known, or they do not answer.
     """
     values: dict[str, Any] = {name: os.environ[key] for name, key in VARIABLES.items() if key in os.environ}
     try:
@@ -46,50 +46,48 @@ def join_processes() -> None:
 
 
 def tells_of_lost_process(error: Exception) -> bool:
-    """Whether it may say that another process of the job has ended, and nothing about this one."""
+    """Whether an error may be caused by the end of another process of the job."""
     is_own = str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
     return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and not is_own
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is the first process, which writes files and logs for all."""
     return jax.process_index() == 0
 
 
 def any_process(flag: bool) -> bool:
-    """Whether it is true in any process; all ask together."""
-    return bool(ask_all(flag))
+    """Whether the flag is true in any process. All processes call it together."""
+    return bool(any_process_async(flag))
 
 
-def ask_all(flag: bool) -> Any:
-    """As `any_process`, without waiting: a bool, or an array of one that is there when all is done that was given to
-    the devices before.
-    """
+def any_process_async(flag: bool) -> Any:
+    """As `any_process`, without waiting: a bool, or a device scalar that resolves after queued work."""
     if jax.process_count() == 1:
         return flag
     mesh = Mesh(np.array(jax.devices()), "device")
     flags = np.full(jax.local_device_count(), flag)
-    asked = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("device")), flags)
-    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(asked)
+    placed = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("device")), flags)
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(placed)
 
 
-def wait_for_all(place: str) -> None:
-    """Go on when all processes are here."""
-    multihost_utils.sync_global_devices(place)
+def wait_for_all(name: str) -> None:
+    """Wait until all processes call it with the same name."""
+    multihost_utils.sync_global_devices(name)
 
 
-def of_all(numbers: dict[str, int]) -> list[dict[str, int]]:
-    """Each process's numbers, by process."""
+def all_gather(numbers: dict[str, int]) -> list[dict[str, int]]:
+    """The numbers of each process, in the order of the processes."""
     if jax.process_count() == 1:
         return [numbers]
-    # In halves: JAX would cut what has 64 bits.
+    # As 32-bit halves: JAX truncates 64-bit integers.
     halves = multihost_utils.process_allgather(np.array(list(numbers.values()), np.int64).view(np.uint32))
     rows = np.ascontiguousarray(halves).view(np.int64)
     return [dict(zip(numbers, row.tolist(), strict=True)) for row in rows]
 
 
 def from_first(text: str) -> str:
-    """The first process's text, a path for example."""
+    """Broadcast the first process's text, such as a path, to all processes."""
     if jax.process_count() == 1:
         return text
     padded = np.zeros(1 << 16, np.uint8)

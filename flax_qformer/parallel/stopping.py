@@ -1,4 +1,4 @@
-"""Ends of a program that somebody asks for while it runs."""
+"""Stop cleanly on SIGTERM and Ctrl-C."""
 
 import contextlib
 import logging
@@ -14,10 +14,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """A signal asked the program to end; what it had done is kept.
+    """A signal stopped the program, which has saved its work.
 
     Attributes:
-      signal: its number.
+      signal: number of the signal.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -27,42 +27,42 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """The signals that asked to stop, instead of their stopping the program at once; a second one does.
+    """Collect SIGTERM and SIGINT in a list, for the program to stop when it is ready; a second signal stops it at once.
 
-    Left to Python, a Ctrl-C may be lost: its KeyboardInterrupt vanishes where JAX collects garbage. Only a program's
-    main thread gets signals; in others none come.
+    Python's own handling can lose a Ctrl-C: KeyboardInterrupt vanishes if it is raised in a garbage collection callback
+    of JAX. Only the main thread receives signals; in other threads the list stays empty.
     """
-    came: list[int] = []
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    received: list[int] = []
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         restore()
         logger.warning("stopping, as soon as what is done is kept; once more stops at once")
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
     if threading.current_thread() is not threading.main_thread():
-        yield came
+        yield received
         return
     try:
         for number in SIGNALS:
-            signal.signal(number, note)
-        yield came
+            signal.signal(number, record)
+        yield received
     finally:
         restore()
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Keep them from processes that start in the block, until they say themselves what shall come of it.
+    """Block SIGTERM and SIGINT in processes that start in this block, until they install their own handlers.
 
-    This process still gets them, by another of its threads, or else after the block.
+    This process still receives them, in another of its threads or after the block.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

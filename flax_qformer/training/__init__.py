@@ -1,4 +1,4 @@
-"""The first stage: the model, its three losses, and a step that trains it. The program around it is `train.py`."""
+"""Stage-1 training: the model, its three losses, and a training step. The training program is `training.loop`."""
 
 from flax_qformer.checkpoints.lora_files import load_lora, save_lora
 from flax_qformer.models.lora import add_lora, merge_lora

@@ -1,7 +1,7 @@
-"""How well images and texts find each other: recall, plain and reranked by ITM."""
+"""Image-text retrieval: recall at 1, 5 and 10, plain and reranked by ITM."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,23 +9,55 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flax_qformer.checkpoints.loading import as_dtype, check_heads, from_pretrained
+from flax_qformer.data.batches import evaluation_batches, open_source
+from flax_qformer.data.sources import DataSettings, Source
 from flax_qformer.errors import InputError
 from flax_qformer.models.losses import similarities
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.parallel.mesh import BATCH, on
+from flax_qformer.processing.processor import Processor
 from flax_qformer.progress import Progress
+from flax_qformer.training.settings import EvaluateSettings
 
 logger = logging.getLogger(__name__)
 
 RANKS = (1, 5, 10)
 
 ENOUGH_IMAGES = 10 * max(RANKS)
-"""Recall at k among N images is k / N by chance, and 1 whatever the model does where N is at most k. From this many
-images on, chance finds a tenth at most, and a recall measured on them has a standard error of at most 0.05."""
+"""Recall at k among N images is k / N by chance, and always 1 if N is at most k. With this many images, chance recall
+is at most a tenth, and the standard error of a measured recall is at most 0.05."""
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, float]:
+    """Recall of images and texts; see `Retrieval.evaluate`.
+
+    Raises:
+      InputError: a setting, the data or the model is unfit.
+    """
+    model, params = from_pretrained(settings.model, as_dtype(settings.dtype), model_class=Blip2ForPreTraining)
+    heads = ("vision_proj", "text_proj", "itm_head") if settings.rerank else ("vision_proj", "text_proj")
+    check_heads(model.config, settings.model, *heads)
+    processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
+    source = open_source(settings, "all" if settings.everything else "held_out").select(slice(settings.evaluate_on))
+    examples = read_examples(source, processor, settings)
+    figures = Retrieval(model, settings.batch_size).evaluate(params, examples, settings.rerank)
+    warn_of_few_images(int(figures["images"]))
+    return figures
+
+
+def read_examples(
+    source: Source, processor: Processor, settings: DataSettings
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Batches for `Retrieval`, each with the number of its rows that count, while progress is shown."""
+    with Progress(len(source), "example", "evaluating") as progress:
+        for batch, captions in evaluation_batches(source, processor, settings):
+            yield batch, len(captions)
+            progress.advance(len(captions))
 
 
 def warn_of_few_images(count: int) -> None:
-    """Warn that recall says little where an evaluation has few images."""
+    """Warn if recall among this many images says little about the model."""
     if count < ENOUGH_IMAGES:
         rank = max(RANKS)
         logger.warning(
@@ -38,14 +70,14 @@ def warn_of_few_images(count: int) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an evaluation finds.
+class RetrievalResult:
+    """The recall of an evaluation, and its scores.
 
     Attributes:
       figures: recall by name, see `Retrieval.evaluate`.
       image_ids: of the images, in the order of the scores.
       text_ids: of each text, the id of its image.
-      text_to_image: (texts, images) scores, reranked if that was asked for.
+      text_to_image: (texts, images) scores, reranked if the evaluation reranks.
     """
 
     figures: dict[str, float]
@@ -54,16 +86,37 @@ class Found:
     text_to_image: np.ndarray
 
     def best_images(self, image_id: int, count: int) -> list[int]:
-        """Ids of the images that fit best to the first text of an image, the best first."""
+        """Ids of the images with the highest scores for the first text of an image, the best first."""
         scores = self.text_to_image[self.text_ids.index(image_id)]
         return [self.image_ids[column] for column in np.argsort(-scores, kind="stable")[:count]]
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """Features of the images and texts of an evaluation.
+
+    Attributes:
+      image_ids: of the images.
+      text_ids: of each text, the id of its image.
+      images: (images, queries, width) features.
+      texts: (texts, width) features.
+      states: (images, tokens, width) outputs of the vision tower, for ITM; empty without reranking.
+      tokens: (2, texts, length) token ids and attention mask.
+    """
+
+    image_ids: list[int]
+    text_ids: list[int]
+    images: np.ndarray
+    texts: np.ndarray
+    states: np.ndarray
+    tokens: np.ndarray
+
+
 class Retrieval:
-    """Compiled functions of a model that score images against texts."""
+    """Scores images against texts with a model, in compiled functions."""
 
     def __init__(self, model: Blip2ForPreTraining, batch_size: int = 64, mesh: Mesh | None = None) -> None:
-        """With a mesh, batches are split over it; of several processes, all ask for the same together."""
+        """With a mesh, batches are split over it; all processes of a job then make the same calls together."""
         self._batch_size = batch_size
         self._split = None if mesh is None else NamedSharding(mesh, BATCH)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -90,33 +143,53 @@ class Retrieval:
     def evaluate(
         self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16
     ) -> dict[str, float]:
-        """Recall at 1, 5 and 10 in both directions, of pairs of images and texts.
+        """Recall at 1, 5 and 10 in both directions.
 
         Args:
-          batches: a batch with pixel_values, input_ids, attention_mask and image_id, and how many of its rows count.
-          rerank: so many candidates of each query are ordered anew by similarity plus ITM score; 0 leaves that out.
+          batches: a batch with pixel_values, input_ids, attention_mask and image_id, and the number of its rows that
+            count; the rest are padding.
+          rerank: candidates of each query that similarity plus ITM score reorders; 0 for none.
 
         Returns:
-          Shares, as `text_to_image/recall@1`, `image_to_text/reranked_recall@5`, and the numbers of images and texts.
+          Recall from 0 to 1 by name, such as `text_to_image/recall@1` and `image_to_text/reranked_recall@5`, and the
+          number of `images` and `texts`.
 
         Raises:
           InputError: there are fewer than two images.
         """
         return self.search(params, batches, rerank).figures
 
-    def search(self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16) -> Found:
-        """As `evaluate`, with the scores that the recall is of."""
+    def search(
+        self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16
+    ) -> RetrievalResult:
+        """As `evaluate`, and the scores."""
+        data = self._encode(params, batches, bool(rerank))
+        scores = self._all_similarities(data.images, data.texts)
+        belongs = np.array(data.image_ids)[:, None] == np.array(data.text_ids)
+        figures: dict[str, float] = {"images": len(data.image_ids), "texts": len(data.text_ids)}
+        figures |= _recalls("image_to_text", scores, belongs) | _recalls("text_to_image", scores.T, belongs.T)
+        if not rerank:
+            return RetrievalResult(figures, data.image_ids, data.text_ids, scores.T)
+        to_text = self._reranked(params, data.states, data.tokens, scores, rerank)
+        to_image = self._reranked(params, data.states, data.tokens, scores.T, rerank, by_text=True)
+        figures |= _recalls("image_to_text", to_text, belongs, "reranked_")
+        figures |= _recalls("text_to_image", to_image, belongs.T, "reranked_")
+        return RetrievalResult(figures, data.image_ids, data.text_ids, to_image)
+
+    def _encode(
+        self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], keeps_states: bool
+    ) -> _Encoded:
+        """The features of all images and texts; each image is encoded once, however many captions it has."""
         states, images, texts, tokens = [], [], [], []
         image_ids: dict[int, None] = {}  # in the order of `images`
         text_ids: list[int] = []
-        # However many captions an image has, it goes through the model once; those that wait become a batch.
-        waiting: list[np.ndarray] = []
+        waiting: list[np.ndarray] = []  # images of the next batch
 
-        def read_images() -> None:
+        def encode_waiting() -> None:
             count = len(waiting)
             pixels = np.stack(waiting + waiting[-1:] * (self._batch_size - count))
             state, image = self._image(params, *self._place(pixels))
-            if rerank:
+            if keeps_states:
                 states.append(np.asarray(state)[:count])
             images.append(np.asarray(image)[:count])
             waiting.clear()
@@ -130,27 +203,24 @@ class Retrieval:
             for number, pixels in zip(numbers, batch["pixel_values"], strict=False):
                 if number not in image_ids:
                     image_ids[number] = None
-                    waiting.append(pixels.copy())  # not to keep the whole batch
+                    waiting.append(pixels.copy())  # a view would keep the whole batch in memory
                     if len(waiting) == self._batch_size:
-                        read_images()
+                        encode_waiting()
         if waiting:
-            read_images()
+            encode_waiting()
         if len(image_ids) < 2:
             raise InputError(
                 f"{len(image_ids)} images are too few to search among; add images, hold out more by `held_out`, or "
                 "take those for training as well by `everything=True`"
             )
-        scores = self._all_similarities(np.concatenate(images), np.concatenate(texts))
-        belongs = np.array(list(image_ids))[:, None] == np.array(text_ids)
-        figures: dict[str, float] = {"images": len(image_ids), "texts": len(text_ids)}
-        figures |= _recalls("image_to_text", scores, belongs) | _recalls("text_to_image", scores.T, belongs.T)
-        if rerank:
-            arrays = (np.concatenate(states), np.concatenate(tokens, axis=1))
-            to_text = self._reranked(params, *arrays, scores, rerank)
-            to_image = self._reranked(params, *arrays, scores.T, rerank, by_text=True)
-            figures |= _recalls("image_to_text", to_text, belongs, "reranked_")
-            figures |= _recalls("text_to_image", to_image, belongs.T, "reranked_")
-        return Found(figures, list(image_ids), text_ids, to_image if rerank else scores.T)
+        return _Encoded(
+            list(image_ids),
+            text_ids,
+            np.concatenate(images),
+            np.concatenate(texts),
+            np.concatenate(states) if keeps_states else np.zeros(0),
+            np.concatenate(tokens, axis=1),
+        )
 
     def _place(self, *arrays: np.ndarray) -> Sequence[Any]:
         if self._split is None:
@@ -170,11 +240,14 @@ class Retrieval:
         rerank: int,
         by_text: bool = False,
     ) -> np.ndarray:
-        """scores: (queries, candidates) -> the same, the best of each row raised above the rest by their ITM score."""
+        """Add the ITM score to the `rerank` best candidates of each query and lower the rest below them.
+
+        scores: (queries, candidates) -> (queries, candidates) float64.
+        """
         best = np.argsort(-scores, axis=1, kind="stable")[:, : min(rerank, scores.shape[1])]
         rows, columns = np.repeat(np.arange(len(scores)), best.shape[1]), best.reshape(-1)
         image, text = (columns, rows) if by_text else (rows, columns)
-        # In float32 the rest would lose its order.
+        # In float32 the subtraction would round away the order of the rest.
         result = scores.astype(np.float64) - 1e6
         with Progress(len(rows), "pair", "reranking images" if by_text else "reranking texts") as progress:
             for start in range(0, len(rows), self._batch_size):
@@ -186,7 +259,10 @@ class Retrieval:
 
 
 def _recalls(direction: str, scores: np.ndarray, belongs: np.ndarray, kind: str = "") -> dict[str, float]:
-    """The share of rows that have what belongs to them among the best."""
+    """The share of rows with at least one match among their k best columns.
+
+    scores: (queries, candidates), belongs: (queries, candidates) bool.
+    """
     order = np.argsort(-scores, axis=1, kind="stable")[:, : max(RANKS)]
     hits = np.take_along_axis(belongs, order, axis=1)
     return {f"{direction}/{kind}recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in RANKS}

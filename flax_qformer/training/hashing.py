@@ -1,4 +1,4 @@
-"""Random bits for dropout, by a hash: a tenth of the operations of JAX's own generator, and of the code to compile."""
+"""Random bits for dropout from a hash, with a tenth of the operations of JAX's default generator."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,15 @@ from jax.extend.random import define_prng_impl
 
 
 def hashed(key: jax.Array) -> jax.Array:
-    """A key from which Flax's dropout draws its masks by a hash of each element's place.
+    """A key from which Flax's dropout draws its masks by a hash of each element's position.
 
-    What it draws does not depend on the number of chips, and each makes its own part.
+    The masks do not depend on the number of devices, and each device computes only its own part.
     """
     return jax.random.wrap_key_data(jax.random.bits(key, (2,), "uint32"), impl=_HASH)
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words in which each bit changes half of the others. Source: MurmurHash3, `fmix32`."""
+    """A bijection of 32-bit words: one input bit flips about half of the output bits. Source: MurmurHash3, `fmix32`."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Where a run's metrics and samples go: `metrics.jsonl`, TensorBoard, Weights & Biases."""
+"""Write a run's metrics and samples to `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import contextlib
 import importlib
@@ -20,17 +20,17 @@ from flax_qformer.parallel.processes import is_first, wait_for_all
 
 METRICS = "metrics.jsonl"
 FOLDERS = ("tensorboard", "wandb")
-"""Folders that the reporters make in a run's folder."""
+"""Folders of the reporters in a run's folder."""
 
 ReportTo: TypeAlias = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a model makes of a few examples.
+    """Outputs of a model for a few examples.
 
     Attributes:
-      captions: the true caption of each example, and the one that the model writes.
+      captions: the true caption of each example, and the model's.
       pictures: (height, width, 3) uint8, by name.
     """
 
@@ -39,7 +39,7 @@ class Samples:
 
 
 class Reporter(Protocol):
-    """A program that shows metrics and samples. A resumed run reports to the same place."""
+    """A program that shows metrics and samples. A resumed run continues the earlier record."""
 
     def write(self, step: int, figures: Mapping[str, float]) -> None: ...
 
@@ -49,7 +49,7 @@ class Reporter(Protocol):
 
 
 class TensorBoard:
-    """TensorBoard's files in `tensorboard`. What an earlier run wrote of later steps is discarded."""
+    """TensorBoard's files in `tensorboard`. A resumed run discards entries of later steps."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
@@ -75,10 +75,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, whose id is kept in `wandb/run_id`.
+    """A run of Weights & Biases; the file `wandb/run_id` keeps its id.
 
-    Its steps are a metric of their own: W&B's own step cannot go back, and drops an evaluation of the step that a run
-    resumes from.
+    The step is logged as a metric: W&B's own step cannot decrease, so that W&B would drop an evaluation of the step
+    from which a run resumes.
     """
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class WeightsAndBiases:
                 dir=str(folder),
                 name=folder.resolve().name,
                 config=dict(settings),
-                # A copy of standard output would hold every redrawing of the progress bar.
+                # A copy of standard output would contain each update of the progress bar.
                 settings=self._wandb.Settings(
                     console="off", silent=not logging.getLogger(__name__).isEnabledFor(logging.INFO)
                 ),
@@ -123,31 +123,31 @@ REPORTERS: dict[ReportTo, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAn
 
 
 def check_reporters(report_to: Sequence[ReportTo]) -> None:
-    """Raise InputError where Weights & Biases is asked for and not installed."""
-    # A folder of the same name, which wandb makes, is a package without a file.
+    """Raise InputError if Weights & Biases is named but not installed."""
+    # wandb makes a folder of its own name, which Python finds as a package without a file.
     spec = importlib.util.find_spec("wandb") if "wandb" in report_to else None
     if "wandb" in report_to and (spec is None or spec.origin is None):
         raise InputError("`report_to` names wandb, which is not installed; run pip install 'flax-qformer[wandb]'")
 
 
 class MetricsLogger:
-    """The metrics of a run: `metrics.jsonl` with a line for each time, and the reporters. The first process writes."""
+    """The metrics of a run: a line of `metrics.jsonl` for each record, and the reporters. The first process writes."""
 
     def __init__(self, folder: Path, step: int, report_to: Sequence[ReportTo], settings: Mapping[str, Any]) -> None:
-        """Resume after a step: the lines of later steps are removed, as the run writes them again.
+        """Open after a step; lines of later steps are removed, because the resumed run writes them again.
 
         Args:
           folder: the run's folder.
           step: the last finished step.
           report_to: names of `REPORTERS`.
-          settings: of the run, to be shown with it.
+          settings: of the run, for the reporters.
         """
         self._folder, self._path = folder, folder / METRICS
         self._last: dict[str, float] = {}
         self._evaluated: set[int] = set()
         kept = []
         for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
-            # The last one may have been cut off.
+            # A kill may have cut off the last line.
             with contextlib.suppress(ValueError):
                 figures = json.loads(line)
                 if figures["step"] <= step:
@@ -186,7 +186,7 @@ class MetricsLogger:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            # TensorBoard's writer is a thread, which would end with a traceback.
+            # On a full disk, TensorBoard's writer thread would end with a traceback.
             check_space(self._folder, 0)
             yield
         except OSError as error:
@@ -198,7 +198,7 @@ class MetricsLogger:
         return step in self._evaluated
 
     def last(self) -> str:
-        """The last figures, a line each."""
+        """The last written figures, a line each."""
         return "".join(f"\n  {name}: {value:g}" for name, value in self._last.items())
 
     def _note(self, step: int, **figures: float) -> None:

@@ -1,4 +1,4 @@
-"""How parameters are trained: optimizer, decay, learning rates. All of it is optax."""
+"""Optimizer, weight decay and learning rates, built from optax."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -14,13 +14,13 @@ from flax_qformer.models.config import Blip2Config
 from flax_qformer.models.selection import labels_of, matching
 
 Rate: TypeAlias = float | optax.Schedule
-"""A learning rate: a number, or an optax schedule, which is a function of the step."""
+"""A learning rate: a number, or an optax schedule (a function of the step)."""
 
 OptimizerName = Literal["adamw", "lion", "adafactor", "sgd"]
 
 
 def make_schedule(learning_rate: float, steps: int, warmup: int, final_fraction: float = 0.1) -> optax.Schedule:
-    """From 0 up to the rate in `warmup` steps, then along a cosine down to a fraction of it."""
+    """Linear warm-up from 0 in `warmup` steps, then a cosine down to `final_fraction` of the learning rate."""
     return optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(warmup, steps), max(steps, min(warmup, steps) + 1), learning_rate * final_fraction
     )
@@ -39,23 +39,23 @@ def make_optimizer(
     layer_decay: float = 1.0,
     accumulation: int = 1,
 ) -> optax.GradientTransformation:
-    """AdamW as BLIP-2 trains with it, or another optimizer, for the tree of what is trained.
+    """AdamW with BLIP-2's settings, or another optimizer, for the tree of trained parameters.
 
     Args:
-      config: the model's, which has the depth of its towers.
+      config: of the model; `layer_decay` reads the depth of its towers.
       learning_rate: a number or an optax schedule; or one for each group or regular expression, of which the first that
-        fits a parameter holds, as in `{"vision": 1e-5, "crossattention": 2e-4, "all": 1e-4}`.
+        matches a parameter applies, such as `{"vision": 1e-5, "crossattention": 2e-4, "all": 1e-4}`.
       optimizer: "adamw", "lion", "adafactor" or "sgd", with `b1` as its momentum.
-      labels: with several learning rates, which of them each parameter has: a tree of their names, or a function of the
-        path, in place of groups and regular expressions.
-      weight_decay: not on biases, LayerNorms, the class token and the temperature.
-      clip_norm: of the whole gradient; 0 switches clipping off.
-      layer_decay: the rate of each layer is that of the one above it times this.
+      labels: with several learning rates, the name of each parameter's learning rate, as a tree or a function of the
+        path; replaces groups and regular expressions.
+      weight_decay: decoupled; biases, LayerNorms, the class token and the temperature have none.
+      clip_norm: largest norm of the whole gradient; 0 for no clipping.
+      layer_decay: learning rate of a layer, as a multiple of that of the layer above.
       accumulation: batches whose gradients are averaged for one step.
 
     Raises:
-      InputError: there is no such optimizer; a parameter has no learning rate, or a learning rate no parameter (when
-        the optimizer meets the parameters).
+      InputError: the optimizer is unknown. The optimizer's `init` raises it if a parameter has no learning rate or a
+        learning rate no parameter.
     """
     rates = learning_rate if isinstance(learning_rate, Mapping) else None
     if labels is not None and rates is None:
@@ -87,7 +87,7 @@ def _core(name: str, learning_rate: Any, weight_decay: float, b1: float, b2: flo
         return optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
     decay = optax.add_decayed_weights(weight_decay, mask)
     if name == "adafactor":
-        # optax's adafactor ends with a change of sign.
+        # optax's adafactor negates its updates.
         core = optax.chain(optax.adafactor(None, multiply_by_parameter_scale=False), optax.scale(-1.0))
         return optax.chain(core, decay, optax.scale_by_learning_rate(learning_rate))
     if name == "sgd":
@@ -96,7 +96,7 @@ def _core(name: str, learning_rate: Any, weight_decay: float, b1: float, b2: flo
 
 
 def _rate_names(params: Any, names: list[str], labels: Mapping[str, Any] | Callable[[str], str] | None) -> Any:
-    """The tree of names of learning rates."""
+    """The name of each parameter's learning rate, as a tree."""
     paths = list(flatten_dict(params, sep="/"))
     if labels is None:
         named = {path: name for name in reversed(names) for path in matching(paths, name)}
@@ -119,7 +119,7 @@ def _decays(path: tuple[Any, ...]) -> bool:
 
 
 def _height(path: tuple[str, ...], leaf: jax.Array, config: Blip2Config) -> int | jax.Array:
-    """Layers from a parameter up to its tower's end, the heads being above it; of stacked layers, of each of them."""
+    """Layers between a parameter and the heads, which have height 0; an array with a height per layer if stacked."""
     name = "/".join(path)
     depth = (config.vision_config if path[0] == "visual_encoder" else config.qformer_config).num_hidden_layers
     layer = re.search(r"encoder/(layers/)?layers?_(\d+)/", name)

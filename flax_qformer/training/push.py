@@ -24,7 +24,7 @@ MODEL_FILES = [
 """Patterns of the files that belong to a model; `*` also matches slashes."""
 
 TEXT_SETTINGS = ("train", "optimizer", "dtype", "mesh")
-"""The card shows these settings although they are texts. Other texts can be paths or private names."""
+"""Settings that the card shows although they are texts. Other texts can be paths or private names."""
 
 
 def push_to_hub(
@@ -94,17 +94,18 @@ def push_to_hub(
 
 
 def model_card(folder: Path, run: Path | None, repo_id: str, license: str | None = None) -> str:
-    """The text of a model card: what the model is, how to load it, and how it was trained.
+    """The text of a model card: a description, how to load the model, and its training settings and metrics.
 
     Args:
       folder: of the model.
       run: folder of the training run, if there is one: its settings.yaml and metrics.jsonl are read.
-      repo_id: where the model is going to be.
+      repo_id: ORG/NAME of the repository on the hub.
       license: by the hub's identifier.
     """
     from huggingface_hub import ModelCardData
 
-    from flax_qformer.training.loop import METRICS, SETTINGS
+    from flax_qformer.training.metrics import METRICS
+    from flax_qformer.training.run_folder import SETTINGS
     from flax_qformer.training.settings import read_yaml
 
     settings = read_yaml(run / SETTINGS) if run else {}
@@ -138,8 +139,8 @@ def model_card(folder: Path, run: Path | None, repo_id: str, license: str | None
 
 
 def _find(path: Path) -> tuple[Path, Path | None]:
-    """The folder of a model, and that of the training run that wrote it."""
-    from flax_qformer.training.loop import SETTINGS
+    """The folder of a model, and the folder of the training run that wrote it, if any."""
+    from flax_qformer.training.run_folder import SETTINGS
 
     if not path.is_dir():
         raise InputError(f"there is no folder {path}; give the folder of a model or of a training run")
@@ -166,7 +167,7 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _if_public(name: str | None, kind: str) -> str | None:
-    """The name, if it is that of a repository which everybody can see."""
+    """The name, if it names a public repository."""
     from huggingface_hub import HfApi
 
     is_candidate = name is not None and _is_repo_id(name) and not os.path.exists(name)
@@ -174,7 +175,7 @@ def _if_public(name: str | None, kind: str) -> str | None:
 
 
 def _description(path: Path) -> str:
-    """What a model is, from its config.json."""
+    """A description of a model, from its config.json."""
     config, classes = Blip2Config.from_json(path), read_json(path).get("architectures")
     what = "BLIP-Diffusion's Q-Former: it turns an image and the name of its subject into subject embeddings."
     if classes == ["Blip2ForPreTraining"]:
@@ -188,7 +189,7 @@ def _description(path: Path) -> str:
 
 
 def _shown(name: str, value: Any) -> str | None:
-    """The text of a setting, if it is a number or is known to hold nothing private."""
+    """The text of a setting, if it is a number or cannot hold anything private."""
     if name == "group_learning_rates":
         return ", ".join(f"{group} {rate:g}" for group, rate in value.items()) or None
     items = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: whole or not there, verified when they are read, the damaged ones passed over."""
+"""The checkpoints of a run: written atomically and verified when they are read; damaged ones are skipped."""
 
 import json
 import logging
@@ -17,29 +17,29 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """A folder with a folder of orbax's for each step, and beside it a JSON file that says what is in it.
+    """A folder with an orbax checkpoint and a JSON manifest for each step.
 
-    The JSON file comes last: without it a checkpoint does not count. It lists the files with their sizes and sums, and
-    holds what is not an array, such as the position in the data; it has a sum of its own.
+    The manifest is written last: without it a checkpoint does not count. It holds the sizes and checksums of the files,
+    the notes (all that is not an array, such as the position in the data), and a checksum of itself.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        self._folder, self._keep = folder.absolute(), keep  # orbax wants it so
+        self._folder, self._keep = folder.absolute(), keep  # orbax needs an absolute path
 
     def steps(self) -> list[int]:
-        """Those that were written whole, the newest first."""
-        found = (path.stem for path in self._folder.glob("*.json"))
-        return sorted((int(stem) for stem in found if stem.isdecimal()), reverse=True)
+        """Steps with a complete checkpoint, newest first."""
+        stems = (path.stem for path in self._folder.glob("*.json"))
+        return sorted((int(stem) for stem in stems if stem.isdecimal()), reverse=True)
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Write a state unless it is there, and remove what is older than the newest `keep`.
+        """Write a checkpoint unless the step has one, and keep the newest `keep` only.
 
         Raises:
-          InputError: it cannot be written; what was saved before stays.
+          InputError: the checkpoint cannot be written; earlier ones stay.
         """
         import orbax.checkpoint.experimental.v1 as ocp
 
-        # Not all processes may see yet what the first has written.
+        # On a shared disk, other processes may not see the manifest of the first yet.
         if any_process(is_first() and step in self.steps()):
             return
         folder, arrays = self._path(step), _named(state)
@@ -51,14 +51,14 @@ class Checkpoints:
             with context:
                 ocp.save(folder, arrays)
             if is_first():
-                content = {"arrays": _forms(state), "files": _sums(folder), "notes": notes}
+                content = {"arrays": _array_types(state), "files": _file_checksums(folder), "notes": notes}
                 partial = self._folder / f"{step}.json.partial"
-                partial.write_text(json.dumps({"sum": _sum_of(content), "content": content}))
+                partial.write_text(json.dumps({"sum": _checksum(content), "content": content}))
                 partial.rename(self._folder / f"{step}.json")
         except Exception as error:
             if tells_of_lost_process(error):
                 raise
-            # orbax reports a disk that fills up meanwhile in types of its own.
+            # orbax raises types of its own when the disk becomes full.
             if is_first():
                 shutil.rmtree(folder, ignore_errors=True)
             saved = self.steps()
@@ -73,27 +73,27 @@ class Checkpoints:
         wait_for_all("saved")
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest state that is whole, placed like `state`, and its notes; None if none was saved.
+        """The newest undamaged state, sharded like `state`, and its notes; None if there is no checkpoint.
 
         Raises:
-          InputError: all are damaged, or hold the state of another model.
+          InputError: all checkpoints are damaged, or the newest undamaged one is of another model.
         """
-        # Processes may see a shared disk differently; they go on from the same step, or not at all.
+        # Processes may see a shared disk differently, but all must restore the same step.
         steps = [int(step) for step in from_first(" ".join(map(str, self.steps()))).split()]
         for step in steps:
             reason = self._damage(step)
             if not any_process(bool(reason)):
-                found = None
+                restored = None
                 try:
-                    found = self._load(step, state)
+                    restored = self._load(step, state)
                 except InputError:
                     raise
                 except Exception as error:
                     if tells_of_lost_process(error):
                         raise
                     reason = " ".join(str(error).split())
-                if not any_process(found is None):
-                    return found
+                if not any_process(restored is None):
+                    return restored
             reason = reason or "another process cannot read it"
             logger.warning("the checkpoint of step %d is damaged (%s): trying the one before", step, reason)
         if steps:
@@ -101,7 +101,7 @@ class Checkpoints:
         return None
 
     def notes(self) -> dict[str, Any]:
-        """Those of the newest checkpoint whose JSON file can be read, or none."""
+        """The notes of the newest checkpoint with an undamaged manifest; empty if there is none."""
         for step in self.steps():
             try:
                 return self._manifest(step)["notes"]
@@ -110,12 +110,12 @@ class Checkpoints:
         return {}
 
     def tidy(self, step: int) -> None:
-        """Remove what is newer than the step to go on from, which was damaged, and what was never finished."""
+        """Remove checkpoints newer than the restored step, which are damaged, and incomplete ones."""
         if not is_first():
             return
-        whole = {name for kept in self.steps() if kept <= step for name in (str(kept), f"{kept}.json")}
+        complete = {name for kept in self.steps() if kept <= step for name in (str(kept), f"{kept}.json")}
         for path in self._folder.glob("*"):
-            if path.name in whole:
+            if path.name in complete:
                 continue
             if path.is_dir():
                 logger.warning("removing %s, which is damaged or was not written whole", path)
@@ -131,44 +131,44 @@ class Checkpoints:
         shutil.rmtree(self._path(step), ignore_errors=True)
 
     def _manifest(self, step: int) -> dict[str, Any]:
-        """What the JSON file says; ValueError if it is damaged."""
+        """The content of the manifest; ValueError if it is damaged."""
         try:
             manifest = json.loads((self._folder / f"{step}.json").read_bytes())
             content, expected = manifest["content"], manifest["sum"]
         except (ValueError, TypeError, KeyError):
             content, expected = {}, None
-        if _sum_of(content) != expected:
+        if _checksum(content) != expected:
             raise ValueError(f"{step}.json is not as it was written")
         return content
 
     def _damage(self, step: int) -> str:
-        """What is wrong with a checkpoint's files, if anything; the first process reads all bytes for all."""
+        """What is wrong with a checkpoint's files, or an empty text. Only the first process reads all their bytes."""
         try:
-            files = self._manifest(step)["files"]
-            found = _sums(self._path(step)) if is_first() else files
+            expected = self._manifest(step)["files"]
+            actual = _file_checksums(self._path(step)) if is_first() else expected
         except (ValueError, OSError) as error:
             return str(error)
-        wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
-        return f"{wrong[0]} is {'not as it was written' if wrong[0] in found else 'missing'}" if wrong else ""
+        wrong = sorted(name for name in expected | actual if expected.get(name) != actual.get(name))
+        return f"{wrong[0]} is {'not as it was written' if wrong[0] in actual else 'missing'}" if wrong else ""
 
     def _load(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         import orbax.checkpoint.experimental.v1 as ocp
 
         manifest = self._manifest(step)
-        was, now = manifest["arrays"], _forms(state)
-        # Earlier versions saved no frozen parameters that the losses do not read: these are as the model has them.
-        now = {name: form for name, form in now.items() if name in was or not name.startswith("frozen.")}
-        other = sorted(name for name in was | now if _differ(name, was.get(name), now.get(name)))
+        saved, current = manifest["arrays"], _array_types(state)
+        # Earlier versions saved no frozen parameters that the losses do not read; these keep the model's values.
+        current = {name: kind for name, kind in current.items() if name in saved or not name.startswith("frozen.")}
+        other = sorted(name for name in saved | current if _differ(name, saved.get(name), current.get(name)))
         if other:
             name = other[0]
             raise InputError(
-                f"the run is of another model: {name} was {was.get(name, 'absent')} and is now "
-                f"{now.get(name, 'absent')}; name the model it began with, or another `output`"
+                f"the run is of another model: {name} was {saved.get(name, 'absent')} and is now "
+                f"{current.get(name, 'absent')}; name the model it began with, or another `output`"
             )
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _named(state).items()
-            if name in now
+            if name in current
         }
         arrays = _named(state) | ocp.load(self._path(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(state), arrays.values()), manifest["notes"]
@@ -179,23 +179,23 @@ def _named(state: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _forms(state: Any) -> dict[str, str]:
-    """Type and shape of each array, as in float32[8, 16]."""
+def _array_types(state: Any) -> dict[str, str]:
+    """Dtype and shape of each array, such as float32[8, 16]."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(state).items()}
 
 
-def _differ(name: str, was: str | None, now: str | None) -> bool:
-    """Whether a saved array cannot become one of the state. Earlier versions saved frozen ones as float32."""
-    if was and now and name.startswith("frozen."):
-        return was.partition("[")[2] != now.partition("[")[2]
-    return was != now
+def _differ(name: str, saved: str | None, current: str | None) -> bool:
+    """Whether the dtype or shape differs; of frozen arrays the shape, as earlier versions saved them as float32."""
+    if saved and current and name.startswith("frozen."):
+        return saved.partition("[")[2] != current.partition("[")[2]
+    return saved != current
 
 
-def _sum_of(content: Any) -> int:
+def _checksum(content: Any) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _sums(folder: Path) -> dict[str, list[int]]:
+def _file_checksums(folder: Path) -> dict[str, list[int]]:
     """Size and CRC-32 of each file."""
     sums = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -1,7 +1,7 @@
-"""Samples of an evaluation: what the model makes of a few held-out images.
+"""Samples of an evaluation, from a few held-out images.
 
-Each image has a caption by beam search beside the true one, a map of where the queries look, and the images that its
-caption finds.
+Each image is shown with its true caption, a caption by beam search, the attention maps of the queries, and the images
+that its true caption retrieves.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.parallel.processes import is_first
 from flax_qformer.processing.attention_maps import attention_maps
 from flax_qformer.processing.processor import Processor, to_rgb
-from flax_qformer.training.evaluation import Found
+from flax_qformer.training.evaluation import RetrievalResult
 from flax_qformer.training.metrics import Samples
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ TOP = 5
 """Images shown for each text."""
 
 SIDE = 112
-"""Of an image in a picture, in pixels."""
+"""Width and height of an image in a picture, in pixels."""
 
 DARK = 0.15
-"""Brightness of an image where the queries do not look."""
+"""Brightness of an image where the attention is 0."""
 
 BILINEAR = PIL.Image.Resampling.BILINEAR
 
 
 class Sampler:
-    """Draws samples of the same images at each evaluation; the model's part is compiled once."""
+    """Draws samples of the same images at each evaluation; the model is compiled once."""
 
     def __init__(
         self,
@@ -51,20 +51,20 @@ class Sampler:
         max_length: int,
         mesh: Mesh,
     ) -> None:
-        """Nothing is read yet.
+        """Prepare; `draw` reads the images.
 
         Args:
-          source: what is evaluated on.
-          count: images to show.
-          max_length: tokens of a caption, at most.
-          mesh: of the parameters. Several processes draw together.
+          source: the held-out examples.
+          count: number of images to show.
+          max_length: largest number of tokens of a caption.
+          mesh: of the parameters. All processes of a job draw together.
         """
         self._processor, self._source, self._count, self._max_length = processor, source, count, max_length
         self._ids, self._rows = np.unique(source.image_ids, return_index=True)
         self._whole = NamedSharding(mesh, PartitionSpec())
-        # The compiled program below has no collectives: a beam search is a loop, and in a job of several processes on
-        # CPU a collective in a loop may hang, see `rounds_at_once`. So each device gets the parameters, in the dtype
-        # that they are computed in, and does the same work.
+        # Beam search is a loop, and a collective in a loop can hang in a job of several processes on CPU, see
+        # `rounds_at_once`. So the program below has no collectives: each device gets all parameters, in the dtype of
+        # the computation, and does the same work.
         self._gather = jax.jit(
             lambda params: jax.tree.map(lambda leaf: leaf.astype(model.dtype), params), out_shardings=self._whole
         )
@@ -96,12 +96,12 @@ class Sampler:
 
         self._look = look
 
-    def draw(self, params: Any, found: Found) -> Samples | None:
-        """Run the model on the examples and draw the results; None in all processes but the first.
+    def draw(self, params: Any, result: RetrievalResult) -> Samples | None:
+        """Run the model on the examples and draw the results; returns None except in the first process.
 
         Args:
-          params: the parameters that were evaluated.
-          found: what the evaluation found.
+          params: the evaluated parameters.
+          result: of the evaluation of these parameters.
 
         Raises:
           InputError: no example can be used.
@@ -115,7 +115,7 @@ class Sampler:
         written = self._processor.tokenizer.batch_decode(tokens[: len(true)], skip_special_tokens=True)
         shown = batch["image_id"][: len(true)].tolist()
         attention = [_attention_row(self._image(image_id), row) for image_id, row in zip(shown, maps, strict=False)]
-        retrieved = self._draw_retrieved(dict(zip(shown, true, strict=True)), found)
+        retrieved = self._draw_retrieved(dict(zip(shown, true, strict=True)), result)
         pictures = {"attention": np.concatenate(attention), "retrieved": _pixels(retrieved)}
         return Samples(list(zip(true, written, strict=True)), pictures)
 
@@ -132,8 +132,8 @@ class Sampler:
         row = self._source[int(self._rows[np.searchsorted(self._ids, image_id)])]
         return open_row(row["image"], row["name"])
 
-    def _draw_retrieved(self, texts: dict[int, str], found: Found) -> "Figure":
-        """A row for each text: the images that fit best, the best first; the text's own image has a green frame."""
+    def _draw_retrieved(self, texts: dict[int, str], result: RetrievalResult) -> "Figure":
+        """A row for each text: the retrieved images, best first; the text's own image has a green frame."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(1.5 * TOP, 1.8 * len(texts)))
@@ -145,7 +145,7 @@ class Sampler:
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.spines[:].set_visible(False)
-            for axis, image_id in zip(row, found.best_images(own, TOP), strict=False):
+            for axis, image_id in zip(row, result.best_images(own, TOP), strict=False):
                 image = to_rgb(self._image(image_id))
                 image.thumbnail((SIDE, SIDE))
                 axis.imshow(image)
@@ -154,9 +154,9 @@ class Sampler:
 
 
 def _attention_row(image: PIL.Image.Image, maps: np.ndarray) -> np.ndarray:
-    """The image, then as the queries see it: dark where they do not look, on average and query by query.
+    """The image, then the image darkened by the mean attention and by the attention of each query.
 
-    `draw_attention` is the better picture, and takes 100 times as long.
+    `draw_attention` makes a better picture but takes 100 times as long.
 
     maps: (queries, grid, grid) -> (SIDE, (2 + queries) * SIDE, 3) uint8; each map is scaled to its own maximum.
     """

@@ -13,52 +13,53 @@ from flax_qformer.training.metrics import ReportTo
 from flax_qformer.training.optimizer import OptimizerName
 
 FIXED = ("model", "train", "optimizer", "group_learning_rates", "ema_decay", "accumulation", "scan_layers", "seed")
-"""What decides of the state's form or the data's order, and so may not change between a stop and its resumption."""
+"""Settings that a resumed run cannot change: its state's arrays or its data's order depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(DataSettings):
-    """Train a Q-Former on captioned images, or go on where a run in the same folder stopped.
+    """Train a Q-Former on captioned images, or resume the run in the output folder.
 
     Attributes:
-      output: folder of the run: its checkpoints, metrics.jsonl, TensorBoard's files, and in the end `model`.
-      model: what to start from: a folder, checkpoint file or hub id; from a folder with a config.json and a tokenizer
+      output: folder of the run: checkpoints, metrics.jsonl, TensorBoard's files, and at the end `model`.
+      model: folder, checkpoint file or hub id of the model to start from; if a folder has a config.json and a tokenizer
         but no weights, all parameters are randomly initialised.
-      tokenizer: folder or hub id, where the checkpoint brings none.
-      overwrite: start anew, in place of the run that is in the folder.
-      train: what is trained: vision, qformer, heads, all, or regular expressions of paths such as
+      tokenizer: folder or hub id of a tokenizer, if the checkpoint has none.
+      overwrite: remove the run in the output folder and start a new one.
+      train: parameters to train: vision, qformer, heads, all, or regular expressions of paths such as
         encoder/layer_0/crossattention/attention/query/kernel.
-      steps: how many to take in all.
+      steps: total number of steps.
       optimizer: adamw, lion, adafactor or sgd.
-      learning_rate: the highest, after the warm-up; it falls along a cosine to a tenth.
-      group_learning_rates: other learning rates, each after the group or regular expression that it is for, such as
-        vision 1e-5 crossattention 2e-4; the first that fits a parameter holds.
-      warmup: steps until the highest learning rate.
-      weight_decay: decoupled from the gradient; none on biases, LayerNorms and the temperature.
-      b1: decay of the first moment of adamw and lion, and sgd's momentum; adafactor has none.
+      learning_rate: peak learning rate, after the warm-up; a cosine schedule lowers it to a tenth.
+      group_learning_rates: learning rates of groups or regular expressions, such as vision 1e-5 crossattention 2e-4;
+        the first that matches a parameter applies.
+      warmup: steps from 0 to the peak learning rate.
+      weight_decay: decoupled weight decay; biases, LayerNorms and the temperature have none.
+      b1: decay of the first moment of adamw and lion, and momentum of sgd; adafactor has none.
       b2: decay of the second moment of adamw and lion.
-      clip_norm: longest gradient; 0 switches clipping off.
-      layer_decay: each layer's learning rate is this times that of the layer above.
-      accumulation: batches whose gradients are averaged for one step; each is contrasted by itself.
-      ema_decay: of the moving average of the parameters, which is what is evaluated and kept; 0 for none.
-      dropout: of the Q-Former, in place of its config's.
-      dtype: what is computed in: float32 or bfloat16; trained parameters are float32, frozen ones as the checkpoint has
-        them.
-      gradient_checkpointing: recompute each layer in the backward pass, for less memory.
-      scan_layers: run the layers in a loop, which compiles faster, and on a CPU runs slower; by default on chips alone.
-        A pruned model cannot.
-      mesh: how to split over the devices, such as data=-1,fsdp=4,tensor=2: data and fsdp split the batch, fsdp and
-        tensor the parameters; -1 takes what is left.
-      distributed: join the job's other processes, as jax.distributed.initialize finds them on Cloud TPU, GKE and Slurm;
-        elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell.
+      clip_norm: largest norm of the gradient; 0 for no clipping.
+      layer_decay: learning rate of a layer, as a multiple of that of the layer above.
+      accumulation: batches whose gradients are averaged for one step; ITC contrasts only within a batch.
+      ema_decay: decay of the moving average of the parameters, which is then evaluated and saved; 0 for none.
+      dropout: dropout rate of the Q-Former; by default that of its config.
+      dtype: dtype of the computation: float32 or bfloat16; trained parameters are float32, frozen ones keep the dtype
+        of the checkpoint.
+      gradient_checkpointing: recompute each layer in the backward pass, which saves memory.
+      scan_layers: run the layers in a loop, which compiles faster but runs slower on a CPU; by default on GPUs and TPUs
+        only. A pruned model cannot be scanned.
+      mesh: how devices share the work, such as data=-1,fsdp=4,tensor=2: data and fsdp split the batch, fsdp and tensor
+        the parameters; -1 takes the remaining devices.
+      distributed: join the job's other processes, which jax.distributed.initialize finds on Cloud TPU, GKE and Slurm;
+        elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
       log_every: steps between lines of metrics.
-      report_to: where metrics and samples go beside metrics.jsonl: tensorboard, wandb (Weights & Biases), or both.
+      report_to: where metrics and samples are logged besides metrics.jsonl: tensorboard, wandb (Weights & Biases), or
+        both.
       save_every: steps between checkpoints.
-      keep: newest checkpoints that are kept.
-      evaluate_every: steps between evaluations on what is held out; 0 for one at the end.
-      evaluate_on: how many examples at most.
-      rerank: candidates that ITM orders anew in an evaluation; 0 for none.
-      samples: held-out images whose captions, retrieved images and attention maps each evaluation reports; 0 for none.
+      keep: number of newest checkpoints to keep.
+      evaluate_every: steps between evaluations on held-out examples; the last step is always evaluated, with 0 only it.
+      evaluate_on: largest number of examples of an evaluation.
+      rerank: candidates that ITM reranks in an evaluation; 0 for none.
+      samples: held-out images whose captions, retrieved images and attention maps each evaluation logs; 0 for none.
     """
 
     output: str
@@ -97,7 +98,7 @@ class TrainSettings(DataSettings):
         super().__post_init__()
         _check_least(self, 1, ("steps", "accumulation", "log_every", "save_every", "keep"))
         _check_least(self, 0, ("warmup", "weight_decay", "clip_norm", "evaluate_every", "rerank", "samples"))
-        # A pair alone has no negatives.
+        # A single pair has no negatives.
         _check_least(self, 2, ("batch_size", "evaluate_on"))
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"`learning_rate` is {self.learning_rate}; it must be a number above 0")
@@ -125,12 +126,11 @@ class EvaluateSettings(DataSettings):
 
     Attributes:
       model: folder, checkpoint file or hub id of a stage-1 model.
-      tokenizer: folder or hub id, where the checkpoint brings none.
-      everything: use all examples, not only those that training with the same settings holds out.
-      evaluate_on: how many examples at most; a text is to find its own image, so that texts which fit several count
-        as missed when they find another.
-      rerank: candidates of each query that ITM orders anew; 0 for none.
-      dtype: what is computed in: float32, bfloat16 or float16.
+      tokenizer: folder or hub id of a tokenizer, if the checkpoint has none.
+      everything: evaluate on all examples, not only on those that training with the same settings holds out.
+      evaluate_on: largest number of examples; only a text's own image counts as a match, even if others fit as well.
+      rerank: candidates of each query that ITM reranks; 0 for none.
+      dtype: dtype of the computation: float32, bfloat16 or float16.
     """
 
     model: str = str(DEFAULT_MODEL)
@@ -147,10 +147,10 @@ class EvaluateSettings(DataSettings):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings that a file names, for either program.
+    """The settings in a file, of `train` or `evaluate`.
 
     Raises:
-      InputError: it cannot be read, or names a setting that there is not.
+      InputError: the file cannot be read, or names an unknown setting.
     """
     import yaml
 
@@ -172,7 +172,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
-    """A file's settings as the command line would give them; what only the other program has is passed over."""
+    """A file's settings as options of the command line; settings that only the other command has are left out."""
     own, arguments = {field.name: field for field in dataclasses.fields(kind)}, []
     for name, value in read_yaml(path).items():
         flag = name.replace("_", "-")
@@ -197,7 +197,7 @@ def to_yaml(settings: DataSettings) -> str:
 
 
 def _plain(settings: DataSettings) -> dict[str, Any]:
-    """As YAML keeps them, which has no tuples."""
+    """Settings as they are read back from YAML, which has lists instead of tuples."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(settings).items()}
 
 
@@ -207,18 +207,18 @@ def _check_least(settings: DataSettings, least: int, names: tuple[str, ...]) -> 
             raise InputError(f"`{name}` is {getattr(settings, name)}; it must be {least} or more")
 
 
-def changed(before: Mapping[str, Any], now: DataSettings, names: Collection[str] | None = None) -> list[str]:
-    """What became of the settings that a run was saved with: of these names, by default of all."""
+def differences(saved: Mapping[str, Any], current: DataSettings, names: Collection[str] | None = None) -> list[str]:
+    """Differences between the saved and the current settings, of all names by default."""
     return [
-        f"`{name}` was {before[name]} and is now {value}"
-        for name, value in _plain(now).items()
-        if (names is None or name in names) and name in before and before[name] != value
+        f"`{name}` was {saved[name]} and is now {value}"
+        for name, value in _plain(current).items()
+        if (names is None or name in names) and name in saved and saved[name] != value
     ]
 
 
-def check_resumable(before: Mapping[str, Any], now: DataSettings) -> None:
-    """Raise InputError where settings changed that the saved state depends on."""
-    unfit = changed(before, now, FIXED)
+def check_resumable(saved: Mapping[str, Any], current: DataSettings) -> None:
+    """Raise InputError if a setting of `FIXED` differs from the saved one."""
+    unfit = differences(saved, current, FIXED)
     if unfit:
         raise InputError(
             f"the run cannot go on with other settings: {'; '.join(unfit)}. Set them back, name another `output`, "

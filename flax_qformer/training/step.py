@@ -1,4 +1,4 @@
-"""One step of training, for a loop of one's own or the program's."""
+"""The state and the compiled step of training, for any loop."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,21 +22,21 @@ from flax_qformer.training.hashing import hashed
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 
 Loss: TypeAlias = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Mapping[str, jax.Array], jax.Array], tuple]
-"""(model, trained, frozen, batch, key) -> the loss, a float32 scalar, and what it came from: a `PreTrainingOutput` or
-a mapping, whose scalars become metrics."""
+"""(model, trained, frozen, batch, key) -> (float32 scalar, output): the loss, and a `PreTrainingOutput` or a
+mapping, whose scalars become metrics."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and the frozen parameters beside it.
+    """The state that a step updates, and the frozen parameters.
 
     Attributes:
-      trained: the part of the parameter tree that steps change.
-      frozen: the other part; `params` is the whole.
-      opt_state: optax's, of what is trained.
-      ema: the moving average of what is trained; None without one.
-      step: batches so far.
-      rng: a key's data, from which each step derives its own.
+      trained: the part of the parameter tree that steps update.
+      frozen: the rest of the tree; `params` is the whole tree.
+      opt_state: optax's state for `trained`.
+      ema: the moving average of `trained`, or None.
+      step: batches so far; scalar int32.
+      rng: data of the key from which each step derives its own.
     """
 
     trained: dict[str, Any]
@@ -59,14 +59,14 @@ class TrainState:
         """The state before the first step.
 
         Args:
-          params: the whole tree.
-          optimizer: optax's, initialised for what is trained.
-          train: what is trained, see `Selection`; the rest stays frozen.
+          params: the whole parameter tree.
+          optimizer: of optax; it is initialised for the trained parameters.
+          train: the trained parameters, see `Selection`; the rest are frozen.
           ema: keep a moving average, see `make_train_step`.
-          seed: of dropout and negatives.
+          seed: of dropout and of the drawn negatives.
 
         Raises:
-          InputError: the selection fits nothing, or selects parameters in float16.
+          InputError: the selection matches nothing, or selects parameters in float16.
         """
         trained, frozen = partition(params, train)
         half = [path for path, leaf in flatten_dict(trained, sep="/").items() if leaf.dtype == jnp.float16]
@@ -90,7 +90,7 @@ class TrainState:
 
     @property
     def averaged_params(self) -> dict[str, Any]:
-        """`params` with the moving average in place of what is trained, if there is one."""
+        """`params` with the moving average of the trained parameters, if there is one."""
         return self.params if self.ema is None else merge(self.ema, self.frozen)
 
 
@@ -101,9 +101,9 @@ def pretraining_loss(
     batch: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, PreTrainingOutput]:
-    """The sum of the three losses with dropout on and negatives drawn; to differentiate by `trained`.
+    """The sum of the three losses, with dropout and drawn negatives; differentiable in `trained`.
 
-    batch: the arguments of `Blip2ForPreTraining.__call__`: pixel_values, input_ids, attention_mask, perhaps image_id.
+    batch: arguments of `Blip2ForPreTraining.__call__`: pixel_values, input_ids, attention_mask, optionally image_id.
     """
     dropout, negatives = jax.random.split(key)
     rngs = {"dropout": hashed(dropout), "negatives": negatives}
@@ -123,19 +123,20 @@ def make_train_step(
     donate: bool = True,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """A compiled step: (state, batch) -> the next state, the losses, and the norms of gradient and parameters.
+    """A compiled step: (state, batch) -> (next state, metrics): losses, gradient_norm and parameter_norm.
 
     Parameters that the loss does not read keep their values; weight decay does not apply to them. On a mesh, with the
-    batch sharded, the losses are those of the whole batch.
+    batch sharded, the losses are computed over the global batch.
 
     Args:
-      loss: what is differentiated; its arguments and results are those of `pretraining_loss`.
-      ema_decay: of the state's moving average, which takes every `accumulation`-th batch into account.
-      accumulation: the optimizer's.
-      mesh: keep the state on it as `shard_params` lays it out.
-      donate: reuse the memory of the state that goes in. Its arrays are then deleted, and with them the parameters that
-        it was made of.
-      compiler_options: of `jax.jit`, as `flax_qformer.compilation` has; they exclude another `jax.jit` around the step.
+      loss: the function to differentiate, with the arguments and results of `pretraining_loss`.
+      ema_decay: decay of the state's moving average, which is updated every `accumulation` batches.
+      accumulation: that of the optimizer.
+      mesh: keeps the state sharded as `shard_params` shards it.
+      donate: reuse the memory of the input state. This deletes its arrays, and the parameters that `TrainState.create`
+        took over.
+      compiler_options: of `jax.jit`, see `flax_qformer.compilation`; with them, the step cannot run inside another
+        `jax.jit`.
 
     Raises:
       InputError: the model computes in float16.
