@@ -24,7 +24,8 @@ from flax_qformer.models.surgery import (
     unstack_layers,
 )
 from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
-from flax_qformer.parallel.mesh import make_mesh, shard_batch, shard_params
+from flax_qformer.parallel.mesh import make_mesh, shard_batch
+from flax_qformer.parallel.partition import shard_params
 from flax_qformer.processing.attention_maps import attention_maps, draw_attention
 from flax_qformer.processing.processor import ImageProcessor, Processor
 from flax_qformer.training import Blip2ForPreTraining, PreTrainingOutput

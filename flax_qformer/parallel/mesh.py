@@ -1,16 +1,14 @@
-"""A model on many devices: the mesh, the sharding of parameters, batches and activations.
+"""The mesh of chips, batches split over it, and activations that stay split.
 
-The mesh has three axes: `data` splits the batch and replicates the parameters, `fsdp` splits both, `tensor` splits
-heads and inner widths. The program is written for one device: XLA inserts the collectives, and losses are computed over
-the global batch.
+Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads and inner
+widths. The program stays that of one chip: XLA inserts the collectives, and the losses see the whole batch.
 """
 
 import contextlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +22,8 @@ from flax_qformer.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"self_attn/qkv/kernel", ("fsdp", None, "tensor", None)),
-    (r"self_attn/qkv/bias", (None, "tensor", None)),
-    (r"attention/(query|key|value)/kernel", ("fsdp", "tensor", None)),
-    (r"attention/(query|key|value)/bias", ("tensor", None)),
-    (r"(self_attn/projection|(cross)?attention/output/dense)/kernel", ("tensor", None, "fsdp")),
-    (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/kernel", ("fsdp", "tensor")),
-    (r"(fc1|intermediate(_query)?/dense|proj_layer/dense1)/bias", ("tensor",)),
-    (r"(fc2|output(_query)?/dense|proj_layer/dense2)/kernel", ("tensor", "fsdp")),
-    (r"(word|position)_embeddings/embedding", (None, "fsdp")),
-    (r"patch_embedding/kernel", (None, None, None, "fsdp")),
-    (r"position_embedding", (None, None, "fsdp")),
-    (r"(vision_proj|text_proj|itm_head|lm_head/.*)/kernel", ("fsdp", None)),
-)
-"""Partition rules: pattern of a path's end -> mesh axis of each axis of the parameter. The first match applies, also to
-optimizer state. Parameters without a match (biases of the width, LayerNorms) are replicated."""
-
 TOKENS_AT_ONCE = 16
 """Tokens of each image that are gathered across devices per step of `pick_rows`."""
-
-Tree = TypeVar("Tree")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -85,28 +64,13 @@ def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def shard_params(params: Tree, mesh: Mesh) -> Tree:
-    """Shard a tree of parameters, or a tree that contains their paths, over a mesh."""
-    if jax.process_count() == 1:
-        return jax.device_put(params, shardings(params, mesh))
-
-    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return jax.device_put(leaf, sharding)
-        # Each process has the whole array and places its own shards.
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    return jax.tree.map(place, params, shardings(params, mesh))
-
-
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Shard a batch over the mesh; each process of a job passes its own part.
 
     Raises:
       InputError: the batch does not divide among the devices, or the mesh has other axes.
     """
-    _check_axes(mesh)
+    check_axes(mesh)
     sharding, (_, count) = NamedSharding(mesh, BATCH), batch_part(mesh)
     lengths = {name: np.shape(array)[:1] for name, array in batch.items()}
     if len(set(lengths.values())) > 1 or () in lengths.values():
@@ -142,27 +106,6 @@ def check_divides(size: int, mesh: Mesh, what: str) -> None:
     if size % parts:
         nearest = max(1, round(size / parts)) * parts
         raise InputError(f"{what}: {size} does not divide into {parts} parts (data x fsdp); {nearest} does")
-
-
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of each array of a tree; see `sharding_of`."""
-
-    def of(path: Any, leaf: Any) -> NamedSharding:
-        return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf), mesh)
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array by the first match in `RULES`; an axis whose size does not divide is not split."""
-    _check_axes(mesh)
-    axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
-    if len(axes) > len(shape):  # state of a factored optimizer
-        axes = ()
-    # Stacked layers have a leading axis of depth.
-    axes = (None,) * (len(shape) - len(axes)) + axes
-    whole = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
-    return NamedSharding(mesh, PartitionSpec(*whole))
 
 
 def keep_batch(x: jax.Array) -> jax.Array:
@@ -210,14 +153,7 @@ def replicated(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
 
 
-def held_bytes(params: Any) -> tuple[int, int]:
-    """Bytes of a tree on this process's devices, replicas counted once, and bytes of the whole tree."""
-    leaves = jax.tree.leaves(params)
-    parts = ({str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves)
-    return sum(sum(sizes.values()) for sizes in parts), sum(leaf.nbytes for leaf in leaves)
-
-
-def _check_axes(mesh: Mesh) -> None:
+def check_axes(mesh: Mesh) -> None:
     if mesh.axis_names != AXES:
         raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
 
