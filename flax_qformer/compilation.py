@@ -15,11 +15,11 @@ import jax
 
 
 def compiler_options() -> dict[str, str | bool]:
-    """For `jax.jit`, by the default backend.
+    """Compiler options for `jax.jit` on the default backend.
 
-    On a CPU an order of operations that needs a third to a sixth of the temporaries, and less time; not in a job of
-    several processes, which in that order would meet in different collectives. On a GPU the products of its libraries
-    alone, which take in bias and residual and are faster than XLA's own.
+    On a CPU the memory-optimized schedule needs a third to a sixth of the temporaries, and less time. In a job of several
+    processes it is off: each process could then wait in another collective. On a GPU, Triton's products are off: those
+    of the GPU's libraries fuse bias and residual and are faster.
     """
     if jax.default_backend() == "gpu":
         return {"xla_gpu_enable_triton_gemm": False}
@@ -34,58 +34,56 @@ def is_on_cpu() -> bool:
 
 
 def rounds_at_once(length: int) -> int:
-    """How many of a loop's rounds to write out, as `unroll` of `jax.lax.scan`: one, where XLA keeps the loop's order.
+    """The `unroll` of `jax.lax.scan` for a loop of this length: 1, but the whole loop in a CPU job of several processes.
 
-    In a job of several processes on CPU all, so that no loop is left: XLA's CPU runtime takes a loop for done when it
-    has begun, and the collective after it runs before or between the rounds, as threads will. Processes that differ in
-    that wait for each other in different collectives, for ever.
+    XLA's CPU runtime treats a loop as finished once it has started, so a collective after the loop can run between its
+    iterations. Processes that differ in this order wait for each other in different collectives, forever.
     """
     return length if is_on_cpu() and jax.process_count() > 1 else 1
 
 
-# Of glibc's <malloc.h>.
+# From glibc's <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def share_heap() -> None:
-    """Give all threads one heap, the only one in which glibc keeps large blocks; call it before there are threads."""
+    """Give all threads one heap, the only one in which glibc keeps large blocks. Call it before threads start."""
     _call("mallopt", M_ARENA_MAX, 1)
 
 
 @functools.cache
 def keep_memory() -> None:
-    """Keep what is freed from now on, in the heap of `share_heap`; call it when what repeats has run once.
+    """Keep memory that is freed from now on, in the heap of `share_heap`. Call it after the first step.
 
-    In that first run blocks above 32 MiB lie outside the heap. Inside it, small ones that stay would come to lie right
-    behind a large one. glibc (2.36) asks for a few bytes more to align a block and does not put them back when it is
-    freed, so that its place would be too small for the next of that size, which would take a second one.
+    In the first step, blocks above 32 MiB lie outside the heap. Inside it, small blocks that stay would follow a large
+    one directly. glibc (2.36) requests a few extra bytes to align a block and does not return them when the block is
+    freed, so the next block of that size would not fit its place.
     """
     _call("mallopt", M_MMAP_MAX, 0)
     _call("mallopt", M_TRIM_THRESHOLD, -1)
 
 
 def give_back() -> None:
-    """Give back what is free, such as compiling or an evaluation leaves.
+    """Return free memory to the system. Call it after a checkpoint or an evaluation.
 
-    Call it after what comes between the runs of what repeats: that takes of the places that `keep_memory` keeps, and
-    what of it stays makes them too small.
+    Their allocations fragment the heap that `keep_memory` keeps.
     """
     _call("malloc_trim", 0)
 
 
 def _call(function: str, *arguments: int) -> None:
-    """Call a function that glibc has, and others need not."""
+    """Call a function of glibc, if the C library has it."""
     function_of_glibc = getattr(ctypes.CDLL(None), function, None)
     if function_of_glibc is not None:
         function_of_glibc(*arguments)
 
 
 def keep_programs() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX's own variables say where, or not at all."""
+    """Cache compiled programs in the user's cache folder, unless JAX's own variables name a folder or disable that."""
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
-    # Without a home or a place to write, programs are compiled each time.
+    # Without a home or a writable folder, nothing is cached.
     with contextlib.suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_qformer"
         folder.mkdir(parents=True, exist_ok=True)

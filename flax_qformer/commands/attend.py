@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
         type=Path,
         default=Path("attention.png"),
         metavar="FILE",
-        help="the suffix says the kind of picture (default: %(default)s)",
+        help="the suffix selects the picture format (default: %(default)s)",
     )
     add_model(command)
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     output = run(params, batch)
     maps = np.asarray(attention_maps(output.cross_attentions, model.config), np.float32)[0]
     figure = draw_attention(image, _rows(maps, model, options.layers), title=options.text or "")
-    # No kind of picture takes more pixels than this along a side.
+    # No picture format takes more than 16,000 pixels along a side.
     dpi = min(120, 16000 / max(figure.get_size_inches()))
     with new_file(options.output) as file:
         figure.savefig(file, format=suffix, dpi=dpi)
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) -> dict[str, np.ndarray]:
-    """The maps (layers, queries, grid, grid) that a picture shows, by label."""
+    """Rows of a picture: label -> (queries, grid, grid), from maps (layers, queries, grid, grid)."""
     if layers is None:
         return {"all layers": maps.mean(axis=0)}
     qformer = model.config.qformer_config

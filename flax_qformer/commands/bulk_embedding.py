@@ -1,7 +1,7 @@
 """Embeddings of all images of a source, as Parquet shards.
 
-Which rows are in a shard, and in which of its batches they run, depends on the source and the settings alone. So a run
-goes on by making the shards that are missing, and several processes share the work without a word between them.
+The rows of a shard, and of each of its batches, depend only on the source and the settings. So a run resumes by writing
+the missing shards, and several processes share the work without communication.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ from flax_qformer.progress import Progress
 logger = logging.getLogger(__name__)
 
 FIXED = ("model", "config", "tokenizer", "text", "truncate", "image_column", "dtype", "embedding_dtype", "shard_size")
-"""What decides of the embeddings or their shards, and so may not change between a stop and its resumption."""
+"""Settings that determine the embeddings or their shards: a resumed run must not change them."""
 
 ROWS, SUM_OF_IDS, SUM_OF_FILES = "rows", "sum of ids", "sum of the model's files"
-"""By which the data and the model are known again, beside the settings."""
+"""Fingerprints of the data and the model, kept beside the settings."""
 
 SAMPLE = 2**16
 """Bytes of a sample of a model's file."""

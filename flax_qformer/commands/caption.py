@@ -30,13 +30,16 @@ def add_parser(commands: Any) -> None:
     add_images(command)
     way = command.add_mutually_exclusive_group()
     way.add_argument(
-        "--num-beams", type=positive, default=3, metavar="N", help="captions kept in mind (default: %(default)s)"
+        "--num-beams", type=positive, default=3, metavar="N", help="beams of the search (default: %(default)s)"
     )
-    way.add_argument("--nucleus", action="store_true", help="draw words instead of searching for the likeliest")
+    way.add_argument("--nucleus", action="store_true", help="draw words at random instead of beam search")
     command.add_argument(
-        "--top-p", type=float, metavar="P", help="with --nucleus: draw from words this likely together (default: 0.9)"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="with --nucleus: draw from the likeliest words with this total probability (default: 0.9)",
     )
-    command.add_argument("--seed", type=seed, metavar="N", help="with --nucleus: of what is drawn (default: 0)")
+    command.add_argument("--seed", type=seed, metavar="N", help="with --nucleus: seed of the random words (default: 0)")
     command.add_argument(
         "--max-length",
         type=positive,

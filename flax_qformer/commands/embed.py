@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         help="subject embeddings of images",
         description="Turn images, each with the word for its subject, into subject embeddings: query_embeddings "
         "(images, queries, width) in an .npz file, which also holds the names of the images and the texts; or, with "
-        "--data, all images of a source into a folder of Parquet files. After a stop the same command goes on.",
+        "--data, all images of a source into a folder of Parquet files. The same command resumes after a stop.",
     )
     command.set_defaults(run=run)
     command.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files")
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
         "--data",
         metavar="SOURCE",
         help="instead of files: whatever train reads (a folder, WebDataset tars, Parquet, a hub id), or any folder of "
-        "images; a row of id, row, embeddings and error for each",
+        "images; each image gets a row with id, row, embeddings and error",
     )
     add_text(command, nargs="+", action="extend", help="the subject's name: one for all images, or one for each")
     command.add_argument(
@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
         "--distributed",
         action="store_true",
         default=None,
-        help="one of several processes, which share the work: find the others, as in training",
+        help="share the work with the other processes of a job, as in training",
     )
     data.add_argument(
         "--process",

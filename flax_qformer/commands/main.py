@@ -24,8 +24,8 @@ COMMANDS = (embed, attend, convert, export, push, caption, search, plan, train, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; what the user can put right ends it with one line and exit status 2."""
-    # These tell in lines of their own what an error then says.
+    """Run a command. An error that the user can fix prints one line and exits with status 2."""
+    # Silence library logs that repeat our error.
     for library in ("DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     options, rest = _parser().parse_known_args(arguments)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"flax-qformer {options.command}: {with_options(str(stop), options)}", file=sys.stderr)
         sys.exit(128 + stop.signal)
     except OSError as error:
-        # Often standard output: who read it has gone, or its disk is full. Python would try once more at its end.
+        # Often standard output: its reader is gone, or its disk is full. Python would write to it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Exit at once: the job's other processes may wait for this one, and an orderly end would wait for them."""
+    """Exit at once: an orderly exit would wait for the job's other processes, which may wait for this one."""
     if jax.distributed.is_initialized():
         sys.stderr.flush()
         os._exit(status)

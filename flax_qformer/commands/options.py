@@ -53,8 +53,8 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def add_missing_parts(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", metavar="FILE", help="config.json, where the checkpoint brings none")
-    command.add_argument("--tokenizer", metavar="DIR", help="folder or hub id, where the checkpoint brings none")
+    command.add_argument("--config", metavar="FILE", help="config.json, if the checkpoint has none")
+    command.add_argument("--tokenizer", metavar="DIR", help="folder or hub id, if the checkpoint has none")
 
 
 def add_overwrite(command: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def seed(text: str) -> int:
 def load_model(
     options: argparse.Namespace, model_class: type[Model], *heads: str
 ) -> tuple[Model, dict[str, Any], Processor]:
-    """The model, whose heads of these names must be trained, its parameters and its processor."""
+    """Load the model, its parameters and its processor; the named heads must be trained."""
     dtype = as_dtype(options.dtype)
     model, params = from_pretrained(options.model, dtype, model_class=model_class, config=options.config)
     check_heads(model.config, options.model, *heads)
@@ -88,9 +88,9 @@ def input_files(options: argparse.Namespace, images: list[Path]) -> list[Path]:
 
 
 def batches(total: int, size: int) -> Iterator[list[int]]:
-    """The numbers of the images of each batch, with progress.
+    """Indices of the images in each batch, with progress.
 
-    The last one is filled up with the last image, so that all have one size and one compiled program.
+    The last batch repeats its last image, so that all batches share one compiled program.
     """
     size = min(size, total)
     with Progress(total, "image") as progress:

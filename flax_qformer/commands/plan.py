@@ -51,9 +51,9 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("this needs the TPU's compiler as well; run pip install 'flax-qformer[tpu]'")
     from flax_qformer.planning.planner import plan
 
-    # Chips that are here are not needed, and may be another program's.
+    # The plan needs no chip, and another program may use those of this machine.
     jax.config.update("jax_platforms", "cpu")
-    # Programs of that compiler cannot be read back.
+    # Programs of the TPU compiler cannot be read from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     told = plan(
         options.model,

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_settings(kind: type[DataSettings], arguments: list[str], prog: str) -> DataSettings:
-    """Settings from the command line, which come before those in the YAML file that `--settings` names."""
+    """Settings from the command line, which override those in the YAML file of `--settings`."""
     check_train_packages()
     import tyro
 
@@ -40,8 +40,8 @@ def parse_settings(kind: type[DataSettings], arguments: list[str], prog: str) ->
     except SystemExit as stop:
         if not stop.code:
             raise
-        # Tyro tells in a box, perhaps coloured: a title, what is wrong, a rule, and where help is to be found. Without
-        # UTF-8 dashes are the rules, and there is one below the title too.
+        # Tyro prints errors in a box: a title, the message, a rule, and a hint. Without UTF-8, rules are dashes, and
+        # one stands below the title too.
         lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[\d;]*m", "", told.getvalue()).splitlines()[1:]]
         parts = [
             list(part)

@@ -13,7 +13,7 @@ from flax_qformer.training.settings import TrainSettings
 
 
 def add_parser(commands: Any) -> None:
-    command = commands.add_parser("train", add_help=False, help="train on captioned images, or go on with a run")
+    command = commands.add_parser("train", add_help=False, help="train on captioned images, or resume a run")
     command.set_defaults(run=run, settings=TrainSettings)
     add_quiet(command)
 
