@@ -17,9 +17,9 @@ import jax
 def compiler_options() -> dict[str, str | bool]:
     """Compiler options for `jax.jit` on the default backend.
 
-    On a CPU the memory-optimized schedule needs a third to a sixth of the temporaries, and less time. In a job of several
-    processes it is off: each process could then wait in another collective. On a GPU, Triton's products are off: those
-    of the GPU's libraries fuse bias and residual and are faster.
+    On a CPU the memory-optimized schedule needs a third to a sixth of the temporaries, and less time. In a job of
+    several processes it is off: each process could then wait in another collective. On a GPU, Triton's products are
+    off: those of the GPU's libraries fuse bias and residual and are faster.
     """
     if jax.default_backend() == "gpu":
         return {"xla_gpu_enable_triton_gemm": False}

@@ -47,15 +47,15 @@ ROWS, SUM_OF_IDS, SUM_OF_FILES = "rows", "sum of ids", "sum of the model's files
 """Fingerprints of the data and the model, kept beside the settings."""
 
 SAMPLE = 2**16
-"""Bytes of a sample of a model's file."""
+"""Bytes per sample of a model file."""
 
 NOTES = b"flax_qformer"
-"""Where the schema of a shard says what made it."""
+"""Key of the schema's metadata under which a shard keeps its settings and fingerprints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedSettings:
-    """What to embed, with what, and how it is written.
+    """Settings of bulk embedding.
 
     Attributes:
       data, image_column, num_workers: as of `DataSettings`; captions need not be there.
@@ -89,7 +89,7 @@ class EmbedSettings:
 
 
 class Part(NamedTuple):
-    """Rows that ran together: what they are called, what is wrong with each, and embeddings (n, queries, width)."""
+    """The rows of one batch: ids, errors or None, and embeddings (n, queries, width)."""
 
     ids: list[str]
     errors: list[str | None]
@@ -97,7 +97,7 @@ class Part(NamedTuple):
 
 
 def embed_data(settings: EmbedSettings) -> str:
-    """Write the shards that are missing.
+    """Write the missing shards.
 
     Returns:
       A line on what there is now.
@@ -125,7 +125,7 @@ def embed_data(settings: EmbedSettings) -> str:
     missing = {path: part for path, part in shards.items() if path not in errors}
     if missing:
         check_writable(next(iter(missing)))
-    # A job's processes load a model together.
+    # All processes of a job load the model together.
     if any_process(bool(missing)):
         errors |= _make(missing, images, settings, notes)
     share = f" of {len(starts)}, the share of process {index} of {count}" if count > 1 else ""
@@ -134,7 +134,7 @@ def embed_data(settings: EmbedSettings) -> str:
 
 
 def _check_place(settings: EmbedSettings) -> None:
-    """Whether the folder can take the shards: there is nothing else in it, and they do not become part of the data."""
+    """Check that the output folder holds nothing but shards, and does not lie inside the data."""
     output, data = settings.output, Path(settings.data)
     if data.exists() and output.resolve().is_relative_to(data.resolve()):
         raise InputError(f"{output} lies inside the data; name an `output` elsewhere")
@@ -144,13 +144,13 @@ def _check_place(settings: EmbedSettings) -> None:
 
 
 def _sum_of_ids(images: Images) -> int:
-    """A sum by which a source is known again: of a thousand ids all over it."""
+    """Fingerprint of a source: the CRC of a thousand ids, evenly spaced."""
     numbers = {int(number) for number in np.linspace(0, len(images) - 1, 1000)}
     return zlib.crc32("\n".join(images[number]["id"] for number in sorted(numbers)).encode())
 
 
 def _sum_of_files(settings: EmbedSettings) -> int:
-    """A sum by which a model is known again: of its files, of large ones a thousand samples."""
+    """Fingerprint of a model: the CRC of its files; large files are sampled a thousand times."""
     source = locate(settings.model)
     config = Path(settings.config) if settings.config else source.config
     files = {path for path in (config, source.image_processor) if path}
@@ -162,7 +162,7 @@ def _sum_of_files(settings: EmbedSettings) -> int:
         tokenizer = find_tokenizer(settings.tokenizer) if settings.tokenizer else source.tokenizer
         files.update(tokenizer / name for name in TOKENIZER_FILES if tokenizer and (tokenizer / name).is_file())
     total = 0
-    for path in sorted(files, key=lambda path: (path.name, path)):  # wherever they lie
+    for path in sorted(files, key=lambda path: (path.name, path)):  # independent of the folder
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -175,7 +175,7 @@ def _sum_of_files(settings: EmbedSettings) -> int:
 
 
 def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]:
-    """The shards that are whole, and how many errors are in each.
+    """The complete shards, and the number of errors in each.
 
     Raises:
       InputError: one was made with other settings.
@@ -192,7 +192,7 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
             continue
         if column is None:
             raise InputError(f"{path} is no shard of embeddings; name another `output`")
-        # Shards of earlier versions do not say what the model's files were.
+        # Shards of earlier versions have no fingerprint of the model.
         before = {SUM_OF_FILES: notes[SUM_OF_FILES]} | before
         changed = [name for name, value in notes.items() if before.get(name) != value]
         if ROWS in changed or SUM_OF_IDS in changed:
@@ -219,10 +219,10 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
 def _make(
     shards: Mapping[Path, range], images: Images, settings: EmbedSettings, notes: Mapping[str, Any]
 ) -> dict[Path, int]:
-    """Write shards; how many errors are in each."""
+    """Write shards; returns the number of errors in each."""
     mesh = named_mesh(settings.mesh, jax.local_devices())
     split = mesh.shape["data"] * mesh.shape["fsdp"]
-    # It depends on no shard: a batch of another size would be rounded otherwise.
+    # The same for every shard: results of another batch size round differently.
     size = math.ceil(min(settings.batch_size, settings.shard_size, len(images)) / split) * split
     batches = {path: [rows[i : i + size] for i in range(0, len(rows), size)] for path, rows in shards.items()}
     every = [rows for some in batches.values() for rows in some]
@@ -240,7 +240,7 @@ def _make(
                 progress.advance(len(shard[-1].ids))
             if len(shard) < len(some):
                 break
-            # Two shards are in memory at most, and the run ends where one cannot be written.
+            # At most two shards are in memory, and an error while writing one ends the run.
             for previous in list(written.values())[-1:]:
                 previous.result()
             written[path] = writer.submit(_write, path, shards[path].start, shard, notes)
@@ -252,7 +252,7 @@ def _make(
 
 
 def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedSettings, mesh: Mesh) -> Generator[Part]:
-    """The rows of each batch, of `size` or fewer; the model is loaded at once."""
+    """Load the model, then yield the rows of each batch, `size` or fewer."""
     model, params = from_pretrained(
         settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config, mesh=mesh
     )
@@ -274,7 +274,7 @@ def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedS
         decoded = image_batches(images, processor.image_processor, batches, size, settings.num_workers)
         with contextlib.closing(decoded):
             for batch in decoded:
-                # The devices work on this one while the one before is taken from them and the next is waited for.
+                # The devices compute this batch while the host fetches the previous result and reads the next batch.
                 now = batch, run(params, jax.device_put(batch["pixel_values"], split), tokens)
                 if before:
                     yield part(*before)
@@ -289,7 +289,7 @@ def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedS
 
 
 def _write(path: Path, start: int, parts: Sequence[Part], notes: Mapping[str, Any]) -> int:
-    """A shard of these rows; how many of them are errors."""
+    """Write one shard; returns the number of its rows with errors."""
     embeddings = np.concatenate([part.embeddings for part in parts])
     shape = embeddings.shape[1:]
     embeddings = embeddings.reshape(len(embeddings), -1)
@@ -306,7 +306,7 @@ def _write(path: Path, start: int, parts: Sequence[Part], notes: Mapping[str, An
     }
     table = pa.table(columns).replace_schema_metadata({NOTES: json.dumps({**notes, "shape": shape})})
     with new_file(path) as file:
-        # Floats hardly repeat, and nobody looks for the least or greatest of them.
+        # Floats rarely repeat, and nobody queries their extremes.
         pq.write_table(table, file, compression="zstd", use_dictionary=False, write_statistics=False)
     return int(bad.sum())
 
