@@ -34,7 +34,7 @@ def is_on_cpu() -> bool:
 
 
 def rounds_at_once(length: int) -> int:
-    """The `unroll` of `jax.lax.scan` for a loop of this length: 1, but the whole loop in a CPU job of several processes.
+    """The `unroll` of `jax.lax.scan`: 1, but the whole length in a CPU job of several processes.
 
     XLA's CPU runtime treats a loop as finished once it has started, so a collective after the loop can run between its
     iterations. Processes that differ in this order wait for each other in different collectives, forever.
