@@ -9,7 +9,7 @@ from pathlib import Path
 from flax_qformer.errors import InputError, first_line
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
-"""The small embedded checkpoint, in the layout of upstream's `save_pretrained`."""
+"""The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
 
 EXAMPLE_IMAGE = DEFAULT_MODEL.parent / "example.png"
 
