@@ -1,7 +1,7 @@
-"""How XLA compiles, and how the C library keeps memory, on the machine that runs the program.
+"""Options of XLA's compiler and of the C library's heap for the machine that runs the program.
 
-glibc returns a large block to the system when it is freed, such as the temporaries of a training step, and gets it
-again page by page, which takes a tenth of a step and more. Other C libraries behave as they do by default.
+glibc returns large freed blocks, such as the temporaries of a training step, to the system. Getting them again page by
+page takes a tenth of a step and more. Other C libraries keep their defaults.
 """
 
 import ctypes
@@ -11,11 +11,11 @@ import jax
 
 
 def compiler_options() -> dict[str, str | bool]:
-    """For `jax.jit`, by the default backend.
+    """Compiler options for `jax.jit`, by the default backend.
 
-    On a CPU an order of operations that needs a third to a sixth of the temporaries, and less time; not in a job of
-    several processes, which in that order would meet in different collectives. On a GPU the products of its libraries
-    alone, which take in bias and residual and are faster than XLA's own.
+    On a CPU: an order of operations that needs a third to a sixth of the temporaries, and less time. It is not used in a
+    job of several processes, where that order differs and collectives would not match. On a GPU: only the products of
+    the GPU's libraries, which fuse bias and residual and are faster than XLA's own.
     """
     if jax.default_backend() == "gpu":
         return {"xla_gpu_enable_triton_gemm": False}
@@ -25,16 +25,16 @@ def compiler_options() -> dict[str, str | bool]:
 
 
 def is_on_cpu() -> bool:
-    """Whether programs run on a CPU, where nothing runs while the host waits."""
+    """Whether programs run on a CPU, which cannot compute while the host works."""
     return jax.default_backend() == "cpu"
 
 
 def rounds_at_once(length: int) -> int:
-    """How many of a loop's rounds to write out, as `unroll` of `jax.lax.scan`: one, where XLA keeps the loop's order.
+    """How many iterations of a loop to unroll, as `unroll` of `jax.lax.scan`: by default one.
 
-    In a job of several processes on CPU all, so that no loop is left: XLA's CPU runtime takes a loop for done when it
-    has begun, and the collective after it runs before or between the rounds, as threads will. Processes that differ in
-    that wait for each other in different collectives, for ever.
+    In a job of several processes on CPUs all, so that no loop remains. XLA's CPU runtime treats a loop as done when it
+    has started, so a collective after the loop can run between its iterations. Processes in which this differs would
+    wait for each other in different collectives forever.
     """
     return length if is_on_cpu() and jax.process_count() > 1 else 1
 
@@ -44,33 +44,32 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def share_heap() -> None:
-    """Give all threads one heap, the only one in which glibc keeps large blocks; call it before there are threads."""
+    """Make all threads share one heap, the only one where glibc keeps large blocks. Call it before threads start."""
     _call("mallopt", M_ARENA_MAX, 1)
 
 
 @functools.cache
 def keep_memory() -> None:
-    """Keep what is freed from now on, in the heap of `share_heap`; call it when what repeats has run once.
+    """Keep blocks freed from now on in the heap of `share_heap`. Call it after the first of the repeated runs.
 
-    In that first run blocks above 32 MiB lie outside the heap. Inside it, small ones that stay would come to lie right
-    behind a large one. glibc (2.36) asks for a few bytes more to align a block and does not put them back when it is
-    freed, so that its place would be too small for the next of that size, which would take a second one.
+    In the first run, blocks above 32 MiB are outside of the heap. Inside it, small lasting blocks would follow a large
+    one directly. glibc (2.36) adds a few bytes to align a block and loses them when it is freed, so the gap would be
+    too small for the next block of that size, which would need a second gap.
     """
     _call("mallopt", M_MMAP_MAX, 0)
     _call("mallopt", M_TRIM_THRESHOLD, -1)
 
 
 def give_back() -> None:
-    """Give back what is free, such as compiling or an evaluation leaves.
+    """Return free memory to the system, such as compiling or an evaluation leaves.
 
-    Call it after what comes between the runs of what repeats: that takes of the places that `keep_memory` keeps, and
-    what of it stays makes them too small.
+    Call it after other work between the repeated runs: other allocations fragment the memory that `keep_memory` keeps.
     """
     _call("malloc_trim", 0)
 
 
 def _call(function: str, *arguments: int) -> None:
-    """Call a function that glibc has, and others need not."""
+    """Call a function of glibc, if the C library has it."""
     function_of_glibc = getattr(ctypes.CDLL(None), function, None)
     if function_of_glibc is not None:
         function_of_glibc(*arguments)
