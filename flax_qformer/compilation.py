@@ -13,9 +13,9 @@ import jax
 def compiler_options() -> dict[str, str | bool]:
     """Compiler options for `jax.jit`, by the default backend.
 
-    On a CPU: an order of operations that needs a third to a sixth of the temporaries, and less time. It is not used in a
-    job of several processes, where that order differs and collectives would not match. On a GPU: only the products of
-    the GPU's libraries, which fuse bias and residual and are faster than XLA's own.
+    On a CPU: an order of operations that needs a third to a sixth of the temporaries, and less time. It is not used in
+    a job of several processes, where that order differs and collectives would not match. On a GPU: only the products
+    of the GPU's libraries, which fuse bias and residual and are faster than XLA's own.
     """
     if jax.default_backend() == "gpu":
         return {"xla_gpu_enable_triton_gemm": False}

@@ -43,8 +43,8 @@ CHIPS = {
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 600e9, "4x4x4", (16, 20, 28)),
     "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 400e9, "4x4", (16, 16)),
 }
-"""By the first part of a topology's name. Source: the page on each version at cloud.google.com/tpu/docs; the links' rate
-is half of the bidirectional rate given there. The memory is libtpu 0.0.42's limit for a program."""
+"""By the first part of a topology's name. Source: the page on each version at cloud.google.com/tpu/docs; the links'
+rate is half of the bidirectional rate given there. The memory is libtpu 0.0.42's limit for a program."""
 
 
 LIBTPU = {
