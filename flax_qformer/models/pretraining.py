@@ -167,12 +167,12 @@ class Blip2ForPreTraining(QFormer):
             negative_image_index = self._draw(negative_logits(logits, image_id), axis=0)
         if negative_text_index is None:
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
-        # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
+        # For each pair: itself, with a negative image, with a negative text. Interleaved, they stay on the pair's chip.
         images: jax.Array | None = None
         if not seen:
             images = interleaved(image, pick_rows(image, negative_image_index), image)
         elif is_batch_split() or self.config.qformer_config.gradient_checkpointing:
-            # Chips would exchange several times as much for keys and values, and recomputed layers would keep them.
+            # Keys and values are several times as much to send between chips, and recomputed layers would keep them.
             images = pick_rows(image, negative_image_index)
         else:
             seen = jax.tree.map(lambda x: interleaved(x, x[negative_image_index], x), seen)

@@ -107,15 +107,15 @@ def _one_after_other(past: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def _around(past: jax.Array, own: jax.Array) -> jax.Array:
-    """Of each three rows the first and the third are past."""
+    """Rows: past, own, past."""
     return interleaved(past, own, past)
 
 
 class Blip2QFormerMultiHeadAttention(Block):
     """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`.
 
-    `joined` puts keys, or values, that are past and those of the context together: in self-attention one after the
-    other, in cross-attention row by row.
+    `joined` combines cached keys or values with those of the context: self-attention concatenates tokens,
+    cross-attention interleaves rows.
     """
 
     config: Blip2QFormerConfig
@@ -465,10 +465,10 @@ class QFormer(Block):
         """Run the layers; arguments, errors and output are those of `Blip2QFormerModel`, without `proj_layer`.
 
         Args:
-          image_key_values: of images that were read before, one for each text; or beside `encoder_hidden_states`, for
-            three times as many texts: these go with the second of each three, the first and the third share one that
-            was read before.
-          positions: (T,) of the text's tokens; by default in order, from what is past without its queries on.
+          image_key_values: cached keys and values of images, one image for each text. Together with
+            `encoder_hidden_states` there are three times as many texts: the second of each three reads
+            `encoder_hidden_states`, the first and the third share a cached image.
+          positions: (T,) of the text's tokens; by default they follow the cached text.
         """
         given = {
             "input_ids": input_ids,
