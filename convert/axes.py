@@ -1,8 +1,8 @@
-"""How the axes of a parameter move between PyTorch's form and the one here.
+"""How the axes of a parameter move between PyTorch and Flax.
 
-A rule such as `"(heads head_dim) width -> width heads head_dim"` puts in parentheses what PyTorch keeps in one axis.
-What is in parentheses stays together and in order, so each rule is a permutation of PyTorch's axes and then a reshape.
-`1` is an axis of length one.
+In a rule such as `"(heads head_dim) width -> width heads head_dim"`, parentheses hold the axes that PyTorch merges into
+one. These stay together and in order, so each rule is a permutation of PyTorch's axes, followed by a reshape. `1` is an
+axis of length one.
 """
 
 import math
@@ -15,12 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Parameter:
-    """A row made concrete for one model and layout: shapes known, axes parsed.
+    """A row of a table for one model and layout, with its shapes and parsed axes.
 
     Attributes:
-      path, name: here and in PyTorch.
-      shape, torch_shape: likewise.
-      order: the permutation that takes PyTorch's axes to the order here; splitting them then gives `shape`.
+      path, name: names in Flax and in PyTorch.
+      shape, torch_shape: shapes in Flax and in PyTorch.
+      order: the permutation from PyTorch's order of axes to Flax's; splitting merged axes then gives `shape`.
     """
 
     path: str
@@ -30,7 +30,7 @@ class Parameter:
     order: tuple[int, ...]
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
-        """The parameter as PyTorch has it. value: `shape` -> `torch_shape`."""
+        """The parameter in PyTorch's form. value: `shape` -> `torch_shape`."""
         merged = value.reshape([self.torch_shape[axis] for axis in self.order])
         return np.asarray(merged.transpose(np.argsort(self.order)), order="C")
 

@@ -1,6 +1,6 @@
 """Any PyTorch checkpoint as named tensors, without PyTorch.
 
-A checkpoint is data from strangers. The safetensors library checks safetensors files; `zip_pickle` reads the others.
+Checkpoints are untrusted data. The safetensors library checks safetensors files; `zip_pickle` reads the others.
 """
 
 import json
@@ -21,7 +21,7 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a checkpoint: a single file, or the `*.index.json` of a sharded one.
 
     Raises:
-      InputError: the file is no checkpoint, is damaged, or its pickle names anything but tensors.
+      InputError: the file is not a checkpoint, is damaged, or its pickle names anything but tensors.
     """
     if path.suffix == ".json":
         return _open_shards(path)
@@ -79,7 +79,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    # The library checks the header; it does not tell offsets, without which a tensor cannot be read in place.
+    # The library checks the header, but does not return offsets, which are needed to read tensors in place.
     try:
         with safe_open(path, "numpy"):
             pass

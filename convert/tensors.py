@@ -1,4 +1,4 @@
-"""Tensors in a checkpoint file, read when asked for."""
+"""Tensors in a checkpoint file, read on access."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from flax_qformer.errors import InputError, listed
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: where its bytes lie and how they are laid out. `strides` are in elements."""
+    """A tensor in a file: the offset and the layout of its bytes. `strides` are in elements."""
 
     path: Path
     offset: int
@@ -21,7 +21,7 @@ class StoredTensor:
     strides: tuple[int, ...]
 
     def view(self) -> np.ndarray:
-        """The tensor as a read-only view of the file: pages come from the disk cache as they are touched."""
+        """The tensor as a read-only view of the file, whose pages are read on access."""
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
         extent = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
@@ -31,7 +31,7 @@ class StoredTensor:
 
 
 def merged(shards: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """The tensors of several files as one; InputError where two have the same name."""
+    """Merge the tensors of several files; InputError if two have the same name."""
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         twice = sorted(tensors.keys() & shard.keys())
@@ -44,7 +44,7 @@ def merged(shards: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]
 
 
 _MAX_NAMES_BYTES = 4 << 20
-"""Names and shapes take some 250 bytes a tensor: a header or a pickle that is larger is no model's."""
+"""Limit on a header or a pickle: names and shapes take about 250 bytes a tensor."""
 
 
 def check_names_size(size: int) -> None:

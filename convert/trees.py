@@ -1,6 +1,6 @@
 """PyTorch checkpoints to Flax parameter trees and back, by the tables.
 
-Whole folders on disk are `flax_qformer.checkpoints.loading`'s.
+`flax_qformer.checkpoints.loading` reads whole folders.
 """
 
 import math
@@ -47,20 +47,20 @@ def convert(
     """Turn a PyTorch checkpoint into a parameter tree. Every tensor is accounted for.
 
     Args:
-      tensors: as `tensors.open_tensors` lists them; read as they are converted.
-      config: the model that they belong to.
-      parts: modules that the checkpoint must have; those of `PARTS` that it has besides are read as well.
-      dtype: cast the parameters; by default each keeps its own.
+      tensors: the result of `files.open_tensors`; each is read when it is converted.
+      config: the config of their model.
+      parts: modules that the checkpoint must have; other modules of `PARTS` are read too if it has them.
+      dtype: cast the parameters; by default each keeps its dtype.
       allow_non_finite: accept infinities and NaN.
-      place: from path and shape to where a parameter goes, by default to JAX's default device. Of the files, only what
-        goes to this process's devices is read.
+      place: from path and shape to a sharding, by default JAX's default device. Only what this process's devices need
+        is read.
 
     Returns:
       Nested dictionaries of arrays, and the names of the tensors that a rule leaves out.
 
     Raises:
-      InputError: tensors are missing, unexpected, misshapen, there twice, of another kind than floating point, or hold
-        what is not finite, as stored or after the cast; it lists all of them (the first 20 and the count).
+      InputError: tensors are missing, unexpected, misshapen, doubled, not floating point, or not finite, as stored or
+        after the cast; it lists all of them (the first 20 and the count).
     """
     layout = layout_of(tensors)
     rule, prefix = LEFT_OUT[layout], PREFIX[layout]
@@ -99,10 +99,10 @@ def convert(
 
 
 def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
-    """Turn a parameter tree, with the parts that it has, into PyTorch's tensors by name: the inverse of `convert`.
+    """Turn a parameter tree, with all its parts, into PyTorch's tensors by name: the inverse of `convert`.
 
     Raises:
-      InputError: the tree is not that of the config.
+      InputError: the tree does not fit the config.
     """
     flat = flatten_dict(dict(params), sep="/")
     parts = [part for part, rows in PARTS.items() if any(row.path in flat for row in rows)]
@@ -111,7 +111,7 @@ def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "dif
         wanted.append(bert_bias(layout, np.size(flat[BERT_BIAS.path])))
     check_shapes({path: np.shape(value) for path, value in flat.items()}, {p.path: p.shape for p in wanted})
     tensors = {p.name: p.to_torch(np.asarray(flat[p.path])) for p in wanted}
-    # A buffer, which both look for.
+    # A buffer that both upstreams expect.
     position_ids = np.arange(config.qformer_config.max_position_embeddings)[None]
     if layout == "diffusers":
         return tensors | {"embeddings.position_ids": position_ids}
@@ -123,7 +123,7 @@ def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "dif
 
 
 def parts_of(names: Collection[str]) -> set[str]:
-    """The parts of which a checkpoint has at least a tensor."""
+    """The parts of which a checkpoint has at least one tensor."""
     layout = layout_of(names)
     found = {name.removeprefix(PREFIX[layout]) for name in names}
     return {part for part, rows in PARTS.items() if found & {row.name(layout) for row in rows}}
@@ -137,12 +137,12 @@ def _check_tied(tensors: Mapping[str, StoredTensor], layout: Layout) -> None:
 
 
 def layout_of(names: Collection[str]) -> Layout:
-    """Whose names they are: LAVIS's, or else diffusers'."""
+    """Whose names they are: LAVIS's, else diffusers'."""
     return "lavis" if any(re.match(r"(blip\.)?Qformer\.bert\.", name) for name in names) else "diffusers"
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise InputError that lists what is missing, unexpected and of another shape."""
+    """Raise InputError that lists missing, unexpected and misshapen tensors, if there are any."""
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     misshapen = [
@@ -188,18 +188,18 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
 def _read(
     parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None, sharding: Sharding | None
 ) -> tuple[jax.Array, bool]:
-    """The parameter on its devices, its axes moved on the way by XLA; and whether what is there is finite."""
+    """The parameter on its devices, and whether it is finite. XLA moves the axes during the transfer."""
     view = tensor.view().transpose(parameter.order).reshape(parameter.shape)
     dtype = view.dtype if dtype is None else dtype
     parts: dict[str, np.ndarray] = {}
     extremes, shards = [], []
     indices = {None: ()} if sharding is None else sharding.addressable_devices_indices_map(parameter.shape)
     for device, index in indices.items():
-        # Of several devices with the same part, only the first has it read.
+        # Devices with the same part share one read.
         if str(index) not in parts:
             part = np.asarray(view[index])
             with np.errstate(all="ignore"):
-                # A minimum or maximum is NaN if anything is, and the cast keeps their order; these make no temporary.
+                # Minimum and maximum are NaN if any value is, and the cast keeps their order. They need no temporary.
                 extremes += [part.min(initial=0).astype(dtype), part.max(initial=0).astype(dtype)]
                 parts[str(index)] = part.astype(dtype, copy=False)
         shards.append(jax.device_put(parts[str(index)], device, may_alias=False))

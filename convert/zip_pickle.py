@@ -1,6 +1,6 @@
 """Zip pickles as `torch.save` writes them (`.bin`, `.pt`, `.pth`), read without PyTorch.
 
-An interpreter runs the pickle that knows only the opcodes `torch.save` writes and the names that build tensors. It
+An interpreter runs the pickle. It knows only the opcodes that `torch.save` writes and the names that build tensors,
 refuses any other name, and never imports or calls anything.
 """
 
@@ -60,7 +60,7 @@ def open_zip_pickle(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored_range(archive: zipfile.ZipFile, file: io.BufferedReader, name: str, path: Path) -> tuple[int, int]:
-    """Where an uncompressed member lies: offset and length."""
+    """Offset and length of an uncompressed member."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise InputError(f"{listed([name])} is compressed or encrypted; torch.save writes it plain")
@@ -82,7 +82,7 @@ def _stored_bytes(archive: zipfile.ZipFile, file: io.BufferedReader, name: str, 
 
 @dataclass(frozen=True)
 class _Name:
-    """A global that the pickle names and that is known here. It stands for itself; nothing is looked up."""
+    """A known global that the pickle names. It is only a label: nothing is looked up."""
 
     name: str
 
@@ -105,7 +105,7 @@ class _Damaged(Exception):
 class _TensorPickle:
     """Runs a pickle on a stack of plain values, tensors and known names.
 
-    Dictionary keys are plain values only: to hash a nested tuple can take time exponential in its depth.
+    Dictionary keys must be plain values: hashing a nested tuple can take time exponential in its depth.
     """
 
     def __init__(self, storage: Callable[[str, np.dtype, int], StoredTensor]) -> None:
@@ -114,7 +114,7 @@ class _TensorPickle:
         self.memo: dict[int, Any] = {}
 
     def run(self, program: bytes) -> object:
-        """The value that the pickle builds; _Damaged, or InputError where it names something unknown."""
+        """The value that the pickle builds. Raises _Damaged, or InputError if it names something unknown."""
         try:
             for opcode, argument, _ in pickletools.genops(program):
                 if opcode.name == "STOP":
@@ -240,7 +240,7 @@ def _reduce(function: object, arguments: object) -> object:
 
 
 def _strided(base: StoredTensor, start: int, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> StoredTensor:
-    """A tensor in a storage; one that is larger than its storage would be a small file that fills the memory."""
+    """A tensor in a storage. It must not exceed the storage: a small file could then fill the memory."""
     numbers = (start, *shape, *strides)
     if not len(shape) == len(strides) <= 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise _Damaged("a tensor of unknown form")

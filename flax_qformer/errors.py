@@ -1,4 +1,4 @@
-"""The one exception for what a caller can put right."""
+"""The exception for errors that a caller can fix."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in no more than 120 characters."""
+    """The first line of another library's error, in at most 120 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 

@@ -1,7 +1,6 @@
 """Progress of a command on standard error: a bar on a terminal, otherwise plain log lines.
 
-Progress is information: it shows where the package's logger is at INFO, so neither under `--quiet` nor in the second
-process of a job.
+Progress is shown if the package's logger is at INFO: not with `--quiet`, and not in the second process of a job.
 """
 
 import contextlib
@@ -16,11 +15,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 logger = logging.getLogger(__name__)
 
 LINE_EVERY = 60.0
-"""Seconds between plain lines: a short command writes none, a night of work a few hundred."""
+"""Seconds between plain lines: none for a short command, a few hundred for a night."""
 
 
 class Progress:
-    """Counts what is done; use it in a `with` block. Log lines make way for the bar while it stands."""
+    """Counts finished units; use it in a `with` block. Log lines are printed above the bar."""
 
     def __init__(
         self, total: int, unit: str, name: str = "", *, initial: int = 0, line_every: float = LINE_EVERY
@@ -28,11 +27,11 @@ class Progress:
         """Show nothing yet.
 
         Args:
-          total: how many units there are in all.
-          unit: one of them, such as "image".
-          name: what is done, if the command does several things.
-          initial: units that an earlier run did.
-          line_every: seconds between plain lines; `math.inf` leaves the lines that `advance` has a text for.
+          total: number of units.
+          unit: name of a unit, such as "image".
+          name: the name of the task, if the command has several.
+          initial: units that an earlier run finished.
+          line_every: seconds between plain lines; `math.inf` keeps only lines for a text of `advance`.
         """
         self._total, self._unit, self._name, self._done = total, unit, name, initial
         self._line_every, self._rate_from = line_every, initial
@@ -43,7 +42,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._is_bar:
-            # leave=None: a bar inside another one goes when it is full.
+            # leave=None: a bar inside another one disappears when it is full.
             bar = tqdm(
                 desc="starting", total=self._total, initial=self._done, unit=self._unit, dynamic_ncols=True, leave=None
             )
@@ -80,7 +79,7 @@ class Progress:
 def print_line(text: str) -> None:
     """Print a result on standard output while progress is shown.
 
-    The bar makes way for it, and the line is flushed whole: nothing gets into it where both streams are one file.
+    It is printed above the bar and flushed at once, so that no other output mixes with it if both streams are one file.
     """
     tqdm.write(text)
     sys.stdout.flush()

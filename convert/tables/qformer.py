@@ -1,11 +1,8 @@
-"""The tables: PyTorch name <-> parameter path, and how the axes move. The same rows read and write.
+"""The table of the Q-Former: PyTorch name <-> parameter path, and how the axes move. It serves reading and writing.
 
-A row names a parameter's path here, its name in diffusers and in LAVIS, and its axes on both sides, as in
+A row has a parameter's path in Flax, its names in diffusers and in LAVIS, and a rule for its axes, see `convert.axes`:
 
     "(heads head_dim) width -> width heads head_dim"
-
-where parentheses hold what PyTorch keeps in one axis. What is in parentheses stays together and in order, so that each
-row is a permutation of PyTorch's axes and then a reshape. `1` is an axis of length one.
 """
 
 import re
@@ -21,7 +18,7 @@ Layout = Literal["diffusers", "lavis"]
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of parameter; `{i}` in the names is the layer. LAVIS's axes are given where they differ."""
+    """One kind of parameter; `{i}` in the names is the layer. `lavis_axes` are given if they differ."""
 
     path: str
     diffusers: str
@@ -34,7 +31,7 @@ class Row:
 
 
 def _dense(path: str, diffusers: str, lavis: str, inner: str, outer: str) -> tuple[Row, Row]:
-    """An `nn.Linear`, (out, in) there and (in, out) here."""
+    """An `nn.Linear`, (out, in) in PyTorch and (in, out) in Flax."""
     return (
         Row(f"{path}/kernel", f"{diffusers}.weight", f"{lavis}.weight", f"({outer}) ({inner}) -> {inner} {outer}"),
         Row(f"{path}/bias", f"{diffusers}.bias", f"{lavis}.bias", f"({outer}) -> {outer}"),
@@ -188,8 +185,8 @@ LM_HEAD = (
 )
 
 BERT_BIAS = Row("lm_head/bert_bias", f"{_CLS}.bias", f"Qformer.{_CLS}.bias", "any -> any")
-"""The LM head's bias from before LAVIS added a word, and with it a bias of the decoder's own. Nothing reads it; it may
-have any length or be absent, and is kept so that a checkpoint comes back whole."""
+"""The LM head's bias from before LAVIS added a word and a separate bias of the decoder. Nothing reads it. It may have
+any length or be absent, and is kept so that an export is complete."""
 
 PARTS: dict[str, tuple[Row, ...]] = {
     "proj_layer": PROJ_LAYER,
@@ -214,7 +211,7 @@ SECTIONS: tuple[tuple[Callable[[Blip2Config], range], tuple[Row, ...]], ...] = (
 """Which layers of a model have which rows."""
 
 PREFIX = {"diffusers": "", "lavis": "blip."}
-"""What may stand before a name: LAVIS's BLIP-Diffusion keeps the Q-Former under `blip`, its stage-1 model does not."""
+"""Optional prefix of names: LAVIS's BLIP-Diffusion keeps the Q-Former under `blip`, its stage-1 model does not."""
 
 LEFT_OUT = {
     "diffusers": re.compile(r"embeddings\.position_ids"),
@@ -224,13 +221,13 @@ LEFT_OUT = {
         r"|ctx_embeddings_cache"
     ),
 }
-"""What a checkpoint may hold besides: a constant, and the rest of BLIP-Diffusion."""
+"""Tensors that are left out: a constant, and the rest of BLIP-Diffusion."""
 
 TIED = {
     "diffusers": (f"{_CLS}.decoder.weight", "embeddings.word_embeddings.weight"),
     "lavis": (f"Qformer.{_CLS}.decoder.weight", "Qformer.bert.embeddings.word_embeddings.weight"),
 }
-"""The decoder's kernel, and the table that it is a copy of."""
+"""The decoder's kernel, and the table of which it is a copy."""
 
 
 def parameters(config: Blip2Config, layout: Layout, parts: Iterable[str] = ("proj_layer",)) -> Iterator[Parameter]:

@@ -1,4 +1,4 @@
-"""Writes that are whole or absent, also after a kill."""
+"""Atomic writes: an interrupted run leaves no partial output."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ def check_absent(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists unless it may be replaced.
 
     Raises:
-      InputError: it exists, or it is to be replaced and is not the folder of a model.
+      InputError: it exists, or it may be replaced but is not the folder of a model.
     """
     if not os.path.lexists(target):
         return
@@ -32,17 +32,17 @@ def check_absent(target: Path, overwrite: bool) -> None:
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Refuse to replace a target that holds what is read, or lies inside it."""
+    """Refuse to replace a target that contains the source or lies inside it."""
     one, other = source.resolve(), target.resolve()
     if os.path.exists(target) and (one.is_relative_to(other) or other.is_relative_to(one)):
         raise InputError(f"{target} cannot replace what it is made from, {source}; name another place")
 
 
 def check_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
-    """Refuse a file that cannot be written, before there is anything to write; nothing is made yet.
+    """Refuse a file that cannot be written, before the work starts. Nothing is created.
 
     Raises:
-      InputError: it is none, its place does not take one, or it is one of the inputs.
+      InputError: the target is not a file, its folder is not writable, or it is one of the inputs.
     """
     with writing(target):
         if target.exists() and not target.is_file():
@@ -59,7 +59,7 @@ def check_writable(target: Path, inputs: Iterable[Path] = ()) -> None:
 def check_space(folder: Path, size: int) -> None:
     """Raise OSError if `size` bytes do not fit.
 
-    orbax would find out halfway, from many threads at once; where a disk fills up meanwhile, it prints tracebacks.
+    orbax would fail halfway, in many threads, and print tracebacks.
     """
     needed = size + size // 20 + (1 << 20)
     if needed > shutil.disk_usage(folder).free:
@@ -68,12 +68,12 @@ def check_space(folder: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when the block ends and disappears when it fails.
+    """A folder to fill. It becomes `target` when the block ends and is removed if the block fails.
 
-    It lies beside the target, hidden, and is locked as long as its process lives, so that the next write to the same
-    target can tell what a killed one left behind and remove it.
+    It is a hidden folder beside the target, locked while its process lives. The next write to the same target removes
+    unlocked folders, which killed processes left.
 
-    The block should only write: any OSError in it is told as one of writing.
+    The block should only write: any OSError in it is reported as an error of writing.
 
     Raises:
       InputError: the target exists and may not be replaced, or cannot be written.
@@ -100,12 +100,12 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[BinaryIO]:
-    """A file to fill, which replaces `target` when the block ends and disappears when it fails.
+    """A file to fill. It replaces `target` when the block ends and is removed if the block fails.
 
-    It is hidden and locked as `new_folder`'s is, so that the next write removes what a killed one left behind.
+    It is hidden and locked as in `new_folder`, so the next write removes what a killed process left.
 
-    The block should only write: any OSError in it is told as one of writing. `check_writable` finds most of them
-    before.
+    The block should only write: any OSError in it is reported as an error of writing. `check_writable` finds most of
+    these errors earlier.
 
     Raises:
       InputError: it cannot be written.
@@ -128,7 +128,7 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def writing(target: Path, other: str = "another place") -> Iterator[None]:
-    """Say why something cannot be written; `other` is what to name instead."""
+    """Turn an OSError into an InputError that says why; `other` is what to name instead of the target."""
     try:
         yield
     except OSError as error:
@@ -138,7 +138,7 @@ def writing(target: Path, other: str = "another place") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it; they go again when the block fails."""
+    """Create a folder and its parents; remove the new ones if the block fails."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    # As many characters as mkdtemp draws: those of a target with a longer name are no less than one more.
+    # Exactly mkdtemp's suffix, so that longer target names do not match.
     for work in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}.partial"):
         try:
             with (work / ".lock").open("r+") as lock:
@@ -169,14 +169,14 @@ def _remove_abandoned_files(target: Path) -> None:
 
 
 def _clear(work: Path, target: Path) -> None:
-    """Remove a working folder; what was to be replaced goes back to its place if nothing has taken it."""
+    """Remove a working folder. A target that was to be replaced moves back if nothing has taken its place."""
     if (work / "replaced").exists() and not target.exists():
         (work / "replaced").rename(target)
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
-    """Force the files to disk before the rename does, which otherwise may survive a crash that they do not."""
+    """Flush the files to disk before the rename, which could otherwise survive a crash that they do not."""
     for root, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(root, name), "rb") as file:

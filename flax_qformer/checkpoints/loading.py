@@ -1,7 +1,7 @@
-"""A model on disk and on the hub.
+"""Load a model from disk or from the hub.
 
-A folder of ours holds `config.json` as upstream writes it, the orbax checkpoint `params`, and, where a processor was
-saved along, the tokenizer's files and `preprocessor_config.json`.
+A Flax folder holds `config.json` as upstream writes it, the orbax checkpoint `params`, and, if a processor was saved
+too, the tokenizer's files and `preprocessor_config.json`.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from flax_qformer.parallel.partition import held_bytes, shard_params, sharding_o
 DTYPES = ("float32", "bfloat16", "float16")
 
 LAVIS_TOWER = "clip_vit_L.pth"
-"""LAVIS's file of the frozen tower, by the name that it downloads it under."""
+"""Name of the file with the frozen vision tower, as LAVIS downloads it."""
 
 AnyModel = Blip2QFormerModel | Blip2ForPreTraining
 Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding]
-"""From a parameter's path and shape to where it goes."""
+"""From a parameter's path and shape to its sharding."""
 Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
 
 CLASSES: dict[str, type[AnyModel]] = {c.__name__: c for c in (Blip2QFormerModel, Blip2ForPreTraining)}
 
 KINDS = {"proj_layer": "identity", "temp": f"constant {TEMPERATURE}"}
-"""How modules are initialised that a checkpoint lacks; all others are "randomly initialised"."""
+"""How modules that a checkpoint lacks are initialised; all others are "randomly initialised"."""
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +90,20 @@ def from_pretrained(
     mesh: Mesh | None = None,
     lora: str | os.PathLike[str] | None = None,
 ) -> tuple[AnyModel, dict[str, Any]]:
-    """Load a model, from a Flax or a PyTorch checkpoint alike.
+    """Load a model from a Flax or a PyTorch checkpoint.
 
     Args:
-      path_or_hub_id: a folder of ours, upstream's `qformer` folder or its parent, LAVIS's folder, a single checkpoint
+      path_or_hub_id: a Flax folder, upstream's `qformer` folder or its parent, LAVIS's folder, a single checkpoint
         file, the `*.index.json` of a sharded one, or a hub id; by default the small model inside the package.
-      dtype: what the model computes in: float32, bfloat16 or float16.
-      param_dtype: what the parameters are kept in; by default each as it is stored.
-      model_class: `Blip2QFormerModel` or `Blip2ForPreTraining`; by default what the checkpoint is. Modules that the
+      dtype: the dtype of the computation: float32, bfloat16 or float16.
+      param_dtype: the dtype of the parameters; by default each keeps its stored dtype.
+      model_class: `Blip2QFormerModel` or `Blip2ForPreTraining`; by default the checkpoint's class. Modules that the
         class reads and the checkpoint lacks are newly initialised, heads randomly and `proj_layer` to the identity; the
         log and `model.config.newly_initialised` name them. Modules that only the other class reads are in the tree too.
-      config: a `config.json`, or the config itself, where the checkpoint brings none or a wrong one.
-      allow_non_finite: accept infinities and NaN in a PyTorch checkpoint, and those that a cast makes.
-      mesh: spread the parameters over it, as `shard_params` would. Each process reads what goes to its own devices; of
-        several, all call this together.
+      config: a `config.json`, or the config itself, if the checkpoint has none or a wrong one.
+      allow_non_finite: accept infinities and NaN in a PyTorch checkpoint, and those that a cast creates.
+      mesh: shard the parameters over it, as `shard_params` does. Each process reads what its devices need; all
+        processes call this together.
       lora: a file of `training.save_lora`, whose LoRA weights are added to the tree.
 
     Returns:
@@ -148,17 +148,17 @@ def initialise(
 
 
 def read_config(path_or_hub_id: str | os.PathLike[str]) -> Blip2Config:
-    """The config of a checkpoint, or of a `config.json` by itself; weights are not looked for."""
+    """The config of a checkpoint, or of a single `config.json`; weights are not needed."""
     if Path(path_or_hub_id).suffix == ".json":
         return _config(ModelFiles(str(path_or_hub_id)), path_or_hub_id)
     return _config(locate(path_or_hub_id, weights=False), None)
 
 
 def check_heads(config: Blip2Config, name: str, *heads: str) -> None:
-    """Raise InputError where one of these heads comes from no checkpoint and was not trained; it names all such heads.
+    """Raise InputError if one of these heads is in no checkpoint and untrained; it names all such heads.
 
     Args:
-      name: of the model, for the message.
+      name: the model's name in the message.
     """
     missing = [part for part, _ in config.newly_initialised if part in Blip2ForPreTraining.parts]
     if not set(heads).isdisjoint(missing):
@@ -168,7 +168,7 @@ def check_heads(config: Blip2Config, name: str, *heads: str) -> None:
 
 
 def as_dtype(name: DTypeLike) -> jnp.dtype:
-    """A dtype that models run in; InputError for another."""
+    """The dtype of that name; InputError if models do not run in it."""
     try:
         dtype = jnp.dtype(name)
     except TypeError:
@@ -210,7 +210,7 @@ POSITIONS, TIED_DECODER = "position_ids", "tied decoder.weight"
 
 
 def _rule(name: str) -> str:
-    """What a tensor is that a rule leaves out: a constant, a copy, or another part of BLIP-Diffusion or CLIP."""
+    """The kind of a tensor that is left out: a constant, a copy, or another part of BLIP-Diffusion or CLIP."""
     if name.endswith("position_ids"):
         return POSITIONS
     return TIED_DECODER if name.endswith("decoder.weight") else name.removeprefix("blip.").split(".")[0]
@@ -224,7 +224,7 @@ def load(
     allow_non_finite: bool,
     place: Place | None = None,
 ) -> Loaded:
-    """Read a checkpoint as a class: the one asked for, else what it says it is, else what its tensors make it."""
+    """Read a checkpoint as `model_class`, else as the class that its config names, else as its tensors suggest."""
     if source.params:
         loaded = _load_ours(source, model_class, _config(source, config), dtype, allow_non_finite, place)
     elif source.weights:
@@ -235,7 +235,7 @@ def load(
 
 
 def completed(loaded: Loaded, dtype: jnp.dtype | None = None, place: Place | None = None) -> Loaded:
-    """With the modules that the class reads and the checkpoint lacks, newly initialised."""
+    """Initialise the modules that the class reads and the checkpoint lacks."""
     stored = flatten_dict(loaded.params, sep="/")
     missing = [part for part in loaded.model_class.parts if part not in _parts(stored)]
     if not missing:
@@ -257,18 +257,18 @@ def _with_new(config: Blip2Config, names: Iterable[str]) -> Blip2Config:
 
 
 def located(name: str | os.PathLike[str], config: object) -> ModelFiles:
-    """The files of a model. Before weights are downloaded, its config shows whether it is one of these models."""
+    """The files of a model. Its config is checked before weights are downloaded."""
     if config is None:
         _check_architecture(locate(name, weights=False))
     return locate(name)
 
 
 def _check_architecture(source: ModelFiles) -> None:
-    """Raise InputError where the config is of another class: transformers writes BLIP-2 models with similar configs."""
+    """Raise InputError if the config is of another class: transformers has BLIP-2 models with similar configs."""
     values = read_json(source.config) if source.config else {}
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    # Of the name that diffusers' model has, transformers has the Q-Former without its vision tower.
+    # transformers gives the name of diffusers' model to a Q-Former without a vision tower.
     is_without_tower = values.get("model_type") == "blip_2_qformer"
     if is_without_tower or (name is not None and name not in CLASSES):
         found = "transformers' Q-Former without a vision tower" if is_without_tower else f"a {name}"
@@ -296,7 +296,7 @@ def _load_pytorch(
     model_class = model_class or _class_of(source) or (Blip2ForPreTraining if is_stage_1 else Blip2QFormerModel)
     assumed = config is None and source.config is None and layout == "lavis"
     used = (BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION) if assumed else _config(source, config)
-    # A module that is missing as a whole is initialised later; a checkpoint without any is not one of these models.
+    # Missing modules are initialised later. A checkpoint without any of them is not one of these models.
     wanted = [] if parts else model_class.parts
     beside: list[str] = []
     if layout == "lavis" and not any("visual_encoder." in name for name in tensors):
@@ -332,15 +332,15 @@ def initial_params(
 
 def _open(path: Path) -> dict[str, StoredTensor]:
     tensors = open_tensors(path)
-    # LAVIS's folder keeps proj_layer in a file of its own, without the prefix.
+    # LAVIS's folder keeps proj_layer in a separate file, without the prefix.
     return {f"proj_layer.{name}": t for name, t in tensors.items()} if path.parent.name == "proj_layer" else tensors
 
 
 def _lavis_tower(source: ModelFiles, config: Blip2Config) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The vision tower, from LAVIS's own file of it: its checkpoints leave out what was frozen.
+    """Open the vision tower in LAVIS's separate file: its checkpoints leave out frozen modules.
 
     Returns:
-      The tower's tensors, and the names of the others: CLIP's last block and projection.
+      The tower's tensors, and the names of unused ones: CLIP's last block and projection.
     """
     file = source.weights[0].with_name(LAVIS_TOWER)
     if not file.is_file():
@@ -368,7 +368,7 @@ def _config(source: ModelFiles, config: str | os.PathLike[str] | Blip2Config | N
 
 
 def check_tree(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_class: type[AnyModel]) -> None:
-    """Check that a tree is whole: all that its class reads, and of the other class's modules all or nothing."""
+    """Check that a tree has all that its class reads, and all or nothing of each module of the other class."""
     found = {path: shape for path, shape in shapes.items() if path != BERT_BIAS.path}
     parts = sorted({*model_class.parts, *_parts(found)})
     check_shapes(found, {p.path: p.shape for p in parameters(config, "diffusers", parts)})
@@ -385,13 +385,13 @@ def _load_ours(
     import orbax.checkpoint.experimental.v1 as ocp
 
     assert source.params
-    folder, path = source.params, source.params.absolute()  # orbax takes no other
+    folder, path = source.params, source.params.absolute()  # orbax takes no relative path
     with _reading(folder):
         stored = flatten_dict(ocp.metadata(path).metadata, sep="/")
         shapes = {name: leaf.shape for name, leaf in stored.items()}
     stored_class = _class_of(source) or (Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel)
     check_tree(shapes, config, stored_class)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # orbax asks for one
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # orbax needs one
     wanted = {
         name: jax.ShapeDtypeStruct(
             leaf.shape, dtype or leaf.dtype, sharding=here if place is None else place(name, leaf.shape)
@@ -413,7 +413,7 @@ def _all_finite(leaf: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Tell damage in a line; orbax warns of what it then raises, and quotes TensorStore at length."""
+    """Report damage in one line: orbax logs its errors as well, and quotes TensorStore at length."""
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""LoRA weights in a file of their own, next to the model that they belong to."""
+"""LoRA weights in a separate file."""
 
 import os
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ def load_lora(path: str | os.PathLike[str], params: Mapping[str, Any]) -> dict[s
 
 
 def _misfits(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, Any]) -> list[str]:
-    """What in a LoRA file does not fit an unstacked base."""
+    """Reasons why a LoRA file does not fit an unstacked base."""
     misfits = [f"{name} is not a LoRA weight" for name in shapes if not name.endswith(LORA)]
     for path in sorted({name.rpartition("/")[0] + "/kernel" for name in shapes if name.endswith(LORA)}):
         names = down, up = beside(path)

@@ -14,10 +14,10 @@ DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 EXAMPLE_IMAGE = DEFAULT_MODEL.parent / "example.png"
 
 BERT = "bert-base-uncased"
-"""The tokenizer of a checkpoint that brings none, upstream's as well."""
+"""The tokenizer for checkpoints without one, as in upstream."""
 
 PARAMS = "params"
-"""The orbax checkpoint in a folder of ours."""
+"""Name of the orbax checkpoint in a Flax folder."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,10 +33,10 @@ _LAVIS = ("blip_model/blip_weight.pt", "proj_layer/proj_weight.pt")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one model; what is None is not there.
+    """The files of one model; None for files that are not there.
 
     Attributes:
-      name: what the caller called it.
+      name: the name that the caller gave.
       config: `config.json`.
       params: folder of an orbax checkpoint.
       weights: PyTorch checkpoint files that together hold the model.
@@ -58,12 +58,12 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True) -> ModelFiles:
     """Find the files of a model.
 
     Args:
-      name: a folder (ours, upstream's `qformer` folder, its parent with `model_index.json`, or LAVIS's), a single
+      name: a folder (Flax, upstream's `qformer` folder, its parent with `model_index.json`, or LAVIS's), a single
         checkpoint file, the `*.index.json` of a sharded one, or a hub id.
-      weights: whether parameters are wanted; without them a hub id downloads a few small files.
+      weights: also download parameters of a hub id; without them only a few small files are downloaded.
 
     Raises:
-      InputError: there is nothing of the name, or nothing in it.
+      InputError: nothing has this name, or it cannot be read or downloaded.
     """
     path, name = Path(name), str(name)
     try:
@@ -81,7 +81,7 @@ def locate(name: str | os.PathLike[str], *, weights: bool = True) -> ModelFiles:
 
 
 def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
-    """The folder that holds a tokenizer's files, of a folder or a hub id."""
+    """The folder with a tokenizer's files, for a folder or a hub id; None if it has none."""
     path = Path(name)
     if not os.path.isdir(path):
         if not _is_hub_id(str(name)):
@@ -125,7 +125,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _download(hub_id: str, weights: bool) -> Path:
-    """Fetch what belongs to the Q-Former, safetensors if there are any, into the hub's cache."""
+    """Download the files of the Q-Former, safetensors if there are any, into the hub's cache."""
     small = ["config.json", "preprocessor_config.json", *TOKENIZER_FILES]
     patterns = ["model_index.json", "image_processor/*.json", *small, *(f"qformer/{file}" for file in small)]
     if not weights:
@@ -143,7 +143,7 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    # The hub's errors and those of whatever it downloads with.
+    # The hub's own errors and those of its download libraries.
     except Exception as error:
         raise InputError(
             f"{hub_id} is no file or folder here, and cannot be had from the hub ({first_line(error)}); check the name "

@@ -1,4 +1,4 @@
-"""Write a model to a folder: as a checkpoint of ours, or as PyTorch loads it."""
+"""Write a model to a folder, as a Flax or a PyTorch checkpoint."""
 
 import contextlib
 import json
@@ -39,10 +39,10 @@ from flax_qformer.parallel.processes import from_first, is_first, tells_of_lost_
 from flax_qformer.processing.processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 
 CHUNK_BYTES = 1 << 20
-"""Of what is written as one piece, and so is read as one: a chip's part of a parameter needs few more."""
+"""Bytes per orbax chunk: the unit in which a shard is read."""
 
 WRITE_BYTES = 1 << 27
-"""Of what is copied on its way to disk, held at once, unless one parameter is more."""
+"""Bytes of copies that a write holds at once, unless one parameter is larger."""
 
 
 def save_pretrained(
@@ -53,14 +53,14 @@ def save_pretrained(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write a model to a folder, in the dtypes that its parameters have. The folder is whole or absent.
+    """Write a model to a folder, atomically, in the dtypes of its parameters.
 
-    Modules that `model` does not read but the tree holds are written too. Modules that training has changed are no
-    longer recorded as newly initialised. Of several processes, all call this together.
+    Modules that are in the tree but that `model` does not read are written too. Modules that training has changed are
+    no longer recorded as newly initialised. All processes of a job call this together.
 
     Raises:
-      InputError: the folder exists and may not be replaced, or the parameters are not those of the model
-        or have LoRA weights.
+      InputError: the folder exists and may not be replaced, the parameters are not those of the model, or they have
+        LoRA weights.
     """
     check_merged(params)
     params = unstack_layers(params)
@@ -87,14 +87,14 @@ def convert_checkpoint(
     overwrite: bool = False,
     allow_non_finite: bool = False,
 ) -> str:
-    """Write a checkpoint as a folder of ours; `flax-qformer convert`.
+    """Convert a checkpoint to a Flax folder; `flax-qformer convert`.
 
     Args:
       source: anything that `from_pretrained` takes.
-      destination: the folder to make, whole or not at all.
-      dtype: cast the parameters; by default each keeps its own.
-      config: a `config.json`, where the checkpoint brings none; LAVIS's default to the published geometry.
-      tokenizer: folder or hub id, where the checkpoint brings none; defaults to `bert-base-uncased`.
+      destination: the folder to create, atomically.
+      dtype: cast the parameters; by default each keeps its dtype.
+      config: a `config.json`, if the checkpoint has none; the default for LAVIS's is the published geometry.
+      tokenizer: folder or hub id, if the checkpoint has none; the default is `bert-base-uncased`.
       overwrite: replace an existing folder.
       allow_non_finite: accept infinities and NaN.
 
@@ -126,10 +126,10 @@ def export_checkpoint(
 
     Args:
       source: anything that `from_pretrained` takes.
-      destination: the folder to make, whole or not at all.
-      layout: by whose names. "diffusers", the default, is for upstream's `Blip2QFormerModel.from_pretrained`; a stage-1
-        model without a `proj_layer` gets one that is the identity, and keeps its heads, which upstream ignores.
-        "lavis", the default for a stage-1 model, is for the `load_state_dict` of LAVIS's.
+      destination: the folder to create, atomically.
+      layout: whose names to use. "diffusers", the default, is for upstream's `Blip2QFormerModel.from_pretrained`; a
+        stage-1 model without a `proj_layer` gets one that is the identity, and keeps its heads, which upstream ignores.
+        "lavis", the default for a stage-1 model, is for `load_state_dict` of LAVIS's model.
       overwrite: replace an existing folder.
 
     Returns:
@@ -152,13 +152,13 @@ def export_checkpoint(
         _write_files(folder, settings)
         with _saving(folder, tensors.values()):
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        # safetensors lets nobody else read what it writes.
+        # safetensors makes its files readable for their owner only.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     return f"{loaded.summary()}; wrote {destination}{notes}"
 
 
 def _with_trained(config: Blip2Config, params: Mapping[str, Any]) -> Blip2Config:
-    """The config, in which modules that have left their initial values are no longer recorded as newly initialised."""
+    """The config, without newly initialised modules whose parameters have changed since."""
     trained = set()
     for model_class in CLASSES.values():
         names = [name for name, _ in config.newly_initialised if name in model_class.parts and name in params]
@@ -184,8 +184,8 @@ def _config_file(config: Blip2Config, model_class: type[AnyModel]) -> bytes:
 def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    # Uncompressed, since floats hardly compress. Orbax copies what it cuts into chunks: not all at once, and it refuses
-    # an array as large as the limit. Of host arrays it would make one copy more.
+    # Uncompressed, since floats hardly compress. Orbax copies arrays to cut them into chunks: the limit bounds these
+    # copies, and must exceed the largest array. By default it would copy host arrays once more.
     arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), dict(params))
     leaves = jax.tree.leaves(arrays)
     context = ocp.Context()
@@ -199,7 +199,7 @@ def _write_params(folder: Path, params: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _saving(folder: Path, arrays: Iterable[Any]) -> Iterator[None]:
-    """Raise OSError where arrays cannot be written; orbax and safetensors report that in types of their own."""
+    """Raise OSError if arrays cannot be written; orbax and safetensors raise their own types."""
     check_space(folder, sum(array.nbytes for array in arrays))
     try:
         yield
@@ -212,7 +212,7 @@ def _saving(folder: Path, arrays: Iterable[Any]) -> Iterator[None]:
 def _settings(
     source: ModelFiles, loaded: Loaded, tokenizer: str | os.PathLike[str] | None
 ) -> tuple[dict[str, bytes], str]:
-    """The files of a folder but for the parameters, and what the caller should know of them."""
+    """The files of a folder except the parameters, and a note for the caller."""
     image_processor = ImageProcessor.from_source(source, loaded.config.vision_config.image_size)
     files = {
         "config.json": _config_file(loaded.config, loaded.model_class),

@@ -1,13 +1,15 @@
-"""Captioned images, from wherever they lie to batches of arrays.
+"""Batches of arrays from captioned images.
 
-settings = DataSettings(data="my_images")
-train = open_source(settings)
-with Batches(train, processor, settings) as batches:
-    batch = next(batches)
+Example::
 
-Hugging Face `datasets` keeps the rows in memory-mapped files, and grain shuffles them, deals them out to processes and
-has them decoded by workers. What an element becomes depends on the seed, the epoch and the row alone: neither the
-number of workers nor a stop in between changes it.
+    settings = DataSettings(data="my_images")
+    train = open_source(settings)
+    with Batches(train, processor, settings) as batches:
+        batch = next(batches)
+
+Hugging Face `datasets` keeps the rows in memory-mapped files. grain shuffles them, distributes them over processes and
+decodes them in workers. An element depends only on the seed, the epoch and the row, and not on the number of workers or
+on a resume.
 """
 
 import gc
@@ -47,18 +49,18 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LOGGED_SKIPS = 10
-"""So many examples are named when they are skipped; the rest are only counted."""
+"""Number of skipped examples that are logged by name; further ones are only counted."""
 
 
 class Batches:
-    """Full batches without end, each epoch in another order; an iterator with a position that can be kept.
+    """An endless iterator over full batches, shuffled in each epoch, with a position that can be saved.
 
     A batch has pixel_values (B, height, width, 3) float32, input_ids and attention_mask (B, T) int32 and image_id (B,)
-    int32, where B is this process's share of the batch and T is `max_text_length`. What has a broken image or no
-    caption is skipped and counted.
+    int32, where B is this process's share of the batch and T is `max_text_length`. Examples with a broken image or
+    without a caption are skipped and counted.
 
-    Close it, or use it in a `with` block, to end its workers. They start with the first batch, by importing the main
-    module anew: a script that trains needs `if __name__ == "__main__":`.
+    Close it, or use it in a `with` block, to end its workers. They start with the first batch and import the main
+    module again, so a script that trains needs `if __name__ == "__main__":`.
     """
 
     def __init__(
@@ -73,8 +75,8 @@ class Batches:
         """Batches for one of several processes.
 
         Raises:
-          InputError: the batch does not divide among the processes, the model reads no such length of text, or grain
-            is not installed.
+          InputError: the batch does not divide among the processes, the texts are too long for the model, or grain is
+            not installed.
         """
         if settings.batch_size % process_count:
             nearest = max(1, round(settings.batch_size / process_count)) * process_count
@@ -96,13 +98,13 @@ class Batches:
             _prepare, image_processor=processor.image_processor, crop_scale=settings.crop_scale, flip=settings.flip
         )
         self._running: list[Any] = []
-        # Also where nobody closes it: grain's own clean-up comes too late at the end of the program.
+        # Also if nobody closes it: grain's own clean-up runs too late at the end of the program.
         weakref.finalize(self, _close, self._running)
         self._position = self._skipped = 0
 
     @property
     def skipped(self) -> int:
-        """Examples that were skipped so far, each time they came."""
+        """Number of examples skipped so far; an example counts in each epoch."""
         return self._skipped
 
     @property
@@ -114,10 +116,10 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch. A call that fails or is interrupted leaves the position where it was.
+        """The next batch. A call that fails or is interrupted does not change the position.
 
         Raises:
-          InputError: a worker died, or as many examples as the source has came in a row without a good one.
+          InputError: a worker died, or a whole epoch of examples in a row cannot be used.
         """
         examples: list[dict[str, Any]] = []
         read, skipped, fruitless = 0, self._skipped, 0
@@ -144,14 +146,14 @@ class Batches:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The position, for `json`. Each process has its own, as each skips on its own."""
+        """The position, in a form that `json` writes. It differs between processes, since each skips examples."""
         return {"position": self._position, "skipped": self._skipped, **self._must_match()}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Go on as the iterator would have from which the state is, with any number of workers.
+        """Resume from a state, with any number of workers.
 
         Raises:
-          InputError: the data, the seed or the number of processes is another.
+          InputError: the data, the seed or the number of processes differs.
         """
         meaning = {"rows": "the number of examples (`data`, `held_out`)", "seed": "`seed`"}
         for name, value in self._must_match().items():
@@ -177,8 +179,8 @@ class Batches:
 
     def _open(self) -> Any:
         index, count = self._share
-        # The one endless order of all processes, of which each takes every count-th element. Grain's own state would
-        # be bound to the number of workers; a plain number of elements is not.
+        # One endless order for all processes; each takes every count-th element. Grain's own state depends on the
+        # number of workers; a count of elements does not.
         elements = (
             self._grain.MapDataset.source(self._source)
             .seed(self._settings.seed)
@@ -192,13 +194,13 @@ class Batches:
 def evaluation_batches(
     source: Source, processor: Processor, settings: DataSettings
 ) -> Generator[tuple[dict[str, np.ndarray], list[str]]]:
-    """Every example once and in order, without augmentation; the pixels are the processor's.
+    """Every example once, in order and without augmentation.
 
-    Of a list of captions the first is taken. What cannot be used is left out and logged.
+    Of several captions the first is used. Examples that cannot be used are skipped and logged.
 
     Yields:
-      A batch as of `Batches`, always of `batch_size`, and the captions of its n <= batch_size examples. The last batch
-      is filled up with its last example; only its first n rows count.
+      A batch as in `Batches`, always of `batch_size` rows, and the captions of its n <= batch_size examples. The last
+      batch is padded with its last example; only its first n rows count.
 
     Raises:
       InputError: a worker died, or no example can be used.
@@ -247,7 +249,7 @@ def image_batches(
       InputError: a worker died, or grain is not installed.
     """
     grain = _grain()
-    # Each worker's part of a batch comes in one piece: single images would keep the process that reads them busy.
+    # Each worker sends its part of a batch in one piece: single images would slow the reading process.
     step = math.ceil(size / max(num_workers, 1))
     pieces = [[rows[i : i + step] for i in range(0, len(rows), step)] for rows in batches]
     decode = partial(_decode, images=images, image_processor=image_processor)
@@ -255,7 +257,7 @@ def image_batches(
     running = [_run(grain, elements, num_workers, 1)]
     try:
         for some in pieces:
-            # Not in shared memory, which JAX may still have in its hands when the program ends.
+            # Not in shared memory, which JAX may still use when the program ends.
             pixels = np.zeros((size, image_processor.height, image_processor.width, 3), np.float32)
             batch: dict[str, Any] = {"pixel_values": pixels, "id": [], "error": []}
             for rows in some:
@@ -274,7 +276,7 @@ def _grain() -> ModuleType:
         from absl import flags
     except ImportError:
         raise InputError("loading data needs grain; run pip install 'flax-qformer[train]'") from None
-    # Grain up to 0.2.18 reads this flag of its workers' profiler although nobody parsed any (google/grain issue 1355).
+    # Grain up to 0.2.18 reads this flag of its profiler before flags are parsed (google/grain issue 1355).
     if "grain_enable_multiprocess_worker_profiling" in flags.FLAGS:
         flags.FLAGS["grain_enable_multiprocess_worker_profiling"].present = True
     return grain
@@ -285,9 +287,9 @@ def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) ->
     # A worker takes seconds to start, too long for a single batch.
     num_workers = min(num_workers, max(len(elements) - 1, 0) // batch_size)
     if num_workers:
-        # Where the resource tracker starts with the first of them, it lets signals through that are held for them.
+        # If the resource tracker started with the first worker, it would let through signals that are held for workers.
         multiprocessing.resource_tracker.ensure_running()
-    # By default each worker would decode 500 ahead, in 16 threads.
+    # By default each worker decodes 500 elements ahead, in 16 threads.
     elements = elements.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=math.ceil(batch_size / max(num_workers, 1))
@@ -298,13 +300,13 @@ def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) ->
 def _close(running: list[Any]) -> None:
     while running:
         running.pop().close()
-    # Grain's iterators refer to themselves, and hold the last elements in shared memory, which has to be given back.
+    # Grain's iterators are reference cycles that hold elements in shared memory, which must be freed.
     gc.collect()
 
 
 def _start_worker(index: int, count: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach all processes, but the parent may have to load until it has saved; it ends
-    # its workers itself. Where it was killed before it could, they must not wait for it forever.
+    # Ctrl-C and a scheduler's SIGTERM reach all processes. The parent may need data until it has saved, and ends its
+    # workers itself. If the parent is killed, they must not wait for it forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -339,7 +341,7 @@ def _prepare(
     crop_scale: tuple[float, float] = (1, 1),
     flip: bool = False,
 ) -> dict[str, Any]:
-    """A row to pixel_values, caption and image_id, or to an error; without rng nothing is left to chance."""
+    """A row to pixel_values, caption and image_id, or to an error; without rng nothing is random."""
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"] or []
     captions = [caption.strip() for caption in captions if caption and caption.strip()]
     if not captions:
@@ -374,7 +376,7 @@ def _decode(rows: range, *, images: Images, image_processor: ImageProcessor) -> 
 
 
 def open_row(image: Any, name: str) -> PIL.Image.Image:
-    """Open what a row of a `Source` or of `Images` has as its image; `name` is what errors call it."""
+    """Open the image of a row of a `Source` or of `Images`; `name` is the row's name in errors."""
     if isinstance(image, Mapping):
         image = image["bytes"] or image.get("path")
     if not image:
@@ -383,7 +385,7 @@ def open_row(image: Any, name: str) -> PIL.Image.Image:
 
 
 def _random_crop(image: PIL.Image.Image, rng: np.random.Generator, scale: tuple[float, float]) -> PIL.Image.Image:
-    """A part of an aspect from 3:4 to 4:3, as torchvision's RandomResizedCrop draws it; narrow images stay whole."""
+    """A random crop with an aspect from 3:4 to 4:3, as torchvision's RandomResizedCrop; narrow images stay whole."""
     for _ in range(10):
         area = image.width * image.height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

@@ -1,4 +1,4 @@
-"""Captioned images, wherever they lie, as rows for random access."""
+"""Captioned images in folders, tars, Parquet or on the hub, as rows with random access."""
 
 import dataclasses
 import errno
@@ -31,21 +31,21 @@ HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "test")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to read, and how examples are made of it.
+    """What to read, and how to make examples of it.
 
     Attributes:
       data: a folder with `metadata.jsonl` or `metadata.csv`, a folder of WebDataset tars or of Parquet files, one such
         file, or a hub id.
       caption_column: the column with the captions; by default found by its name.
       image_column: the column with the images; by default found by its type and name.
-      held_out: what is kept from training if the data has no `validation` or `test` split: a fraction of the images if
-        below 1, else their number.
-      batch_size: examples in a batch, of all processes together.
+      held_out: images held out from training if the data has no `validation` or `test` split: a fraction if below 1,
+        else a number of images.
+      batch_size: examples in a batch, over all processes.
       max_text_length: tokens to which captions are padded and cut.
       crop_scale: least and largest part of the image's area that a random crop keeps; 1 1 switches it off.
-      flip: mirror every other image, which makes captions with "left" and "right" wrong.
+      flip: mirror half of the images, which makes captions with "left" and "right" wrong.
       num_workers: processes that decode; 0 decodes in the process itself.
-      seed: of the shuffle, the augmentation and the choice of what is held out.
+      seed: seed of the shuffle, the augmentation and the choice of held-out images.
     """
 
     data: str
@@ -78,13 +78,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows with images and captions, read when they are asked for.
+    """Rows with images and captions, read on access.
 
     Attributes:
-      name: what the caller called it.
+      name: the name that the caller gave.
       rows: a `datasets.Dataset`; images are not decoded.
-      image_column, caption_column: of the rows.
-      chosen: (N,) the numbers of the rows that belong to it.
+      image_column, caption_column: names of columns of the rows.
+      chosen: (N,) numbers of the rows that are its examples.
       image_ids: (N,) int32, the same for rows that show the same image.
     """
 
@@ -115,13 +115,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Images:
-    """Rows with images, with or without captions, read when they are asked for.
+    """Rows with images, with or without captions, read on access.
 
     Attributes:
-      name: what the caller called it.
+      name: the name that the caller gave.
       rows: a `datasets.Dataset`; images are not decoded.
-      image_column: of the rows.
-      id_column: of the rows; None if they have none.
+      image_column: name of a column of the rows.
+      id_column: name of a column of the rows, or None.
     """
 
     name: str
@@ -138,16 +138,16 @@ class Images:
         key = row[self.id_column] if self.id_column else None
         if key is None and isinstance(image, Mapping) and image["bytes"] is None:
             key = image.get("path") or ""
-            # Files are found by one, and Parquet may name them by the other.
+            # datasets names files by the real path; Parquet files may use the other.
             for folder in (os.path.realpath(self.name), os.path.abspath(self.name)):
                 _, _, key = key.rpartition(os.path.join(folder, ""))
         return {"name": f"row {number} of {self.name}", "id": str(number if key in (None, "") else key), "image": image}
 
 
 def open_images(settings: DataSettings) -> Images:
-    """Open the images of all splits for random access, as `open_source` does; nothing need say what they show.
+    """Open the images of all splits for random access, as `open_source` does; captions are not needed.
 
-    What a row is called is what its column `id` or `__key__` says, else its file below the folder, else its number.
+    The id of a row is its column `id` or `__key__`, else its file's path below the folder, else its number.
 
     Raises:
       InputError: there is no such data, it cannot be read, or it has no images.
@@ -163,15 +163,15 @@ def open_images(settings: DataSettings) -> Images:
 def open_source(settings: DataSettings, split: Literal["train", "held_out", "all"] = "train") -> Source:
     """Open data for random access; the first time, `datasets` copies tars and Parquet files into its cache.
 
-    Rows share an `image_id` if the data's column of that name says so, else if they name the same image file, else
-    never. All rows of an image are on the same side of the split.
+    Rows share an `image_id` if they have the same value in the data's column of that name, or, without that column, the
+    same image file. All rows of an image are on the same side of the split.
 
     Args:
-      settings: `data`, the columns, `held_out` and `seed` matter.
-      split: rows to train on, those held out, or both together.
+      settings: `data`, the columns, `held_out` and `seed` are used.
+      split: rows to train on, held-out rows, or both together.
 
     Raises:
-      InputError: there is no such data, it cannot be read, it has no images or captions, or nothing is in the split.
+      InputError: there is no such data, it cannot be read, it has no images or captions, or the split is empty.
     """
     splits = _load(settings, captions=True)
     held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
@@ -189,7 +189,7 @@ def open_source(settings: DataSettings, split: Literal["train", "held_out", "all
     caption_column = _caption_column(rows.features, settings)
     image_ids = _image_ids(rows, image_column)
     chosen = np.arange(len(rows))
-    # A lone split is what there is to train on, whatever its name.
+    # A single split is used for training, whatever its name.
     if split != "all" and (held_out is None or held_out is train):
         chosen = np.flatnonzero(_is_held_out(image_ids, settings) == (split == "held_out"))
     if len(chosen) == 0:
@@ -210,7 +210,7 @@ def _datasets() -> ModuleType:
 
 
 def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
-    """The splits of the data, by name; with captions or, where there are none, refused if they must be there."""
+    """The splits of the data by name. With `captions`, data without captions is refused."""
     datasets = _datasets()
     path = Path(settings.data)
     try:
@@ -227,7 +227,7 @@ def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:
-        # datasets raises what its readers do, and wraps it in errors that say nothing.
+        # datasets wraps the errors of its readers in ones that say nothing.
         cause = error.__cause__ or error
         if isinstance(cause, InputError):
             raise cause from None
@@ -279,13 +279,13 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
 
 
 def _load_tables(paths: Mapping[str, Sequence[Path]]) -> Any:
-    """Rows of Parquet files, by split. By itself datasets leaves out files of no split, and fails on empty ones."""
+    """Rows of Parquet files, by split. datasets alone skips files outside of splits, and fails on empty ones."""
     import pyarrow.parquet as pq
 
     def has_rows(path: Path) -> bool:
         try:
             return pq.read_metadata(path).num_rows > 0
-        except Exception:  # which datasets tells
+        except Exception:  # datasets reports it
             return True
 
     files = {name: [str(path) for path in some if has_rows(path)] for name, some in paths.items()}
@@ -294,7 +294,7 @@ def _load_tables(paths: Mapping[str, Sequence[Path]]) -> Any:
 
 
 def _by_split(folder: Path, pattern: str) -> dict[str, list[Path]]:
-    """Files by split: what lies in `validation/` or is named `validation.tar` or `validation-00000-of-00002.tar`."""
+    """Files by split: those in `validation/` or named `validation.tar` or `validation-00000-of-00002.tar`."""
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob(pattern)):
         top, name = path.relative_to(folder).parts[0], re.sub(r"(-\d+-of-\d+)?\.\w+$", "", path.name)
@@ -306,7 +306,7 @@ def _by_split(folder: Path, pattern: str) -> dict[str, list[Path]]:
 def _tell_unused(folder: Path, splits: Mapping[str, Any]) -> None:
     import pyarrow.compute as pc
 
-    # By file: images of several files may share an id.
+    # Count files: several files may share an image_id.
     files = (pc.struct_field(rows.data.column("image"), "path") for rows in splits.values())
     used = sum(len(pc.unique(paths)) for paths in files)
     if unused := max(0, len(_image_files(folder)) - used):
@@ -329,7 +329,7 @@ def _metadata(folder: Path) -> Path | None:
 
 
 def _patterns(folder: Path) -> dict[str, str]:
-    """The files of each split. By itself datasets also takes `my test.png` for a test split, and leaves the others."""
+    """The files of each split. datasets alone takes `my test.png` for a test split and skips other files."""
     splits = [name for name in ("train", *HELD_OUT_SPLITS) if (folder / name).is_dir()]
     without = [name for name in splits if _metadata(folder / name) is None]
     if without and any((folder / name).is_file() for name in METADATA_FILES):
@@ -341,7 +341,7 @@ def _patterns(folder: Path) -> dict[str, str]:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Those in a folder and below it, in order; what is hidden is left out."""
+    """Image files in a folder and below it, sorted, without hidden ones."""
     suffixes = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
     files = []
     for place, folders, names in os.walk(folder.resolve()):  # as datasets names files
@@ -352,7 +352,7 @@ def _image_files(folder: Path) -> list[str]:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Rows whose images are still files, so that workers decode them."""
+    """Rows with undecoded images, so that workers decode them."""
     image = _datasets().Image
     for name, feature in rows.features.items():
         if isinstance(feature, image):
@@ -361,10 +361,10 @@ def _undecoded(rows: Any) -> Any:
 
 
 def _load_tars(paths: Sequence[Path], settings: DataSettings, captions: bool) -> Any:
-    """Rows of WebDataset tars: files that differ in the suffix are one example, as `1.jpg`, `1.txt` and `1.json`.
+    """Rows of WebDataset tars: files that differ only in the suffix are one example, as `1.jpg`, `1.txt`, `1.json`.
 
-    The reader of datasets takes the columns' types from the first five examples and fails on those that differ, say by
-    a png among jpgs or an error message in the json.
+    The reader of datasets infers the columns' types from the first five examples and fails on others, such as a png
+    among jpgs or an error message in the json.
     """
     datasets = _datasets()
     columns = {name: None for example in islice(_examples_of_tars(paths), 10) for name in example}
@@ -379,9 +379,9 @@ def _load_tars(paths: Sequence[Path], settings: DataSettings, captions: bool) ->
             **({caption: datasets.List(datasets.Value("string"))} if caption else {}),
         }
     )
-    # datasets finds what it wrote before by the arguments: changed files need changed arguments.
+    # datasets caches by the arguments, so changed files need changed arguments.
     arguments = {"paths": [str(path) for path in paths], "stamps": stamps, "caption": caption}
-    # It would hold 1000 images before it writes.
+    # By default it holds 1000 images before it writes.
     return datasets.Dataset.from_generator(
         _rows_of_tars, features=features, gen_kwargs=arguments, writer_batch_size=100
     )
@@ -403,13 +403,13 @@ def _rows_of_tars(paths: Sequence[str], stamps: object, caption: str | None) -> 
 
 
 def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The examples by column: `image`, the suffixes of text files, what the json says, and `__key__`, their name."""
+    """Examples by column: `image`, suffixes of text files, fields of the json, and the name as `__key__`."""
     for path in paths:
         try:
             with tarfile.open(path) as tar:
                 yield from _examples_of_tar(tar)
         except tarfile.TarError:
-            # Its text may be the list of what was tried.
+            # The error's text may be a list of what was tried.
             raise InputError(f"{path} cannot be read (it is no tar, or damaged); fetch it again or remove it") from None
 
 
@@ -448,7 +448,7 @@ def _json(content: bytes) -> Any:
 
 
 def _caption_column(columns: Mapping[str, Any], settings: DataSettings) -> str:
-    """The column with captions, of columns by name with their types (None if they have none)."""
+    """The column with captions. columns: from a name to its type, or to None if the type is unknown."""
     named = settings.caption_column
     column = named or next((name for name in CAPTION_COLUMNS if name in columns), None)
     if column is None or column not in columns:
@@ -478,7 +478,7 @@ def _image_column(features: Mapping[str, Any], settings: DataSettings) -> str:
 
 
 def _holds_images(feature: Any) -> bool:
-    """Whether a column is of images, of files as bytes, or of structs {bytes, path}."""
+    """Whether a column holds images, files as bytes, or structs {bytes, path}."""
     if isinstance(feature, Mapping):
         return "bytes" in feature
     return isinstance(feature, _datasets().Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
@@ -494,7 +494,7 @@ def _image_ids(rows: Any, image_column: str) -> np.ndarray:
     if "image_id" in rows.features:
         keys = rows.data.column("image_id")
     elif pa.types.is_struct(images.type) and {"bytes", "path"} <= {field.name for field in images.type}:
-        # Beside bytes the path is but a name, which images of several folders may share.
+        # With bytes, the path is only a name, which images of several folders may share.
         is_file = pc.is_null(pc.struct_field(images, "bytes"))
         keys = pc.if_else(is_file, pc.struct_field(images, "path"), None)
     else:
@@ -508,7 +508,7 @@ def _image_ids(rows: Any, image_column: str) -> np.ndarray:
 
 
 def _is_held_out(image_ids: np.ndarray, settings: DataSettings) -> np.ndarray:
-    """(N,) bool: whether the image of a row is among those drawn to be held out."""
+    """(N,) bool: whether the image of a row is held out."""
     images = np.unique(image_ids)
     number = settings.held_out if settings.held_out >= 1 else math.ceil(settings.held_out * len(images))
     drawn = np.random.default_rng(settings.seed).permutation(images)[: int(number)]

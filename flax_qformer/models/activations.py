@@ -10,7 +10,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def _below(x: jax.Array) -> jax.Array:
-    """How likely a standard normal variable is to be less. By erf, as upstream; erfc takes XLA twice as long on CPU."""
+    """The normal distribution function, by erf as upstream. XLA takes twice as long for erfc on a CPU."""
     return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -21,7 +21,7 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
 
 @_exact_gelu.defjvp
 def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The slope as one array: left to JAX, a backward pass keeps four of them, the largest of a layer."""
+    """Keep the slope as one array. JAX's own rule keeps four arrays, the largest of a layer."""
     (x,), (tangent,) = primals, tangents
     slope = _below(x) + x * jnp.exp(-(x**2) / 2) / (2 * jnp.pi) ** 0.5
     return _exact_gelu(x), slope * tangent

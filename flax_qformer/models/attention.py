@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax_qformer.models import kernels
 from flax_qformer.models.layers import Dense
 
-# What upstream adds to the self-attention scores of a masked position.
+# Upstream's bias on the self-attention scores of a masked position.
 SELF_ATTENTION_MASK = -10000.0
-# What it adds in cross-attention: the lowest number of the dtype that the scores are in.
+# Upstream's bias in cross-attention: the lowest number of the scores' dtype.
 CROSS_ATTENTION_MASK = float(jnp.finfo(jnp.float32).min)
 
 
@@ -23,14 +23,14 @@ def dot_product_attention(
     head_mask: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dot-product attention that also returns its weights; under jit they cost nothing where nobody looks at them.
+    """Dot-product attention that also returns its weights. Under `jax.jit`, unused weights cost nothing.
 
     Args:
       query: (batch, queries, heads, head_dim), scaled.
-      key, value: (batch, keys, heads, head_dim), or (batch, keys, head_dim) where all heads share them.
+      key, value: (batch, keys, heads, head_dim), or (batch, keys, head_dim) if all heads share them.
       bias: added to the scores, broadcast to (batch, heads, queries, keys).
-      head_mask: factor on the weights, broadcast to the same shape; the returned weights are without it.
-      dropout: applied to the weights that reach the values.
+      head_mask: factor on the weights, broadcast to the same shape; it is not in the returned weights.
+      dropout: applied to the weights before their product with the values.
 
     Returns:
       context (batch, queries, heads, head_dim), and weights (batch, heads, queries, keys), both in the query's dtype.
@@ -62,11 +62,11 @@ def dot_product_attention(
 def attention_without_keys(
     query: jax.Array, context: jax.Array, to_key: Dense, to_value: Dense, *, bias: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """What `dot_product_attention` returns for the keys and values of a context, without making them.
+    """`dot_product_attention` to a context, without computing the context's keys and values.
 
-    The queries are brought to the context by the keys' kernel, and what they find there to the heads by the values'.
-    That is less work where queries are few. The keys' bias adds the same to all scores of a query, which the softmax
-    does not see, and weights sum to one, so that the values' bias passes through.
+    The keys' kernel projects the queries to the context's width; the values' kernel projects the attended context to
+    the heads. For few queries this is less work. The keys' bias adds the same number to all scores of a query, so the
+    softmax cancels it. The weights sum to one, so the values' bias passes through.
 
     Args:
       query: (batch, queries, heads, head_dim), scaled.
@@ -77,7 +77,7 @@ def attention_without_keys(
     context, key_kernel, value_kernel = (
         x.astype(dtype) for x in (context, to_key.whole_kernel(), to_value.whole_kernel())
     )
-    # Batch axes first, as the products give them: nothing has to be copied.
+    # The products put batch axes first, so this order needs no copy.
     query = jnp.einsum("bqhd,whd->hbqw", query, key_kernel, **accumulate).astype(dtype).transpose(1, 2, 0, 3)
     found, weights = dot_product_attention(query, context, context, bias=bias)
     attended = jnp.einsum("bqhw,whd->hbqd", found, value_kernel, **accumulate).transpose(1, 2, 0, 3)
@@ -85,7 +85,7 @@ def attention_without_keys(
 
 
 def mask_bias(mask: jax.Array, masked: float) -> jax.Array:
-    """Turn a mask of ones (keep) and zeros (leave out) into what is added to attention scores.
+    """The bias on attention scores for a mask of ones (attend) and zeros (mask out).
 
     mask: (batch, keys) or (batch, queries, keys) -> (batch, 1, 1 or queries, keys), float32.
     """

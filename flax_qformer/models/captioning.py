@@ -1,7 +1,7 @@
 """Writing captions token by token in one compiled loop: greedily, by nucleus sampling, or by beam search.
 
-The arithmetic is that of transformers 4.33's `generate`, which LAVIS calls: scores of finished captions are their
-log-probability over their length, and sampling looks at the 50 likeliest tokens at most.
+The arithmetic is that of transformers 4.33's `generate`, which LAVIS calls: the score of a finished caption is its
+log-probability divided by its length, and sampling uses at most the 50 likeliest tokens.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ Step: TypeAlias = Callable[[jax.Array, jax.Array, Cache, jax.Array], tuple[jax.A
 
 @dataclass(frozen=True)
 class Rules:
-    """What a caption may be.
+    """Constraints on a caption.
 
     Attributes:
-      start, end, pad: token numbers.
-      max_length, min_length: in tokens, `start` included; `end` comes no earlier than after `min_length`.
-      repetition_penalty: what is there already has its logit divided by this, or multiplied if negative.
+      start, end, pad: token ids.
+      max_length, min_length: in tokens, `start` included; `end` is not allowed before `min_length`.
+      repetition_penalty: divides the logits of tokens that are in the caption, or multiplies negative ones.
     """
 
     start: int
@@ -38,7 +38,7 @@ class Rules:
     repetition_penalty: float = 1.0
 
     def apply(self, scores: jax.Array, ids: jax.Array, length: jax.Array) -> jax.Array:
-        """scores: (rows, vocabulary), of what follows the first `length` tokens of ids: (rows, max_length)."""
+        """scores: (rows, vocabulary), of the token after the first `length` tokens of ids: (rows, max_length)."""
         if self.repetition_penalty != 1.0:
             penalised = jnp.where(scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty)
             written = jnp.where(jnp.arange(ids.shape[1]) < length, ids, scores.shape[1])
@@ -51,12 +51,12 @@ class Rules:
 def write_caption(
     step: Step, past: Cache, rules: Rules, top_p: float | None = None, rng: jax.Array | None = None
 ) -> jax.Array:
-    """The likeliest token each time, or one drawn from the fewest that are `top_p` likely together.
+    """Write the likeliest token at each step, or draw one from the fewest whose probability reaches `top_p`.
 
     Args:
       step: (tokens (rows,), mask (rows, past + 1), past, position) -> logits (rows, vocabulary), own keys and values.
       past: keys and values of the queries, each (rows, queries, heads, head_dim).
-      rng: a key, to draw.
+      rng: a key to draw with; None takes the likeliest tokens.
 
     Returns:
       (rows, max_length) int32: `start`, the caption, `end` and `pad`.
@@ -83,7 +83,7 @@ def write_caption(
 
 
 def nucleus(scores: jax.Array, top_p: float | None) -> jax.Array:
-    """Leave the fewest tokens that are `top_p` likely together, of the 50 likeliest; the others become -inf."""
+    """Keep the fewest of the 50 likeliest tokens whose probability reaches `top_p`; the others become -inf."""
     ordered = -jnp.sort(-scores, axis=-1)[..., :TOP_K]
     likelihood = jax.nn.softmax(ordered, axis=-1)
     # A token is kept if those before it do not reach top_p.
@@ -102,7 +102,7 @@ def search_caption(step: Step, past: Cache, rules: Rules, num_beams: int) -> jax
         scores = rules.apply(jax.nn.log_softmax(logits), state.ids.reshape(-1, width), state.length)
         vocabulary = scores.shape[-1]
         totals = (scores + state.scores.reshape(-1, 1)).reshape(rows, num_beams * vocabulary)
-        # At most half of twice as many candidates end, one for each beam: enough are left to go on.
+        # Of 2 * num_beams candidates at most num_beams end, one for each beam: enough remain.
         best, flat = jax.lax.top_k(totals, 2 * num_beams)
         beam, token = flat // vocabulary, flat % vocabulary
         ends = token == rules.end
@@ -127,7 +127,7 @@ def search_caption(step: Step, past: Cache, rules: Rules, num_beams: int) -> jax
             finished_lengths=jnp.take_along_axis(finished_lengths, kept, axis=1),
             done=state.done | (finished[:, -1] >= best[:, 0] / (state.length + 1)),
         )
-        # What is done stays as it is.
+        # Finished rows stay unchanged.
         return replace(
             after,
             finished_ids=_where_rows(state.done, state.finished_ids, after.finished_ids),
@@ -141,7 +141,7 @@ def search_caption(step: Step, past: Cache, rules: Rules, num_beams: int) -> jax
         body,
         _Beams(
             ids=begun,
-            # All beams begin alike: only the first counts.
+            # All beams start equal, so only the first counts.
             scores=jnp.broadcast_to(jnp.where(jnp.arange(num_beams) == 0, 0.0, -1e9), (rows, num_beams)),
             length=jnp.int32(1),
             memory=_Memory.after(past, rules.max_length),
@@ -151,7 +151,7 @@ def search_caption(step: Step, past: Cache, rules: Rules, num_beams: int) -> jax
             done=jnp.zeros(rows, bool),
         ),
     )
-    # What did not end counts as it stands.
+    # Unfinished captions count with their current score.
     going = jnp.where(state.done[:, None], -jnp.inf, state.scores / state.length)
     scores = jnp.concatenate([state.finished_scores, going], axis=1)
     ids = jnp.concatenate([state.finished_ids, state.ids], axis=1)
@@ -164,7 +164,7 @@ def search_caption(step: Step, past: Cache, rules: Rules, num_beams: int) -> jax
 
 @flax.struct.dataclass
 class _Memory:
-    """Keys and values of the queries and of the tokens so far, in arrays that have room for all that may come."""
+    """Keys and values of the queries and of the tokens so far, in arrays of their final size."""
 
     cache: Cache
     num_queries: int = flax.struct.field(pytree_node=False)
@@ -175,7 +175,7 @@ class _Memory:
         return cls(cache, past[0][0].shape[1])
 
     def follow(self, step: Step, ids: jax.Array, length: jax.Array) -> tuple[jax.Array, "_Memory"]:
-        """Logits of what follows the first `length` tokens, and the memory with the last of them in it."""
+        """Logits of the token after the first `length` tokens, and the memory including the last of these."""
         size, last = self.cache[0][0].shape[1], length - 1
         seen = jnp.append(jnp.arange(size) < self.num_queries + last, True)
         mask = jnp.broadcast_to(seen, (len(ids), size + 1))
@@ -189,9 +189,9 @@ class _Memory:
 
 @flax.struct.dataclass
 class _Beams:
-    """Captions being written, (rows, beams, max_length), and the best that ended.
+    """Unfinished captions, (rows, beams, max_length), and the best finished ones.
 
-    Scores are log-probabilities; `finished_scores` are those over the length.
+    Scores are log-probabilities; `finished_scores` are divided by the length.
     """
 
     ids: jax.Array

@@ -1,8 +1,8 @@
-"""What a model is: frozen dataclasses, read from and written as upstream's `config.json`.
+"""Configs of models: frozen dataclasses, read from and written as upstream's `config.json`.
 
-Names and defaults are those of transformers 4.46.3 (`Blip2Config`). Upstream leaves a field out of the file when it has
-its default, so a missing field means the default here as well. Fields that have no bearing on this model (the language
-model's config, initializer ranges) are skipped on reading.
+Names and defaults are those of transformers 4.46.3 (`Blip2Config`). Upstream omits fields that have their defaults, so
+a missing field means the default here too. Fields that this model does not use (the language model's config,
+initializer ranges) are ignored.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from flax_qformer.models.activations import ACTIVATIONS
 
 @dataclass(frozen=True)
 class _Config:
-    """A config that knows its own fields: checked when it is built, read from a mapping, written as one."""
+    """Base of the configs: checks its fields when it is built, and reads and writes mappings."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -53,7 +53,7 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the config from a mapping as in `config.json`; keys that it does not know are skipped."""
+        """Build the config from a mapping as in `config.json`; unknown keys are ignored."""
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -118,8 +118,8 @@ class Blip2VisionConfig(_Config):
 class Blip2QFormerConfig(_Config):
     """The Q-Former: a BERT whose queries also attend to the image.
 
-    `chunk_size_feed_forward` is accepted and ignored: upstream saves memory with it, and it changes no value. XLA fuses
-    the feed-forward; `gradient_checkpointing` is what saves memory here.
+    `chunk_size_feed_forward` is accepted and ignored, since it changes no value. Upstream saves memory with it; here
+    `gradient_checkpointing` does.
     """
 
     vocab_size: int = _int(30522)
@@ -156,7 +156,7 @@ class Blip2QFormerConfig(_Config):
 
     @property
     def start_token_id(self) -> int:
-        """The number of [DEC], which begins captions; tokenizers add it last."""
+        """The id of the token [DEC], which begins captions; tokenizers add it last."""
         return self.vocab_size - 1 if self.bos_token_id is None else self.bos_token_id
 
     def has_cross_attention(self, layer: int) -> bool:
@@ -167,12 +167,12 @@ class Blip2QFormerConfig(_Config):
 class Blip2Config(_Config):
     """A whole model. Source: transformers 4.46.3 `Blip2Config`, as diffusers' `Blip2QFormerModel` uses it.
 
-    `pruned_heads` holds (layer, heads) pairs: self-attention heads of the Q-Former that are gone, numbered as in the
-    unpruned model. It is built by `prune_heads`; a mapping is accepted as well. `tokenizer` is upstream's field: a
-    folder or hub id that the tokenizer comes from. `scan_layers` runs the layers of both towers in a loop, which
-    compiles in a fraction of the time; parameters are then as `stack_layers` makes them. It stays off the disk.
-    `newly_initialised` holds (name, kind) pairs: modules whose parameters no checkpoint held and no training has
-    changed since, such as ("itm_head", "randomly initialised"). `from_pretrained` and `save_pretrained` maintain it.
+    `pruned_heads` holds (layer, heads) pairs: removed self-attention heads of the Q-Former, numbered as in the unpruned
+    model. `prune_heads` sets it; a mapping is accepted too. `tokenizer` is upstream's field: the folder or hub id of
+    the tokenizer. `scan_layers` runs the layers of both towers in a loop, which compiles much faster; parameters then
+    have the form of `stack_layers`. It is not saved. `newly_initialised` holds (name, kind) pairs, such as ("itm_head",
+    "randomly initialised"), of modules that no checkpoint held and no training has changed. `from_pretrained` and
+    `save_pretrained` maintain it.
     """
 
     vision_config: Blip2VisionConfig = Blip2VisionConfig()
@@ -216,7 +216,7 @@ class Blip2Config(_Config):
             self._check_alike()
 
     def _check_alike(self) -> None:
-        """Whether the layers can run in a loop."""
+        """Raise InputError if the layers cannot run in a loop."""
         qformer = self.qformer_config
         reason = ""
         if self.pruned_heads:
@@ -229,14 +229,14 @@ class Blip2Config(_Config):
             raise InputError(f"the layers cannot be scanned: {reason}; leave `scan_layers` off")
 
     def scanned(self) -> Self:
-        """With `scan_layers` if the layers can run in a loop, else as it is."""
+        """The config with `scan_layers` if the layers can run in a loop, else unchanged."""
         try:
             return dataclasses.replace(self, scan_layers=True)
         except InputError:
             return self
 
     def recomputed(self) -> Self:
-        """With `gradient_checkpointing` in both towers."""
+        """The config with `gradient_checkpointing` in both towers."""
         return dataclasses.replace(
             self,
             vision_config=dataclasses.replace(self.vision_config, gradient_checkpointing=True),
@@ -244,16 +244,16 @@ class Blip2Config(_Config):
         )
 
     def kept_heads(self, layer: int) -> tuple[int, ...]:
-        """Self-attention heads that a Q-Former layer still has, numbered as in the unpruned model."""
+        """Remaining self-attention heads of a Q-Former layer, numbered as in the unpruned model."""
         pruned = dict(self.pruned_heads).get(layer, ())
         return tuple(head for head in range(self.qformer_config.num_attention_heads) if head not in pruned)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the config from what `config.json` holds.
+        """Build the config from the contents of a `config.json`.
 
         Raises:
-          InputError: a part that upstream always writes is missing, or a field has a value that cannot be.
+          InputError: a part that upstream always writes is missing, or a field has an invalid value.
         """
         missing = [name for name in ("vision_config", "qformer_config", "num_query_tokens") if name not in values]
         if missing:
@@ -280,7 +280,7 @@ class Blip2Config(_Config):
         del values["scan_layers"]
         if not self.newly_initialised:
             del values["newly_initialised"]
-        # Upstream builds its tokenizer from this field, and takes null for a name.
+        # Upstream builds its tokenizer from this field, and reads null as a name.
         if self.tokenizer is None:
             del values["tokenizer"]
         return values
@@ -293,7 +293,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-      InputError: the file is not JSON, or holds something else than an object.
+      InputError: the file is not JSON, or not a JSON object.
     """
     try:
         with path.open("rb") as file:

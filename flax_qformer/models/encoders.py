@@ -1,4 +1,4 @@
-"""How an encoder runs its layers: those that are alike traced once, computed again for the gradient, or in a loop."""
+"""How an encoder runs its layers: equal layers traced once, recomputed for the gradient, or scanned."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +16,7 @@ from flax_qformer.models.layers import Block
 
 
 def check_stacked(encoder: Block, is_scanned: bool) -> None:
-    """Raise InputError where an encoder's parameters are stacked and it runs no loop, or the other way round."""
+    """Raise InputError if parameters are stacked without `scan_layers`, or not stacked with it."""
     names = encoder.variables.get("params", {})
     if names and ("layers" in names) != is_scanned:
         form, remedy = ("apart", "fq.stack_layers") if is_scanned else ("stacked", "fq.unstack_layers")
@@ -24,17 +24,16 @@ def check_stacked(encoder: Block, is_scanned: bool) -> None:
 
 
 def layer_runner(recompute: bool) -> Callable[..., Any]:
-    """Make what runs an encoder's layers, as functions of arrays: (layer, activations, rest) -> what the layer returns.
+    """Make a function that runs an encoder's layers: (layer, activations, rest) -> the layer's outputs.
 
-    Under `jax.jit`, layers that are alike are traced once. What looks on meanwhile (`nn.intercept_methods`, names in a
-    profile) sees layers without their name and place, and there only the first of those that are alike. The function
-    is made anew for each call of an encoder, so that nothing is left of what others called for. Without `jax.jit` each
-    call would compile it, under `jax.grad` too.
+    Under `jax.jit`, equal layers are traced once. `nn.intercept_methods` and profiles then lose layer names, and see
+    only the first of equal layers. Each call of an encoder makes a new function, so calls share no cache. Without
+    `jax.jit`, also under `jax.grad`, layers run directly, since each call would compile the function.
 
-    Not by `nn.jit`, which counts dropouts under a hash of the module: a later class may have it too, where it comes to
-    the same place in memory, and would then drop something else than it should.
+    `nn.jit` is not used: it counts dropouts by a hash of the module. A later module at the same place in memory can
+    have the same hash, and would draw a wrong mask.
 
-    A layer with a mutable collection (`init`, `capture_intermediates`) runs as it is, and draws other dropout.
+    A layer with a mutable collection (`init`, `capture_intermediates`) runs directly, with other dropout masks.
 
     Args:
       recompute: see `recomputed`.
@@ -43,7 +42,7 @@ def layer_runner(recompute: bool) -> Callable[..., Any]:
     def apply(layer: Block, activations: tuple, rest: tuple, params: Any, rngs: dict[str, jax.Array]) -> Any:
         return layer.apply({"params": params}, *activations, *rest, rngs=rngs)
 
-    # Under jit, and only there, even what depends on no argument is traced.
+    # Only under jit are constants traced.
     function = jax.jit(apply, static_argnums=0) if isinstance(jnp.zeros(()), jax.core.Tracer) else apply
     if recompute:
         function = recomputed(function)
@@ -51,11 +50,11 @@ def layer_runner(recompute: bool) -> Callable[..., Any]:
     def run(layer: Block, activations: tuple, rest: tuple = ()) -> Any:
         assert layer.scope is not None
         if not layer.scope.mutable:
-            # Each run has a key of its own: Flax counts them, and takes the stream `params` for want of `dropout`.
+            # One key for each run. Flax counts them, and uses the stream `params` if there is no `dropout`.
             is_drawn = layer.has_rng("dropout") or layer.has_rng("params")
             rngs = {"dropout": layer.make_rng("dropout")} if is_drawn else {}
             params = layer.variables.get("params", {})
-            # Where a parameter is missing or misshapen, the layer itself says in which layer.
+            # If a parameter is missing or misshapen, run the layer itself: its error names the layer.
             with suppress(ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeParamShapeError):
                 return function(layer.clone(parent=None, name=None), activations, rest, params, rngs)
         return layer(*activations, *rest)
@@ -64,15 +63,15 @@ def layer_runner(recompute: bool) -> Callable[..., Any]:
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """In the backward pass, run a function again instead of keeping what it computed.
+    """Recompute a function in the backward pass instead of keeping its intermediate values.
 
-    This is `jax.checkpoint`, but it saves memory on CPU too: XLA's CPU compiler drops the barrier that should keep the
-    two runs apart and merges them. Here the second run starts from the activations plus a zero that comes from the
-    gradient, so that no compiler can tell it for the first. Forward-mode differentiation is not defined.
+    Unlike `jax.checkpoint`, it also saves memory on a CPU: XLA's CPU compiler drops the barrier of `jax.checkpoint` and
+    merges the two runs. Here the second run starts from the activations plus a zero computed from the gradient, so no
+    compiler can merge it with the first. There is no forward-mode derivative.
 
     Args:
-      function: of something static, activations (a tuple of arrays or None), and further trees of arrays. Of what it
-        returns, the first part is an array.
+      function: (static, activations, *trees of arrays) -> a tuple whose first item is an array. Activations are a tuple
+        of arrays or None.
     """
 
     def forward(static: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -80,7 +79,7 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(static: Any, arguments: Any, gradients: Any) -> Any:
         activations, *others = arguments
-        zero = jnp.minimum(jnp.abs(gradients[0][:, :1, :1]), 0)  # of each image, lest chips exchange it
+        zero = jnp.minimum(jnp.abs(gradients[0][:, :1, :1]), 0)  # per image, so that no collective is needed
         activations = jax.tree.map(lambda x: x + zero[:: len(zero) // len(x)].astype(x.dtype), activations)
         return jax.vjp(partial(function, static), activations, *others)[1](gradients)
 
@@ -90,15 +89,15 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scanned(encoder: Block, length: int, x: jax.Array, each: Any, run: Callable[[Any, jax.Array, Any], tuple]) -> tuple:
-    """Run a short encoder `length` times over, each time with parameters of its own: XLA compiles it once.
+    """Run a short encoder `length` times, each time with its own parameters. XLA compiles it once.
 
     Args:
-      encoder: whose parameters get a leading axis of that length, under its name.
+      encoder: its parameters get a leading axis of that length, under its name.
       each: a tree of arrays with that leading axis, one row for each run.
-      run: (encoder, x, row) -> the next x, and a tree of what else comes out.
+      run: (encoder, x, row) -> the next x, and a tree of further outputs.
 
     Returns:
-      The last x, and the trees with a leading axis. What of them nobody uses, XLA leaves out.
+      The last x, and the trees with a leading axis. XLA drops unused outputs.
     """
     scan = nn.scan(
         run,

@@ -1,4 +1,4 @@
-"""Checks of what a model is given, before anything is computed."""
+"""Checks of a model's inputs, before it runs."""
 
 import functools
 import warnings
@@ -18,7 +18,7 @@ def as_array(name: str, value: Any) -> jax.Array:
     """An argument as an array.
 
     Raises:
-      InputError: it is text, a mapping, or a list of rows of several lengths.
+      InputError: it is text, a mapping, or a list of rows of different lengths.
     """
     try:
         return jnp.asarray(value)
@@ -27,9 +27,9 @@ def as_array(name: str, value: Any) -> jax.Array:
 
 
 def check_pixels(pixel_values: jax.Array | np.ndarray) -> None:
-    """Refuse whole numbers, and warn once per process of values that were not normalised.
+    """Refuse integers, and warn once per process of values that are not normalised.
 
-    Under `jax.jit` only the dtype is checked.
+    Under `jax.jit`, only the dtype is checked.
 
     Raises:
       InputError: the pixels are not floating point.

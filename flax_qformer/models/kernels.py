@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 SCORES_AT_ONCE = 9 * 2**18
-"""Attention scores of a product on a CPU, those of two images of 257 tokens and 16 heads."""
+"""Attention scores computed at once on a CPU: those of two images of 257 tokens and 16 heads."""
 
 FEWEST_DIVISORS = 4096
-"""XLA's CPU compiler turns a division by fewer into a product with their inverses, which it computes first."""
+"""With fewer divisors XLA's CPU compiler does not fuse the division: it multiplies by precomputed inverses."""
 
 LEAST_PIECES = 2 if jax.__version_info__ < (0, 11) else 1
-"""The fewest pieces of an image's queries: JAX 0.10 computes each product of attention on one core."""
+"""Minimum number of pieces of an image's queries. JAX 0.10 computes each attention product on one core."""
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, plain: Callable[..., jax.Array]) -> jax.Array:
-    """Attention without bias, masks and dropout, in the form that is fastest where it runs.
+    """Attention without bias, masks and dropout, in the fastest form for the platform.
 
     Args:
       query, key, value: (batch, tokens, heads, head_dim), the query scaled.
@@ -36,16 +36,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, plain: Callabl
 
 
 def product_dtype(dtype: DTypeLike) -> DTypeLike:
-    """The dtype of a product's result: float32, but on a GPU `dtype`, so that its libraries add the bias within it."""
+    """Dtype of a product's result: float32; on a GPU `dtype`, so that the GPU's libraries fuse the bias."""
     return dtype if jax.default_backend() == "gpu" else jnp.float32
 
 
 def product(x: jax.Array, kernel: jax.Array, axes: int, result: DTypeLike) -> jax.Array:
-    """The product over the last axes of x and the first of a kernel, as many of each."""
+    """Product over the last `axes` axes of x and the first `axes` axes of a kernel, in the dtype `result`."""
     before, out_shape = x.shape[: x.ndim - axes], kernel.shape[axes:]
     if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
-        # As matrices: with more axes XLA's CPU compiler turns a kernel's gradient wherever it reads it, and before that
-        # the activations which it is made of. A TPU would copy the kernels.
+        # As matrices: with more axes XLA's CPU compiler transposes the kernel's gradient and its inputs. On a TPU the
+        # reshape would copy the kernels.
         width = math.prod(kernel.shape[:axes])
         x, kernel, axes = x.reshape(math.prod(before), width), kernel.reshape(width, math.prod(out_shape)), 1
     contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
@@ -63,17 +63,17 @@ def softmax_parts(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _in_parts(at_once: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Attend for some images, and of them for some queries, at a time.
+    """Attention in parts: some images, and some of their queries, at a time.
 
-    The scores of many are more memory than a C library keeps, and to get it anew from the system, page by page, takes
-    longer than the attention. In the backward pass each part is computed again.
+    All scores at once need more memory than the C library keeps, and getting it from the system page by page takes
+    longer than the attention. The backward pass recomputes each part.
 
     Args:
-      at_once: how to attend where there is little to do, or a mesh.
+      at_once: attention in one piece, for small inputs and on a mesh.
       arrays: query, key, value, each (batch, tokens, heads, head_dim).
     """
     batch, num_queries, heads, _ = arrays[0].shape
-    scores = heads * num_queries * arrays[1].shape[1]  # of an image
+    scores = heads * num_queries * arrays[1].shape[1]  # per image
     if batch * scores < SCORES_AT_ONCE // 4 or jax.sharding.get_abstract_mesh().size > 1:
         return at_once(*arrays)
     # Largest divisor of the batch whose scores fit.
@@ -93,27 +93,27 @@ def _in_parts(at_once: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
 
         return None, jnp.concatenate([piece(some) for some in jnp.array_split(query, pieces, axis=1)], axis=1)
 
-    # XLA runs a loop's rounds one after the other, and what is in one round side by side.
+    # XLA runs a loop's iterations in sequence, and the operations of one iteration in parallel.
     parts = tuple(x.reshape(-1, images, *x.shape[1:]) for x in arrays)
     _, context = jax.lax.scan(part, None, parts, unroll=4)
     return context.reshape(arrays[0].shape)
 
 
 def _of_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attention over one axis of heads and images: of two, one of length 1 would keep XLA from making it one loop.
+    """Attention with heads and images as one axis. With two axes, XLA does not fuse it if one has length 1.
 
     query: (n, queries, head_dim), key, value: (n, keys, head_dim) -> the shape of the query.
     """
     scores = jnp.einsum("nqd,nkd->nqk", query, key, preferred_element_type=jnp.float32)
     powers, total = softmax_parts(scores)
     context = jnp.einsum("nqk,nkd->nqd", powers.astype(query.dtype), value, preferred_element_type=jnp.float32)
-    # As many divisors as numbers are divided in the loop (an infinite one becomes NaN).
+    # One divisor for each number, so that XLA fuses the division (an infinite divisor becomes NaN).
     divisor = total + 0 * context if total.size < FEWEST_DIVISORS else total
     return (context / divisor).astype(query.dtype)
 
 
 def _cudnn_takes(query: jax.Array) -> bool:
-    """Whether cuDNN's attention is there, and made for such queries: half precision, GPUs of NVIDIA since Ampere."""
+    """Whether cuDNN's attention supports these queries: half precision, on NVIDIA GPUs since Ampere."""
     device, head_dim = jax.devices()[0], query.shape[-1]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind or float(device.compute_capability) < 8:
         return False
@@ -126,7 +126,7 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _cudnn_with_gradient(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The same where a gradient is wanted, which cuDNN has for even lengths: odd ones are padded and told."""
+    """`_cudnn` for gradients. cuDNN has them for even lengths only, so odd lengths are padded and passed along."""
     lengths: dict[str, Any] = {}
     batch, num_queries, num_keys = *query.shape[:2], key.shape[1]
     if num_queries % 2 or num_keys % 2:

@@ -1,7 +1,7 @@
-"""What every tower shares: the dtype policy, dense layers, LayerNorm.
+"""Layers that all towers share, and the dtype policy.
 
-The policy: parameters live in `param_dtype`, products run in `dtype` and accumulate in float32, LayerNorm statistics
-and softmax are float32 whatever the dtype.
+The policy: parameters are stored in `param_dtype`. Products run in `dtype` and accumulate in float32. LayerNorm
+statistics and softmax are float32 in any dtype.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from flax_qformer.models import kernels
 from flax_qformer.parallel.mesh import keep_batch
 
 INITIALIZER = nn.initializers.normal(0.02)
-"""BERT's and ViT's, for the queries too, as in LAVIS: upstream's are zero, and would stay equal to one another."""
+"""Initializer of BERT, ViT and, as in LAVIS, the queries. Upstream's queries are zero and would stay equal."""
 
 LORA = ("lora_A", "lora_B")
 """Names of the LoRA weights beside a kernel, see `models.lora`."""
@@ -44,9 +44,9 @@ class Block(nn.Module, kw_only=True):
 
     @nn.nowrap
     def param(self, name: str, init_fn: Callable[..., Any], *init_args: Any, **details: Any) -> Any:
-        """As Flax's, which traces the initializer, whose first argument is the shape, to check that of what is there.
+        """Flax's `param`, which traces the initializer only if a stored value has another shape than `init_args[0]`.
 
-        That takes more than half of a call of a small model without `jax.jit`; here Flax does it where shapes differ.
+        Flax always traces it, which takes more than half of a small model's call without `jax.jit`.
         """
         if not self.is_initializing():
             value: Any = self.get_variable("params", name)
@@ -56,13 +56,13 @@ class Block(nn.Module, kw_only=True):
 
 
 class Dense(Block):
-    """`x @ kernel + bias` over the last axes of x, where each side may have several axes. Source: `nn.Linear`.
+    """`x @ kernel + bias` over the last axes of x; input and output may have several axes. Source: `nn.Linear`.
 
-    kernel: (*in_shape, *out_shape); bias: out_shape. Accumulates in float32, also in half precision, and what follows,
-    bias and activation, is float32 too: on CPU a chain of half-precision operations rounds after each.
+    kernel: (*in_shape, *out_shape); bias: out_shape. The product accumulates in float32 in any dtype. Bias and
+    activation are float32 too: on a CPU, a chain of half-precision operations rounds after each.
 
-    Where the parameters have LoRA weights, `lora_A` (*in_shape, rank) and `lora_B` (rank, *out_shape), the output has
-    `x @ lora_A @ lora_B` as well. The kernel then needs no gradient.
+    If the parameters have LoRA weights, `lora_A` (*in_shape, rank) and `lora_B` (rank, *out_shape), the output also
+    has `x @ lora_A @ lora_B`. The kernel then needs no gradient.
     """
 
     in_shape: tuple[int, ...]
@@ -98,7 +98,7 @@ class Dense(Block):
 
 
 class LayerNorm(Block):
-    """Normalisation over the last axis, then scale and bias, by `Block.param`, which Flax's would not use.
+    """Normalisation over the last axis, then scale and bias. Flax's own would not use `Block.param`.
 
     Source: PyTorch's `nn.LayerNorm`; arXiv 1607.06450.
     """
@@ -113,13 +113,13 @@ class LayerNorm(Block):
         return _normalised(x, scale, bias, self.eps).astype(self.dtype)
 
 
-@partial(jax.jit, static_argnums=3)  # so that calls without a jit around them do not trace it each time
-@partial(jax.checkpoint, static_argnums=3, prevent_cse=False)  # a compiler may keep it after all
+@partial(jax.jit, static_argnums=3)  # otherwise calls outside of a jit trace it each time
+@partial(jax.checkpoint, static_argnums=3, prevent_cse=False)  # the compiler may still keep it
 def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm in float32; of it only x is kept for the gradient, since on chips memory binds a training step."""
+    """LayerNorm in float32. Only x is kept for the gradient, since memory bounds a training step on GPUs and TPUs."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(axis=-1, keepdims=True)
-    # Not from the mean of squares, which cancels at eps 1e-12.
+    # The mean of squares would cancel at eps 1e-12.
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
     return centred * (jax.lax.rsqrt(variance + eps) * scale) + bias
 
@@ -128,7 +128,7 @@ def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> 
 def lora_kernel(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
     """`kernel + down @ up`, computed in float32, in the kernel's dtype.
 
-    kernel: (*in_shape, *out_shape), down: (*in_shape, rank), up: (rank, *out_shape); or stacked layers of them.
+    kernel: (*in_shape, *out_shape), down: (*in_shape, rank), up: (rank, *out_shape); or stacked layers of these.
     """
     if down.ndim + up.ndim - 2 > kernel.ndim:
         return jax.vmap(lora_kernel)(kernel, down, up)

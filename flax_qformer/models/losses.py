@@ -7,11 +7,11 @@ from flax_qformer.errors import InputError
 
 LABEL_SMOOTHING = 0.1
 SAME_IMAGE = -10000.0
-"""What the similarity of a pair becomes that must not be drawn as a negative."""
+"""Logit of a pair that must not be drawn as a negative."""
 
 
 def similarities(image_features: jax.Array, text_features: jax.Array) -> jax.Array:
-    """Similarity of each image with each text: that of the query that fits the text best.
+    """Similarity of each image with each text: the maximum over the image's queries.
 
     image_features: (images, queries, width), text_features: (texts, width), both normalised -> (images, texts).
     """
@@ -23,10 +23,10 @@ def contrastive_loss(logits: jax.Array, image_id: jax.Array | None = None) -> ja
 
     Args:
       logits: (batch, batch), images by texts: similarities over the temperature.
-      image_id: (batch,) pairs with the same number share the target equally.
+      image_id: (batch,) numbers of the images; pairs of the same image share the target equally.
     """
     same = _same_image(len(logits), image_id).astype(jnp.float32)
-    # Of whole columns, not of the transposed: its rows would have to move between the chips.
+    # Reduce along columns: the rows of a transposed matrix would move between the chips.
     texts, images = (_cross_entropy(logits, same / same.sum(axis, keepdims=True), axis).mean() for axis in (1, 0))
     return (texts + images) / 2
 
@@ -39,7 +39,7 @@ def negative_logits(logits: jax.Array, image_id: jax.Array | None = None) -> jax
 def matching_loss(logits: jax.Array) -> jax.Array:
     """ITM: the cross-entropy of telling pairs that match from pairs that do not.
 
-    logits: (batch, 3, 2): of each three pairs the first matches; class 1 is a match.
+    logits: (batch, 3, 2): the first of each three pairs matches; class 1 is a match.
     """
     scores = jax.nn.log_softmax(logits)
     return -jnp.stack([scores[:, 0, 1], scores[:, 1, 0], scores[:, 2, 0]]).mean()
@@ -65,6 +65,6 @@ def _same_image(size: int, image_id: jax.Array | None) -> jax.Array:
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array, axis: int = -1) -> jax.Array:
-    """Of smoothed targets; the classes lie along an axis, over which is summed."""
+    """Cross-entropy with smoothed targets, summed over the axis of the classes."""
     smoothed = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / logits.shape[axis]
     return -(smoothed * jax.nn.log_softmax(logits, axis)).sum(axis)

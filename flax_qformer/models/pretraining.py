@@ -30,7 +30,7 @@ TEMPERATURE = 0.07
 
 @flax.struct.dataclass
 class PreTrainingOutput:
-    """The losses and what they came from. Arrays are float32.
+    """The losses and the arrays that they are computed from, all float32.
 
     Attributes:
       loss: the sum of the three.
@@ -39,12 +39,12 @@ class PreTrainingOutput:
       loss_itg: image-grounded text generation.
       image_features: (batch, num_query_tokens, image_text_hidden_size), normalised.
       text_features: (batch, image_text_hidden_size), normalised.
-      logits_per_image: (batch, batch), similarities of each image with each text over the temperature;
+      logits_per_image: (batch, batch), similarity of each image with each text, divided by the temperature;
         `logits_per_text` is its transpose.
       negative_image_index: (batch,) the image that was matched with each text as its negative.
       negative_text_index: (batch,) the text that was matched with each image.
-      itm_logits: (3 * batch, 2): positives, texts with negative images, images with negative texts; class 1 matches.
-      itg_logits: (batch, T, vocabulary): of the token after each.
+      itm_logits: (3 * batch, 2): positives, texts with negative images, images with negative texts; class 1 is a match.
+      itg_logits: (batch, T, vocabulary): logits of the token after each token.
     """
 
     loss: jax.Array
@@ -78,7 +78,7 @@ class _Transform(Block):
 
 
 class LMHead(Block):
-    """States to words; the decoder's kernel is the table of word embeddings. Source: LAVIS `BertLMPredictionHead`."""
+    """States to words. The decoder's kernel is the table of word embeddings. Source: LAVIS `BertLMPredictionHead`."""
 
     config: Blip2QFormerConfig
 
@@ -109,7 +109,7 @@ class Blip2ForPreTraining(QFormer):
         self.text_proj = self.dense(None, (width,), (c.image_text_hidden_size,))
         self.itm_head = self.dense(None, (width,), (2,))
         self.lm_head = LMHead(c.qformer_config, **self.policy)
-        # Without heads, `encode_image` and `read` still run.
+        # `encode_image` and `read` also run without heads.
         if self.is_mutable_collection("params") or self.has_variable("params", "temp"):
             self.temp = self.param("temp", nn.initializers.constant(TEMPERATURE), (), self.param_dtype)
 
@@ -131,14 +131,14 @@ class Blip2ForPreTraining(QFormer):
           pixel_values: (batch, image_size, image_size, 3), as `Processor` makes them.
           input_ids: (batch, T), each text in [CLS] ... [SEP] and padding.
           attention_mask: (batch, T), zeros for padding.
-          negative_image_index, negative_text_index: (batch,) fix the negatives of texts and images.
-          image_id: (batch,) whole numbers; pairs that share one show the same image.
-          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or all of
-            what `encode_image` returns.
+          negative_image_index, negative_text_index: (batch,) negatives of texts and of images; drawn by default.
+          image_id: (batch,) integers; pairs that share one show the same image.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or the output
+            of `encode_image`.
           deterministic: False turns dropout on, which needs a `dropout` rng.
 
         Raises:
-          InputError: the inputs do not fit one another or the config.
+          InputError: the inputs do not fit each other or the config.
         """
         if input_ids is None or (pixel_values is None and encoder_hidden_states is None):
             raise InputError("the losses need pairs: give `pixel_values` and `input_ids`")
@@ -167,12 +167,12 @@ class Blip2ForPreTraining(QFormer):
             negative_image_index = self._draw(negative_logits(logits, image_id), axis=0)
         if negative_text_index is None:
             negative_text_index = self._draw(negative_logits(logits, image_id), axis=1)
-        # Of each pair: itself, with a negative image, with a negative text. Side by side, they stay on the pair's chip.
+        # For each pair: itself, with a negative image, with a negative text. Interleaved, they stay on the pair's chip.
         images: jax.Array | None = None
         if not seen:
             images = interleaved(image, pick_rows(image, negative_image_index), image)
         elif is_batch_split() or self.config.qformer_config.gradient_checkpointing:
-            # Chips would exchange several times as much for keys and values, and recomputed layers would keep them.
+            # Keys and values are several times as much to send between chips, and recomputed layers would keep them.
             images = pick_rows(image, negative_image_index)
         else:
             seen = jax.tree.map(lambda x: interleaved(x, x[negative_image_index], x), seen)
@@ -210,7 +210,7 @@ class Blip2ForPreTraining(QFormer):
         encoder_hidden_states: jax.Array | VisionOutput | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """What images are found by: (batch, num_query_tokens, image_text_hidden_size), normalised, float32."""
+        """Features to retrieve images by: (batch, num_query_tokens, image_text_hidden_size), normalised, float32."""
         self._check_heads("vision_proj")
         image = self._image(pixel_values, encoder_hidden_states, deterministic)
         queries = self.read(encoder_hidden_states=image, deterministic=deterministic)
@@ -219,7 +219,7 @@ class Blip2ForPreTraining(QFormer):
     def text_features(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, deterministic: bool = True
     ) -> jax.Array:
-        """What texts are found by: (batch, image_text_hidden_size), normalised, float32."""
+        """Features to retrieve texts by: (batch, image_text_hidden_size), normalised, float32."""
         self._check_heads("text_proj")
         text = self.read(input_ids=input_ids, attention_mask=attention_mask, deterministic=deterministic)
         return self._normalised(self.text_proj(text.pooler_output))
@@ -254,16 +254,16 @@ class Blip2ForPreTraining(QFormer):
     ) -> jax.Array:
         """Write captions: by beam search, greedily (`num_beams=1`), or by nucleus sampling (needs a `sampling` rng).
 
-        Source: LAVIS `Blip2Qformer.generate`, whose names and defaults these are.
+        Source: LAVIS `Blip2Qformer.generate`; the names and defaults are LAVIS's.
 
         Args:
           pixel_values: (batch, image_size, image_size, 3).
           eos_token_id: the tokenizer's `sep_token_id`, which ends a caption.
-          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or all of
-            what `encode_image` returns.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or the output
+            of `encode_image`.
           max_length, min_length: in tokens, [DEC] included.
-          top_p: nucleus sampling draws from the fewest tokens that have this probability together.
-          repetition_penalty: above 1, makes tokens that stand there already less likely.
+          top_p: nucleus sampling draws from the fewest tokens whose total probability reaches this.
+          repetition_penalty: above 1 makes tokens less likely that are already in the caption.
 
         Returns:
           (batch, max_length) int32: [DEC], the words, `eos_token_id` and padding.
@@ -278,7 +278,7 @@ class Blip2ForPreTraining(QFormer):
         self._check_heads("lm_head")
         image = self._image(pixel_values, encoder_hidden_states, True)
         past = self.read(encoder_hidden_states=image, use_cache=True).past_key_values or ()
-        # Inside a loop of XLA's, a module has to be a function of its variables.
+        # Inside an XLA loop, a module must be a pure function of its variables.
         pure, variables = self.clone(parent=None, name=None), self.variables
 
         def step(token: jax.Array, mask: jax.Array, past: tuple[KeyValue, ...], position: jax.Array) -> tuple:
@@ -296,7 +296,7 @@ class Blip2ForPreTraining(QFormer):
     def next_token(
         self, token: jax.Array, mask: jax.Array, past_key_values: tuple[KeyValue, ...], position: jax.Array
     ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
-        """Logits of what follows a token, and the token's own keys and values; one step of writing.
+        """Logits of the next token, and the keys and values of this token: one step of captioning.
 
         token: (batch,), mask: (batch, past + 1), position: () -> (batch, vocabulary), and (batch, 1, heads, head_dim)
         for each layer.
@@ -314,13 +314,13 @@ class Blip2ForPreTraining(QFormer):
     def _read_apart(
         self, image: jax.Array, input_ids: jax.Array, caption_ids: jax.Array, mask: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[KeyValue, ...]]:
-        """Read the image, the texts and the captions at once: the layers run once, and on more rows.
+        """Read the image, the texts and the captions in one pass: the layers run once, on more rows.
 
-        Queries see the image and one another, a text sees itself, and a caption the queries and of itself what came
-        before. Source: the masks of arXiv 2301.12597, figure 2; LAVIS reads one after the other.
+        Queries see the image and each other. A text sees itself. A caption sees the queries and its own earlier tokens.
+        Source: the masks of arXiv 2301.12597, figure 2; LAVIS runs three passes.
 
         input_ids, caption_ids, mask: (batch, T) -> the states of queries, texts and captions, (batch, tokens, width)
-        each, and keys and values of the image, where they were made.
+        each, and keys and values of the image, if they were computed.
         """
         num_queries, length = self.config.num_query_tokens, input_ids.shape[1]
         part = np.repeat(np.arange(3), (num_queries, length, length))
@@ -331,7 +331,7 @@ class Blip2ForPreTraining(QFormer):
         output = self.read(
             None,
             jnp.concatenate([input_ids, caption_ids], axis=1),
-            # Left out twice as far as padding, which a text of nothing but padding attends to.
+            # Mask harder than padding, so that an all-padding text stays inside itself.
             jnp.where(sees, counts[:, None, :], -1.0),
             encoder_hidden_states=image,
             positions=jnp.tile(jnp.arange(length), 2),
@@ -390,6 +390,6 @@ class Blip2ForPreTraining(QFormer):
                 "`negative_text_index`"
             )
         scores = jax.lax.stop_gradient(logits) + jax.random.gumbel(self.make_rng("negatives"), logits.shape)
-        # An argmax in two reductions, which chips do on their own parts; for one they would exchange theirs.
+        # Two reductions, which each chip runs on its own part; one argmax would gather the parts.
         places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
         return jnp.where(scores == scores.max(axis, keepdims=True), places, logits.shape[axis]).min(axis)

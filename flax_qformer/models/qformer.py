@@ -31,21 +31,21 @@ KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
 
 @flax.struct.dataclass
 class QFormerOutput:
-    """What the Q-Former returns. N tokens are the queries, if there are any, and then the text.
+    """Output of the Q-Former. The N tokens are the queries, if there are any, followed by the text.
 
     Attributes:
       last_hidden_state: (batch, N, width)
       pooler_output: (batch, width): the first token.
-      query_embeddings: (batch, num_query_tokens, width): the queries after `proj_layer`, what a diffusion model reads
+      query_embeddings: (batch, num_query_tokens, width): the queries after `proj_layer`, which a diffusion model reads
         as words (upstream's `return_dict=False`). None without queries.
       hidden_states: (batch, N, width) before the first and after each layer; None unless asked for.
       attentions: (batch, heads, N, N) of each layer; None unless asked for.
       cross_attentions: (batch, heads, num_query_tokens, image tokens) of each layer that cross-attends; None unless
         asked for.
-      past_key_values: self-attention keys and values of each layer, each (batch, tokens, heads, head_dim), those given
-        included; None unless asked for.
-      image_key_values: those of the image, of each layer that cross-attends; None unless `past_key_values` are asked
-        for, empty where the image was read without making them.
+      past_key_values: self-attention keys and values of each layer, each (batch, tokens, heads, head_dim),
+        including the given ones; None unless asked for.
+      image_key_values: keys and values of the image, of each layer that cross-attends; None unless `past_key_values`
+        are asked for; empty if the image was read without computing them.
     """
 
     last_hidden_state: jax.Array
@@ -66,14 +66,14 @@ class _Table(Block):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids: (...) -> (..., width)."""
-        # Rows of a table that is split by width would come split by width too, not by batch.
+        # Rows of a table that is sharded by width would be sharded by width too, not by batch.
         table = replicated(self.param("embedding", INITIALIZER, self.shape, self.param_dtype))
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(self.dtype)
 
 
 class Blip2TextEmbeddings(Block):
-    """Words and positions, the queries in front. Source: diffusers `Blip2TextEmbeddings`."""
+    """The queries, followed by embeddings of words and positions. Source: diffusers `Blip2TextEmbeddings`."""
 
     config: Blip2QFormerConfig
 
@@ -107,15 +107,15 @@ def _one_after_other(past: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def _around(past: jax.Array, own: jax.Array) -> jax.Array:
-    """Of each three rows the first and the third are past."""
+    """Rows: past, own, past."""
     return interleaved(past, own, past)
 
 
 class Blip2QFormerMultiHeadAttention(Block):
     """Attention with separate query, key and value. Source: transformers `Blip2QFormerMultiHeadAttention`.
 
-    `joined` puts keys, or values, that are past and those of the context together: in self-attention one after the
-    other, in cross-attention row by row.
+    `joined` combines cached keys or values with those of the context: self-attention concatenates tokens,
+    cross-attention interleaves rows.
     """
 
     config: Blip2QFormerConfig
@@ -132,10 +132,10 @@ class Blip2QFormerMultiHeadAttention(Block):
         past: KeyValue | None,
         deterministic: bool,
     ) -> tuple[jax.Array, jax.Array, KeyValue | None]:
-        """x: (batch, queries, width) attends to context: (batch, keys, context width), to what is past, or to both.
+        """x: (batch, queries, width) attends to context: (batch, keys, context width), to cached keys, or to both.
 
         Returns (batch, queries, heads, head_dim), weights (batch, heads, queries, keys), and the keys and values if
-        they were made.
+        they were computed.
         """
         c, num_queries = self.config, x.shape[1]
         heads = (self.num_heads, c.head_dim)
@@ -160,7 +160,7 @@ class Blip2QFormerMultiHeadAttention(Block):
 
 
 class _ResidualOutput(Block):
-    """Back to the width, dropout, residual, LayerNorm. Source: transformers `Blip2QFormerOutput`, `...SelfOutput`."""
+    """Projection, dropout, residual, LayerNorm. Source: transformers `Blip2QFormerOutput`, `...SelfOutput`."""
 
     config: Blip2QFormerConfig
 
@@ -174,7 +174,7 @@ class _ResidualOutput(Block):
 
 
 class Blip2QFormerAttention(Block):
-    """Attention and what follows it. Source: transformers `Blip2QFormerAttention`."""
+    """Attention, its projection and the residual. Source: transformers `Blip2QFormerAttention`."""
 
     config: Blip2QFormerConfig
     num_heads: int
@@ -214,7 +214,7 @@ class _Intermediate(Block):
 class Blip2QFormerLayer(Block):
     """Self-attention over all tokens, cross-attention for the queries, and a feed-forward each for queries and text.
 
-    `heads` are the self-attention heads that are left, numbered as in the unpruned layer. Source: diffusers
+    `heads` are the remaining self-attention heads, numbered as in the unpruned layer. Source: diffusers
     `Blip2QFormerLayer`.
     """
 
@@ -235,11 +235,11 @@ class Blip2QFormerLayer(Block):
         past: KeyValue | None,
         image_past: KeyValue | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, KeyValue | None, KeyValue | None]:
-        """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and what it came from.
+        """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and five more outputs.
 
-        That is the queries alone, (batch, num_queries, width), the weights, (batch, heads, N, past + N), those of
-        cross-attention, (batch, heads, num_queries, image tokens) or None, the keys and values of self-attention, and
-        those of cross-attention or None.
+        These are the queries alone, (batch, num_queries, width); the weights of self-attention, (batch, heads, N,
+        past + N), and of cross-attention, (batch, heads, num_queries, image tokens) or None; the keys and values of
+        self-attention, and those of cross-attention or None.
         """
         c, cross_weights, image_cache = self.config, None, None
         kept = None if head_mask is None else head_mask[:, self.heads, :, :]
@@ -264,16 +264,16 @@ class Blip2QFormerLayer(Block):
 
 @flax.struct.dataclass
 class EncoderInputs:
-    """What the layers go by, beside the tokens. N tokens are `num_queries` queries, and then the text.
+    """Inputs of the layers besides the tokens. The N tokens are `num_queries` queries, followed by the text.
 
     Attributes:
       image: (batch, image tokens, image width)
       bias: (batch, 1, 1 or N, past + N), added to the scores of self-attention.
       image_bias: (batch, 1, 1 or num_queries, image tokens), added to those of cross-attention.
       head_mask: (layers, batch or 1, heads, 1, 1), factors on the weights of both.
-      past: keys and values of self-attention that are past, of each layer.
-      image_past: those of cross-attention, of each layer that has it.
-      deterministic: drop nothing.
+      past: cached keys and values of self-attention, of each layer.
+      image_past: cached keys and values of cross-attention, of each layer that has it.
+      deterministic: turns dropout off.
     """
 
     image: jax.Array | None
@@ -287,15 +287,16 @@ class EncoderInputs:
 
 
 class EncoderOutput(NamedTuple):
-    """What the layers give.
+    """Outputs of the layers.
 
     Attributes:
-      queries: their last state; of layers one by one, none recomputed, its gradient leaves the last layer's text out.
+      queries: the queries' last state. If layers are neither scanned nor recomputed, its gradient skips the last
+        layer's text.
       states: (batch, N, width) before the first and after each layer.
       attentions: (batch, heads, N, past + N) of each layer.
       cross_attentions: (batch, heads, num_queries, image tokens) of each layer that cross-attends.
-      past: keys and values of self-attention, those given included.
-      image_past: those of cross-attention, where they were made.
+      past: keys and values of self-attention, including the given ones.
+      image_past: keys and values of cross-attention, if they were computed.
     """
 
     queries: jax.Array
@@ -309,8 +310,8 @@ class EncoderOutput(NamedTuple):
 class Blip2QFormerEncoder(Block):
     """The Q-Former's layers. Source: diffusers `Blip2QFormerEncoder`.
 
-    With the config's `scan_layers` they run in a loop over groups of `cross_attention_frequency`: the parameters are
-    those of an encoder of one group, `layers`, with a leading axis.
+    With the config's `scan_layers` they run in a loop over groups of `cross_attention_frequency` layers. The parameters
+    are then those of an encoder of one group, `layers`, with a leading axis.
     """
 
     config: Blip2Config
@@ -323,7 +324,7 @@ class Blip2QFormerEncoder(Block):
         if self.config.scan_layers:
             return self._scan(x, inputs)
         queries, images = x[:, : inputs.num_queries], iter(inputs.image_past or ())
-        # In the order of `EncoderOutput`, which is that of what a layer returns.
+        # In the order of `EncoderOutput` and of a layer's outputs.
         found: tuple[list[Any], ...] = ([x], [], [], [], [])
         run = layer_runner(c.gradient_checkpointing)
         for i in range(c.num_hidden_layers):
@@ -340,7 +341,7 @@ class Blip2QFormerEncoder(Block):
             )
             x, queries, *others = run(layer, (x, inputs.image), rest)
             if c.gradient_checkpointing:
-                queries = x[:, : inputs.num_queries]  # the gradient has to come through the first output
+                queries = x[:, : inputs.num_queries]  # the gradient must flow through the first output
             for one, of_all in zip((x, *others), found, strict=True):
                 if one is not None:
                     of_all.append(one)
@@ -379,7 +380,7 @@ class Blip2QFormerEncoder(Block):
 class ProjLayer(Block):
     """A feed-forward on the queries; the residual is its input before the LayerNorm. Source: diffusers `ProjLayer`.
 
-    It begins as the identity, so that queries trained without it pass through.
+    It is initialised to the identity, so that queries trained without it pass through.
     """
 
     width: int
@@ -394,9 +395,9 @@ class ProjLayer(Block):
 
 
 class QFormer(Block):
-    """The vision tower, the queries and the layers: what `Blip2QFormerModel` and `Blip2ForPreTraining` share.
+    """The vision tower, the queries and the layers, which `Blip2QFormerModel` and `Blip2ForPreTraining` share.
 
-    `parts` names the modules that a class has besides.
+    `parts` names the other modules of a class.
     """
 
     config: Blip2Config
@@ -418,7 +419,7 @@ class QFormer(Block):
         output_hidden_states: bool = False,
         deterministic: bool = True,
     ) -> VisionOutput:
-        """Embed images, see `Blip2VisionModel`. The result can be kept for `encoder_hidden_states`."""
+        """Embed images, see `Blip2VisionModel`. The result can be reused as `encoder_hidden_states`."""
         return self.visual_encoder(
             as_array("pixel_values", pixel_values),
             output_attentions=output_attentions,
@@ -428,11 +429,11 @@ class QFormer(Block):
 
     @nn.nowrap
     def check_parts(self, *names: str, other: str) -> None:
-        """Raise InputError where the parameters lack a part that is about to run.
+        """Raise InputError if the parameters lack a part that is about to run.
 
         Args:
-          names: top-level names of the parameters.
-          other: the class whose parameters have everything else.
+          names: the top-level names of the part's parameters.
+          other: the class that the parameters probably belong to.
         """
         if self.is_mutable_collection("params"):
             return
@@ -464,10 +465,10 @@ class QFormer(Block):
         """Run the layers; arguments, errors and output are those of `Blip2QFormerModel`, without `proj_layer`.
 
         Args:
-          image_key_values: of images that were read before, one for each text; or beside `encoder_hidden_states`, for
-            three times as many texts: these go with the second of each three, the first and the third share one that
-            was read before.
-          positions: (T,) of the text's tokens; by default in order, from what is past without its queries on.
+          image_key_values: cached keys and values of images, one image for each text. Together with
+            `encoder_hidden_states` there are three times as many texts: the second of each three reads
+            `encoder_hidden_states`, the first and the third share a cached image.
+          positions: (T,) of the text's tokens; by default they follow the cached text.
         """
         given = {
             "input_ids": input_ids,
@@ -581,22 +582,23 @@ class Blip2QFormerModel(QFormer):
 
         Args:
           pixel_values: (batch, image_size, image_size, 3), as `Processor` makes them.
-          input_ids: (batch, T) whole numbers.
-          attention_mask: ones for what is attended to, zeros for what is not: (batch, T) over the text, or (batch, N)
+          input_ids: (batch, T) integers.
+          attention_mask: ones for tokens to attend to, zeros for masked ones: (batch, T) over the text, or (batch, N)
             or (batch, N, N) over queries and text.
-          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or all of
-            what `encode_image` returns.
-          encoder_attention_mask: (batch, image tokens) or (batch, Q, image tokens), which of them the queries may see.
+          encoder_hidden_states: (batch, image tokens, vision width), image embeddings instead of pixels; or the output
+            of `encode_image`.
+          encoder_attention_mask: (batch, image tokens) or (batch, Q, image tokens), ones for tokens that the queries
+            attend to.
           head_mask: factors on the attention weights, of self- and cross-attention alike: (heads,), (layers, heads), or
             (layers, batch, heads, 1, 1). Heads are numbered as in the unpruned model.
-          past_key_values: those of an earlier call, which the text follows and attends to; no image then. Masks are
-            over what is past, too: (batch, T), (batch, past + T) or (batch, T, past + T).
+          past_key_values: those of an earlier call, which the text follows and attends to; give no image then. Masks
+            are (batch, T), (batch, past + T) or (batch, T, past + T).
           use_cache: return `past_key_values`.
           output_attentions, output_hidden_states: return those of every layer as well.
           deterministic: False turns dropout on, which needs a `dropout` rng.
 
         Raises:
-          InputError: the inputs do not fit one another or the config.
+          InputError: the inputs do not fit each other or the config.
         """
         output = self.read(
             pixel_values,
@@ -618,12 +620,12 @@ class Blip2QFormerModel(QFormer):
 
 
 def image_states(given: Any) -> Any:
-    """The image embeddings, of themselves or of the vision tower's whole output."""
+    """Image embeddings, given as an array or as the vision tower's output."""
     return given.last_hidden_state if isinstance(given, VisionOutput) else given
 
 
 def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
-    """Raise InputError where image embeddings and text do not fit the config or each other."""
+    """Raise InputError if image embeddings and text do not fit the config or each other."""
     if image is None and input_ids is None:
         raise InputError("nothing to read: give `pixel_values` or `encoder_hidden_states`, `input_ids`, or both")
     if image is not None and (image.ndim != 3 or image.shape[-1] != config.vision_config.hidden_size):
@@ -644,7 +646,7 @@ def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Ar
 
 
 def check_length(config: Blip2QFormerConfig, length: int) -> None:
-    """Raise InputError where a text has more tokens than the model positions."""
+    """Raise InputError if a text has more tokens than the model has positions."""
     if length > config.max_position_embeddings:
         raise InputError(
             f"the text has {length} tokens, the model {config.max_position_embeddings} positions: truncate the text"
@@ -661,7 +663,7 @@ def _check_image_mask(mask: jax.Array, image: jax.Array, num_queries: int) -> No
 
 
 def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int, num_past: int) -> jax.Array:
-    """Extend a mask over the text to what is past, queries and text; one over all of that passes through."""
+    """Extend a mask over the text to cached tokens, queries and text. A mask over all of these is unchanged."""
     batch, total = shape
     text, keys = total - num_queries, num_past + total
     if mask.shape == (batch, text):

@@ -10,14 +10,14 @@ from flax_qformer.errors import InputError
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 
 Selection: TypeAlias = str | Iterable[str] | Callable[[str], Any] | Mapping[str, Any]
-"""Which parameters are meant.
+"""Which parameters to select.
 
 - A group: "vision" is the tower with its LayerNorms, "heads" what only the stage-1 losses read, "qformer" the rest, and
-  "all" everything. `proj_layer` belongs to "qformer" in a tree without heads; beside heads it has to be named.
+  "all" everything. `proj_layer` belongs to "qformer" in a tree without heads; in a tree with heads it must be named.
 - A regular expression, searched in paths such as `encoder/layer_0/crossattention/attention/query/kernel`.
 - Several of these.
-- A function of the path that returns whether a parameter is meant.
-- A tree of labels with the structure of the parameters or of their upper levels; False, None and "frozen" leave out.
+- A function of the path that returns whether to select a parameter.
+- A tree of labels with the structure of the parameters or of their upper levels; False, None and "frozen" exclude.
 """
 
 GROUPS = ("vision", "qformer", "heads", "all")
@@ -25,10 +25,10 @@ FROZEN = (False, None, "frozen")
 
 
 def select(params: Mapping[str, Any], selection: Selection) -> set[str]:
-    """The paths of the parameters that a selection means, joined by slashes.
+    """The paths of the selected parameters, with slashes between names.
 
     Raises:
-      InputError: the selection is empty, a part of it fits no parameter, or labels are missing.
+      InputError: the selection is empty, a part of it matches no parameter, or labels are missing.
     """
     paths = list(flatten_dict(dict(params), sep="/"))
     if callable(selection):
@@ -48,13 +48,13 @@ def select(params: Mapping[str, Any], selection: Selection) -> set[str]:
 def partition(
     params: Mapping[str, Any], train: Selection = ("qformer", "heads")
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a parameter tree into what is trained and what is frozen: no gradient, no optimizer state.
+    """Split a parameter tree into a trained part and a frozen part without gradient and optimizer state.
 
     Args:
       train: what is trained, see `Selection`.
 
     Returns:
-      Two trees, which `merge` joins again.
+      The trained and the frozen tree, which `merge` joins.
     """
     selected = select(params, train)
     flat = flatten_dict(dict(params), sep="/")
@@ -64,12 +64,12 @@ def partition(
 
 
 def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree that `partition` split."""
+    """Join the two trees of `partition`."""
     return unflatten_dict(flatten_dict(dict(trained)) | flatten_dict(dict(frozen)))
 
 
 def matching(paths: Iterable[str], name: str) -> list[str]:
-    """The paths that a group or a regular expression means."""
+    """The paths that a group or a regular expression matches."""
     paths = list(paths)
     if name in GROUPS:
         has_heads = any(_top(path) in Blip2ForPreTraining.parts for path in paths)
@@ -97,7 +97,7 @@ def _top(path: str) -> str:
 
 
 def labels_of(paths: Iterable[str], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Each path's label, its own or that of the level above it."""
+    """The label of each path, its own or that of a level above it."""
     labels = {}
     for path in paths:
         label: Any = tree

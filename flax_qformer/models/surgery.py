@@ -1,6 +1,6 @@
-"""Functions from parameters to changed ones: prune heads, replace or grow the vocabulary, resize images, stack layers.
+"""Functions that change a model's parameters: prune heads, change the vocabulary or the image size, stack layers.
 
-Trees come back new; unchanged arrays are shared with the given ones.
+They return new trees, which share unchanged arrays with the given ones.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def _flat(params: Params) -> dict[str, Any]:
 
 
 def check_merged(params: Params) -> None:
-    """Raise InputError where a tree has LoRA weights."""
+    """Raise InputError if a tree has LoRA weights."""
     if any(path[-1] in LORA for path in flatten_dict(dict(params))):
         raise InputError(
             "the parameters have LoRA weights; merge them with `training.merge_lora`, or save them alone with "
@@ -54,7 +54,7 @@ def prune_heads(
     """Remove self-attention heads of the Q-Former. Source: diffusers `Blip2QFormerModel._prune_heads`.
 
     Args:
-      heads: for each layer the heads to remove, numbered as in the unpruned model; those already gone are passed over.
+      heads: for each layer the heads to remove, numbered as in the unpruned model; already removed ones are skipped.
 
     Returns:
       The smaller config and tree, which `type(model)(config)` runs.
@@ -87,10 +87,10 @@ def get_input_embeddings(params: Params) -> jax.Array:
 
 
 def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) -> tuple[Blip2Config, dict[str, Any]]:
-    """Replace the word embeddings by others, (any number of words, width); the config's vocab_size follows.
+    """Replace the word embeddings with a table (words, width) of any length, and set the config's vocab_size.
 
     Raises:
-      InputError: they have another width than the model, or a stage-1 model's [DEC] is not among them.
+      InputError: the width is not the model's, or the table lacks [DEC] of a stage-1 model.
     """
     width = config.qformer_config.hidden_size
     if value.ndim != 2 or value.shape[1] != width or not len(value):
@@ -101,7 +101,7 @@ def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) 
     if _LM_BIAS in flat:
         if start >= len(value):
             raise InputError(f"{len(value)} words are without [DEC], number {start}, which begins captions; keep it")
-        # [DEC] keeps its number, which is otherwise that of the last word.
+        # [DEC] keeps its id; by default it would be the last word.
         qformer = dataclasses.replace(qformer, bos_token_id=start)
         bias = flat[_LM_BIAS][: len(value)]
         flat[_LM_BIAS] = jnp.pad(bias, (0, len(value) - len(bias)))
@@ -112,7 +112,7 @@ def set_input_embeddings(config: Blip2Config, params: Params, value: jax.Array) 
 def resize_token_embeddings(
     config: Blip2Config, params: Params, vocab_size: int, rng: jax.Array
 ) -> tuple[Blip2Config, dict[str, Any]]:
-    """Grow (or cut) the vocabulary. New words are drawn as in a new model, in the dtype of the table.
+    """Grow or cut the vocabulary. New words are randomly initialised as in a new model, in the dtype of the table.
 
     Source: transformers `PreTrainedModel.resize_token_embeddings`.
 
@@ -129,7 +129,7 @@ def resize_token_embeddings(
 
 
 def interpolate_positions(config: Blip2Config, params: Params, image_size: int) -> tuple[Blip2Config, dict[str, Any]]:
-    """Fit the vision tower to images of another size: its positions are interpolated, bicubic.
+    """Fit the vision tower to another image size: its positions are interpolated (bicubic).
 
     Source: transformers `Blip2VisionEmbeddings.interpolate_pos_encoding`.
 
@@ -148,9 +148,9 @@ def interpolate_positions(config: Blip2Config, params: Params, image_size: int) 
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """What each of `new` points along a line takes from each of `old`, (new, old), as PyTorch's `interpolate` does.
+    """Weights (new, old) of bicubic interpolation from `old` to `new` points on a line, as PyTorch's `interpolate`.
 
-    That is Keys' kernel with a = -0.75, pixels as areas, the border repeated, and no smoothing where points get fewer.
+    It uses Keys' kernel with a = -0.75, half-pixel centres, a repeated border and no antialiasing.
     """
     points = (np.arange(new) + 0.5) * (old / new) - 0.5
     first = np.floor(points).astype(int) - 1
@@ -163,10 +163,10 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 
 
 def stack_layers(params: Params) -> dict[str, Any]:
-    """The tree for a config with `scan_layers`: each tower's layers as one, `layers`, with a leading axis of depth.
+    """The tree for a config with `scan_layers`: each tower's layers become one, `layers`, with a leading axis of depth.
 
-    In the Q-Former, layers that repeat with the cross-attention stand together: with a frequency of 2, `layers` holds a
-    `layer_0` that looks at the image and a `layer_1` that does not. A tree that is stacked is returned as it is.
+    The Q-Former stacks groups of `cross_attention_frequency` layers: with a frequency of 2, `layers` holds a `layer_0`
+    with cross-attention and a `layer_1` without. A stacked tree is returned unchanged.
     """
 
     def stack(encoder: Params, prefix: str, size: int) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def stack_layers(params: Params) -> dict[str, Any]:
 
 
 def unstack_layers(params: Params) -> dict[str, Any]:
-    """The reverse of `stack_layers`: what is on disk, and what every other function takes."""
+    """The inverse of `stack_layers`: the form on disk, which all other functions take."""
 
     def change(encoder: Params, prefix: str) -> Params:
         if "layers" not in encoder:
@@ -218,6 +218,6 @@ def _with_encoders(params: Params, change: Callable[[Params, str], Params]) -> d
     if tree.get("encoder"):
         tree["encoder"] = change(tree["encoder"], "layer_")
     tower = tree.get("visual_encoder", {})
-    if tower.get("encoder"):  # one without layers has none
+    if tower.get("encoder"):  # a tower without layers has no encoder
         tree["visual_encoder"] = {**tower, "encoder": change(tower["encoder"], "layers_")}
     return tree

@@ -18,7 +18,7 @@ from flax_qformer.models.layers import INITIALIZER, Block
 
 @flax.struct.dataclass
 class VisionOutput:
-    """What the vision tower returns.
+    """Output of the vision tower.
 
     Attributes:
       last_hidden_state: (batch, tokens, width), normalised: the class token, then the patches row by row.
@@ -106,8 +106,8 @@ class Blip2EncoderLayer(Block):
 class Blip2Encoder(Block):
     """The vision tower's blocks. Source: transformers `Blip2Encoder`.
 
-    `scan_layers` runs them in a loop: the parameters are those of an encoder of one layer, `layers`, with a leading
-    axis.
+    `scan_layers` runs them in a loop. The parameters are then those of a one-layer encoder, `layers`, with a leading
+    axis of depth.
     """
 
     config: Blip2VisionConfig
@@ -115,7 +115,7 @@ class Blip2Encoder(Block):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
-        """x: (batch, tokens, width) -> the states before the first and after each layer, and the weights of each."""
+        """x: (batch, tokens, width) -> states before the first and after each layer, and the weights of each layer."""
         c = self.config
         check_stacked(self, self.scan_layers)
         if self.scan_layers:
@@ -162,7 +162,7 @@ class Blip2VisionModel(Block):
           deterministic: False turns dropout on, which needs a `dropout` rng.
 
         Raises:
-          InputError: the pixels have another shape than the config's, or are whole numbers.
+          InputError: the shape of the pixels is not the config's, or they are integers.
         """
         c = self.config
         check_pixels(pixel_values)

@@ -1,4 +1,4 @@
-"""What a compiled program moves, read from XLA's text of it: a loop's body counts as often as it runs."""
+"""Memory traffic and collectives of a compiled program, from XLA's text; loop bodies count once per iteration."""
 
 import math
 import re
@@ -10,19 +10,19 @@ from flax_qformer.errors import InputError
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
-# These name a value or hand it on; what they hold is counted where it is made and used.
+# Free: no bytes move.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one run of the program on one chip.
+    """Traffic of one run of a program on one chip.
 
     Attributes:
       memory: bytes read and written by the operations, as XLA's cost analysis counts them.
       wire: bytes that a chip sends, by kind of collective, if rings are used.
-      collectives: how many stand in the program, by kind; a loop's run more than once.
+      collectives: number in the program, by kind; those in a loop run more than once.
     """
 
     memory: float
@@ -95,7 +95,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """What is inside an opcode's parentheses, and what follows them."""
+    """The text inside an opcode's parentheses, and the text after them."""
     depth = 1
     for place, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
@@ -105,7 +105,7 @@ def _split(rest: str) -> tuple[str, str]:
 
 
 def _runs(computations: dict[str, _Computation], name: str, times: int) -> Iterator[tuple[_Computation, int]]:
-    """A computation and those that it runs, with how often."""
+    """A computation and those that it runs, each with the number of runs."""
     computation = computations[name]
     yield computation, times
     for one in computation.instructions:
@@ -119,7 +119,7 @@ def _runs(computations: dict[str, _Computation], name: str, times: int) -> Itera
 
 
 def _trips(loop: _Instruction, computations: dict[str, _Computation]) -> int:
-    """How often a loop runs: what XLA says of it, or the number that its condition compares with."""
+    """Iterations of a loop: XLA's trip count, or the number in its condition."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -131,7 +131,7 @@ def _trips(loop: _Instruction, computations: dict[str, _Computation]) -> int:
 def _collectives(
     one: _Instruction, known: dict[str, _Instruction], computations: dict[str, _Computation]
 ) -> Iterator[tuple[str, float]]:
-    """Kind and bytes sent of an operation, or of those in a fusion: a TPU's holds an all-reduce that is sliced."""
+    """Kind and sent bytes of an operation, or of those in a fusion: on a TPU one can hold a sliced all-reduce."""
     inner = computations.get(one.called("calls") or "") if one.opcode == "fusion" else None
     for sender in inner.instructions if inner else (one,):
         kind = sender.opcode.removesuffix("-start")
@@ -156,7 +156,7 @@ def _sent(one: _Instruction, kind: str, known: dict[str, _Instruction]) -> float
 
 
 def _group(attributes: str) -> int:
-    """How many chips take part: XLA lists them, counts them, or names axes of a mesh."""
+    """Number of chips in a group: XLA lists them, counts them, or names axes of a mesh."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -168,12 +168,12 @@ def _group(attributes: str) -> int:
 
 
 def _moved(one: _Instruction, known: dict[str, _Instruction], computations: dict[str, _Computation]) -> float:
-    """Bytes that an operation reads and writes; of what it only slices or updates in place, the slice."""
+    """Bytes that an operation reads and writes; only the slice for slices and updates in place."""
     if one.opcode in SLICES:
         return 2 * one.size
     if one.opcode == "dynamic-update-slice":
         return 2 * (known[one.operands[1]].size if one.operands[1] in known else 0.0)
-    if one.opcode == "copy-start":  # gives back what it copies, too
+    if one.opcode == "copy-start":  # it also returns what it copies
         return 2 * sum(known[name].size for name in one.operands if name in known)
     inner = computations.get(one.called("calls") or "")
     if inner is None:
@@ -186,7 +186,7 @@ def _parameters(computation: _Computation) -> list[_Instruction]:
 
 
 def _read(value: _Instruction, inner: _Computation, computations: dict[str, _Computation]) -> float:
-    """Bytes that a fusion reads of a value in it: slices, if no operation inside takes more."""
+    """Bytes that a fusion reads of a value: its slices, if no operation inside reads more."""
     total = 0.0
     for user in inner.instructions:
         for place, name in enumerate(user.operands):

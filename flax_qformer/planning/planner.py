@@ -1,4 +1,4 @@
-"""What a training step needs of a TPU pod, told by the pod's own compiler, which runs on any machine."""
+"""What a training step needs of a TPU pod, according to the TPU's compiler, which runs on any machine."""
 
 import math
 import os
@@ -28,7 +28,7 @@ from flax_qformer.training.step import TrainState, make_train_step
 class Chip:
     """Peaks of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s to memory, bytes/s sent to other chips.
 
-    `pod` is the shape of a small one, `largest` that of the largest.
+    `pod` is the shape of a small pod, `largest` that of the largest.
     """
 
     flops: float
@@ -44,8 +44,8 @@ CHIPS = {
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 600e9, "4x4x4", (16, 20, 28)),
     "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 400e9, "4x4", (16, 16)),
 }
-"""By the name that a topology begins with. Source: the page on each version at cloud.google.com/tpu/docs; the links'
-rate is half of what is given there for both ways together. The memory is what libtpu 0.0.42 says a program may have."""
+"""By the first part of a topology's name. Source: the page on each version at cloud.google.com/tpu/docs; the links'
+rate is half of the bidirectional rate given there. The memory is libtpu 0.0.42's limit for a program."""
 
 
 LIBTPU = {
@@ -54,30 +54,30 @@ LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""Environment in which libtpu neither looks for chips, nor complains of finding none, nor wants to be alone."""
+"""Environment in which libtpu does not look for chips, warn about missing ones, or refuse to be loaded twice."""
 
 COMPILER: dict[str, Any] = {
     "optimization_level": 9,  # XLA's EFFORT_O0, which JAX 0.10 knows by its number alone
     "xla_tpu_enable_windowed_einsum_for_all_gather": False,
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
-"""Least effort, and no products cut in pieces to overlap with the wire: a third of the time. Schedules are then worse,
-while sizes and what is sent are the same."""
+"""Lowest effort, and no products split to overlap with communication: a third of the compile time. Schedules are worse;
+sizes and sent bytes are the same."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step on one chip of a pod; bytes, FLOPs and seconds.
+    """A training step on one chip of a pod; in bytes, FLOPs and seconds.
 
     Attributes:
-      parameters, optimizer: what is kept from step to step.
-      temporaries: what a step needs besides, at its height.
-      headroom: what is left of the chip's memory; below 0, what is missing.
-      flops: of the products of a step, with those that are computed again.
-      memory_traffic: read from and written to the chip's memory.
-      wire: bytes sent, by kind of collective; `collectives` is how many stand in the program.
-      seconds: the least that each of compute, memory and interconnect allows for this program; the step takes at least
-        the longest. With more effort of the compiler, less may go to memory.
+      parameters, optimizer: memory that is kept from step to step.
+      temporaries: peak memory of a step besides these.
+      headroom: free memory of the chip; the missing memory if negative.
+      flops: FLOPs of the products of a step, including recomputed ones.
+      memory_traffic: bytes read from and written to the chip's memory.
+      wire: bytes sent, by kind of collective; `collectives` is their number in the program.
+      seconds: lower bounds of this program by compute, memory and interconnect; a step takes at least the longest.
+        With more effort, the compiler may need less memory traffic.
     """
 
     topology: str
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What a step waits for longest, or "memory capacity" if it does not fit."""
+        """The longest of `seconds`, or "memory capacity" if the step does not fit."""
         return max(self.seconds, key=lambda name: self.seconds[name]) if self.fits else "memory capacity"
 
 
@@ -137,13 +137,13 @@ def plan(
     text_length: int = 32,
     dtype: str = "bfloat16",
 ) -> Plan:
-    """Compile the training step for a pod that is not there.
+    """Compile the training step for a pod, without the pod.
 
     Args:
       model: a folder, hub id or `config.json`; weights are not read.
       topology: as Google names it, such as v5e:16x16.
       batch: images in a step, over all chips.
-      mesh: as `mesh` of training.
+      mesh: as the `mesh` setting of training.
       remat: recompute the layers in the backward pass.
       text_length: tokens of a caption, padding included.
 
@@ -184,7 +184,7 @@ def plan(
         advice = tuple(_advice(chip.memory, sum(kept), temporaries, _bytes(state.trained), batch, pod, remat))
         nothing: dict[str, Any] = {"memory_traffic": None, "wire": {}, "collectives": {}, "seconds": {}}
         return Plan(**described, **nothing, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
-    # With the arguments; `temp_size_in_bytes` is more than is ever there at once.
+    # The peak includes the arguments; `temp_size_in_bytes` exceeds the peak.
     height, moved = compiled.memory_analysis().peak_memory_in_bytes, traffic(compiled.as_text())
     seconds = {
         "compute": described["flops"] / chip.flops,
@@ -203,7 +203,7 @@ def plan(
 
 
 def flops(jaxpr: Any) -> float:
-    """Of all products in a program whose results are used, a loop's as often as it runs; of branches, the largest one.
+    """FLOPs of the used products in a program, once per iteration of a loop; of branches, the largest.
 
     XLA's own analysis counts a loop's body once.
     """
@@ -280,7 +280,7 @@ def _inputs(module: Blip2ForPreTraining, batch: int, text_length: int, pod: Mesh
 
 
 def _bytes(tree: Any) -> float:
-    """Of a tree's shards on one chip."""
+    """Bytes of a tree's shards on one chip."""
     return float(
         sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     )
@@ -295,9 +295,9 @@ UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def _needed(error: str, memory: float) -> float | None:
-    """What a step that does not fit would need, as the compiler says it; None if it does not.
+    """Memory that a step needs which does not fit, from the compiler's error; None if the error is another one.
 
-    What the compiler calls temporaries has the arguments in it.
+    The compiler's temporaries include the arguments.
     """
     if needed := re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds", error):
         return float(needed[1]) * UNITS[needed[2]]
@@ -309,13 +309,13 @@ def _needed(error: str, memory: float) -> float | None:
 def _advice(
     memory: float, kept: float, temporaries: float, gradients: float, batch: int, pod: Mesh, remat: bool
 ) -> Iterator[str]:
-    """What to try: temporaries grow with the batch, but for the gradients."""
+    """What to try. Temporaries grow with the batch, except the gradients."""
     parts = pod.shape["data"] * pod.shape["fsdp"]
     room, activations = memory - kept - gradients, max(temporaries - gradients, 1)
     if room > 0:
         if not remat:
             yield "`remat=True`, which keeps one layer's activations at a time"
-        # What does not fit, the compiler makes smaller than it is where it fits.
+        # For a step that does not fit, the compiler reduces memory further.
         fitting = int(batch * room / activations * 0.75) // parts * parts
         if fitting:
             yield f"`batch={fitting}`"

@@ -1,4 +1,4 @@
-"""Pictures of what each query looks at."""
+"""Maps of where each query looks, and pictures of them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,18 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = 480
-"""The longer side of an image in a picture, in pixels: each panel holds a copy."""
+"""Longer side, in pixels, of the copy of the image in each panel."""
 
 
 def attention_maps(cross_attentions: Sequence[jax.Array], config: Blip2Config) -> jax.Array:
-    """Where the queries look, by cross-attending layer, averaged over heads.
+    """Where the queries look in each layer that cross-attends, averaged over heads.
 
     Args:
       cross_attentions: of a `QFormerOutput`: for each layer (batch, heads, queries, image tokens).
 
     Returns:
-      (batch, layers, queries, grid, grid): the share of attention on each patch. They sum to one less what the class
-      token receives.
+      (batch, layers, queries, grid, grid): the share of attention on each patch. The class token has the rest.
     """
     grid = config.vision_config.grid_size
     patches = jnp.stack([weights.mean(axis=1)[:, :, 1:] for weights in cross_attentions], axis=1)
@@ -37,7 +36,7 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
     """Draw an image, and beside it rows of maps over it: the mean of all queries, then each.
 
     Args:
-      image: the picture that was read.
+      image: the image that the model read.
       rows: label -> (queries, grid, grid); each map is scaled to its own maximum.
       title: a line above the image.
 
@@ -51,7 +50,7 @@ def draw_attention(image: PIL.Image.Image, rows: dict[str, np.ndarray], title: s
     grey = image.convert("L")
     rows = {label: np.concatenate([maps.mean(axis=0, keepdims=True), maps]) for label, maps in rows.items()}
     panels = len(next(iter(rows.values())))
-    aspect = min(image.height / image.width, 4)  # of a panel; a narrower image stands in its middle
+    aspect = min(image.height / image.width, 4)  # of a panel; a narrower image is centred
     figure = Figure(
         figsize=(1.3 * (panels + 2.2), (1.3 * aspect + 0.25) * max(len(rows), 2) + 0.4), layout="constrained"
     )

@@ -26,15 +26,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """RGB, resized without keeping the aspect, scaled, normalised. ModelFiles: diffusers `BlipImageProcessor`.
+    """RGB, resized without keeping the aspect, scaled, normalised. Source: diffusers `BlipImageProcessor`.
 
     Attributes:
       height: of the result, in pixels.
       width: of the result, in pixels.
       image_mean: per channel, in units of the scaled image.
       image_std: per channel, in units of the scaled image.
-      resample: Pillow's number of the filter; 3 is bicubic.
-      rescale_factor: brings 0..255 to 0..1.
+      resample: Pillow's number of the resampling filter; 3 is bicubic.
+      rescale_factor: scales 0..255 to 0..1.
     """
 
     height: int = 224
@@ -62,10 +62,10 @@ class ImageProcessor:
 
     @classmethod
     def from_source(cls, source: ModelFiles, image_size: int) -> Self:
-        """The settings of a checkpoint; what it does not say is upstream's default, at the model's image size.
+        """The settings of a checkpoint. Missing ones are upstream's defaults, at the model's image size.
 
         Raises:
-          InputError: a setting is damaged, or asks for images that the model cannot take.
+          InputError: a setting is invalid, or makes images that the model cannot take.
         """
         settings = cls(image_size, image_size)
         for path, read in ((source.image_processor, _image_settings), (source.pipeline, _pipeline_settings)):
@@ -92,13 +92,13 @@ class ImageProcessor:
     def __call__(self, image: Image) -> np.ndarray:
         """One image -> (height, width, 3) float32."""
         resized = to_rgb(image).resize((self.width, self.height), resample=self.resample)
-        # In float64 and back, as transformers does; the rest is float32.
+        # Scale in float64, as transformers does; the rest is float32.
         scaled = (np.asarray(resized).astype(np.float64) * self.rescale_factor).astype(np.float32)
         return (scaled - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
 
 
 def _image_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """What a `preprocessor_config.json` sets."""
+    """The settings in a `preprocessor_config.json`."""
     off = [name for name in ("do_resize", "do_rescale", "do_normalize") if values.get(name, True) is not True]
     if off:
         raise InputError(f"it switches {' and '.join(off)} off; this processor always does that: remove the line")
@@ -111,7 +111,7 @@ def _image_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pipeline_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """What a `model_index.json` sets: the pipeline passes its own mean and std on where it has any."""
+    """The settings in a `model_index.json`: the pipeline's mean and std, if it has any, override others."""
     settings = {"image_mean": values.get("mean"), "image_std": values.get("std")}
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -122,7 +122,7 @@ def _is_finite(value: object) -> bool:
 
 
 def to_rgb(image: Image) -> PIL.Image.Image:
-    """An image as the model sees it before it is resized; a copy."""
+    """An RGB copy of an image, before it is resized."""
     if isinstance(image, str | os.PathLike):
         image = open_image(Path(image))
     elif isinstance(image, bytes) or hasattr(image, "read"):
@@ -131,12 +131,12 @@ def to_rgb(image: Image) -> PIL.Image.Image:
         image = _from_array(np.asarray(image))
     if not (image.width and image.height):
         raise InputError(f"an image is {image.width}x{image.height}; it must have at least one pixel")
-    # Pillow has no way from premultiplied grey straight to RGB.
+    # Pillow cannot convert premultiplied grey directly to RGB.
     return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
-    """(H, W), (H, W, channels) or (channels, H, W), of numbers as `Processor` takes them."""
+    """An image from (H, W), (H, W, channels) or (channels, H, W), with values as `Processor` takes them."""
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -159,7 +159,7 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
 
 
 class Processor:
-    """Images and text to what `Blip2QFormerModel` takes.
+    """Turns images and text into inputs of `Blip2QFormerModel`.
 
     Example::
 
@@ -168,16 +168,16 @@ class Processor:
     """
 
     def __init__(self, tokenizer: Any, image_processor: ImageProcessor, config: Blip2Config) -> None:
-        """A processor of a transformers `BertTokenizer`, or a partial that loads one, for models of a config."""
+        """Build a processor from a transformers `BertTokenizer`, or a partial that loads one, and a config."""
         self._tokenizer = tokenizer
         self.image_processor = image_processor
         self.config = config
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer; loaded when it is needed, which it is not for images alone."""
+        """The tokenizer, loaded at first use; images alone do not need it."""
         tokenizer = self._tokenizer() if isinstance(self._tokenizer, partial) else self._tokenizer
-        # Upstream and LAVIS start captions with it; where the vocabulary lacks it, it becomes one more token.
+        # Upstream and LAVIS start captions with it; if the vocabulary lacks it, it becomes one more token.
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         return tokenizer
 
@@ -193,7 +193,7 @@ class Processor:
 
         Args:
           path_or_hub_id: as for `flax_qformer.from_pretrained`.
-          config: the model's config, where the checkpoint brings none.
+          config: the model's config, if the checkpoint has none.
           tokenizer: a folder or hub id; by default the checkpoint's own, else the one its config names, else
             `bert-base-uncased`.
 
@@ -211,7 +211,7 @@ class Processor:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files and `preprocessor_config.json` into a folder."""
-        # Calls leave their truncation behind, which is none of the tokenizer's.
+        # Calls leave their truncation in the tokenizer, where it does not belong.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.save_pretrained(folder)
         # transformers before 5, and so upstream, reads a BertTokenizer from its vocab.txt.
@@ -234,16 +234,15 @@ class Processor:
         """Make a batch.
 
         Args:
-          images: one or several of PIL images of any mode, arrays, paths, and files' bytes; or one array (batch, H, W,
-            channels).
-            Arrays hold 0 to 255; booleans, and floats of which none is above 1, hold 0 to 1 (which upstream would
-            scale down twice).
+          images: one or several PIL images of any mode, arrays, paths or files' bytes; or one array (batch, H, W,
+            channels). Arrays hold 0 to 255. Booleans, and floats that do not exceed 1, hold 0 to 1 (upstream would
+            scale these down twice).
           text: one string for all images, or one for each.
-          truncate: cut a text that is longer than the model's positions at its right end, rather than refuse it.
+          truncate: cut a text that is longer than the model's positions at its right end; by default it is an error.
           pad_to_multiple_of: pad further, so that fewer lengths are compiled; it changes no result.
-          max_length: pad each text to this many tokens, and cut it there.
-          padding, truncation, return_tensors: as of transformers' processors, with the values that mean what happens
-            here: True or "longest", with `max_length` "max_length"; True to `truncate`; "np".
+          max_length: pad or cut each text to this many tokens.
+          padding, truncation, return_tensors: arguments of transformers' processors. Accepted are values that describe
+            this processor: True or "longest", or "max_length" with `max_length`; True to `truncate`; "np".
 
         Returns:
           pixel_values (batch, height, width, 3) float32 if there are images; input_ids and attention_mask
@@ -307,14 +306,14 @@ class Processor:
 
 
 def open_image(file: Path | bytes, name: str | None = None) -> PIL.Image.Image:
-    """Read an image file and turn it upright as its EXIF tells, as diffusers' `load_image` does.
+    """Read an image file and rotate it by its EXIF orientation, as diffusers' `load_image` does.
 
     Args:
       file: its path or its content.
-      name: what messages call it.
+      name: its name in messages.
 
     Raises:
-      InputError: there is no such file, or it is no whole image.
+      InputError: there is no such file, or it is not an image, damaged or cut off.
     """
     name = name or ("the image" if isinstance(file, bytes) else str(file))
     with io.BytesIO(file) if isinstance(file, bytes) else _open_file(file, name) as content:
@@ -323,7 +322,7 @@ def open_image(file: Path | bytes, name: str | None = None) -> PIL.Image.Image:
                 return PIL.ImageOps.exif_transpose(image)
         except PIL.UnidentifiedImageError:
             raise InputError(f"{name} is not an image that Pillow knows; save it as PNG or JPEG") from None
-        # Pillow's decoders raise whatever they meet in a broken file.
+        # Pillow's decoders raise many kinds of errors on a broken file.
         except Exception as error:
             raise InputError(f"{name} is damaged or cut off ({first_line(error)}); fetch the image again") from None
 
@@ -343,7 +342,7 @@ def _open_file(path: Path, name: str) -> BinaryIO:
 def _check_call(
     max_length: int | None, padding: Any, truncation: Any, return_tensors: Any, others: Mapping[str, Any]
 ) -> None:
-    """Refuse what transformers' processors take and this one does not do."""
+    """Refuse arguments of transformers' processors that this one does not support."""
     if others:
         raise InputError(
             f"`{next(iter(others))}` is not supported; a processor takes `images`, `text`, `truncate` or `truncation`, "
@@ -366,7 +365,7 @@ def pair_up(num_images: int, texts: list[str]) -> list[str]:
     """One text per image.
 
     Raises:
-      InputError: there are neither as many texts as images, nor one.
+      InputError: there is neither one text nor one for each image.
     """
     if len(texts) not in (1, num_images):
         raise InputError(f"{num_images} images and {len(texts)} texts: give one text for all, or one for each image")
@@ -385,7 +384,7 @@ def _list_of_images(images: Any) -> list[Image]:
 
 
 def tokenizer_of(source: ModelFiles, config: Blip2Config, name: str | os.PathLike[str] | None = None) -> Path:
-    """The folder with the tokenizer of a model: the one named, the checkpoint's, its config's, or BERT's."""
+    """The folder with a model's tokenizer: the named one, else the checkpoint's, its config's, or BERT's."""
     if name is None and source.tokenizer:
         return source.tokenizer
     name = name or config.tokenizer or BERT
@@ -396,7 +395,7 @@ def tokenizer_of(source: ModelFiles, config: Blip2Config, name: str | os.PathLik
 
 
 def _load_tokenizer(source: ModelFiles, config: Blip2Config, name: str | os.PathLike[str] | None) -> Any:
-    # transformers says on import that it misses PyTorch, which is of no use to anybody here.
+    # On import transformers warns that PyTorch is missing; it is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import BertTokenizer
 
