@@ -25,7 +25,7 @@ from flax_qformer.models.surgery import (
 )
 from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
 from flax_qformer.parallel.mesh import make_mesh, shard_batch
-from flax_qformer.parallel.partition import shard_params
+from flax_qformer.parallel.partition_rules import shard_params
 from flax_qformer.processing.attention_maps import attention_maps, draw_attention
 from flax_qformer.processing.processor import ImageProcessor, Processor
 from flax_qformer.training import Blip2ForPreTraining, PreTrainingOutput

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 import flax_qformer as fq
-from flax_qformer.parallel.partition import held_bytes
+from flax_qformer.parallel.partition_rules import held_bytes
 from flax_qformer.parallel.processes import join_processes
 
 

@@ -20,7 +20,7 @@ import flax_qformer as fq
 import scenes
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.parallel.mesh import parse_mesh
-from flax_qformer.parallel.partition import sharding_of
+from flax_qformer.parallel.partition_rules import sharding_of
 
 SCRIPT, LOADING = (Path(__file__).parent / name for name in ("sharded_step.py", "placed_loading.py"))
 SPLITS = [

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Make the embedded default model: `bash examples/shapes/train_default.sh DIR`, in a checkout with `.[train]`
-# installed. DIR keeps the data and the runs. `PYTHONPATH=examples/shapes python benchmarks/shapes.py` then prints what the model has learned.
+# installed. DIR keeps the data and the runs. `PYTHONPATH=examples/shapes python benchmarks/shapes.py` then prints what
+# the model has learned.
 #
-# The first run sees images of one object, where a word can mean nothing else; the second of two, where there is a choice
-# to look for what is named. Their batches are small, for many steps. The others read more captions of both objects, in
-# larger batches: images that differ in little are rare, and tell shapes and sizes. The last also reads names as one types
-# them, "red circle".
+# The first run sees images of one object, which a word can only mean; the second sees two, and has to look at the one
+# that is named. Both take many steps with small batches. The other runs read more captions of two objects, in larger
+# batches: pairs of images that differ little are rare, and they teach shapes and sizes. The last run also reads names as
+# users type them, "red circle".
 set -euo pipefail
 
 folder=${1:?usage: bash train_default.sh DIR}

@@ -31,7 +31,7 @@ from flax_qformer.models.config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config,
 from flax_qformer.models.pretraining import TEMPERATURE, Blip2ForPreTraining
 from flax_qformer.models.qformer import Blip2QFormerModel
 from flax_qformer.models.surgery import stack_layers
-from flax_qformer.parallel.partition import held_bytes, shard_params, sharding_of
+from flax_qformer.parallel.partition_rules import held_bytes, shard_params, sharding_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 

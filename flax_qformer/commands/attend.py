@@ -13,7 +13,7 @@ from flax_qformer.commands.options import (
     add_model,
     add_text,
     input_files,
-    load_model,
+    load_with_processor,
 )
 from flax_qformer.errors import InputError
 from flax_qformer.models.qformer import Blip2QFormerModel
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     if suffix not in known:
         raise InputError(f"{options.output} names no kind of picture; end it in .{', .'.join(known)}")
     check_writable(options.output, input_files(options, [options.image]))
-    model, params, processor = load_model(options, Blip2QFormerModel)
+    model, params, processor = load_with_processor(options, Blip2QFormerModel)
     image = open_image(options.image)
     batch = processor(image, options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
     run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))

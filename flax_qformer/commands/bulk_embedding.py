@@ -104,7 +104,7 @@ def embed_data(settings: EmbedSettings) -> str:
 
     Raises:
       InputError: a setting, the data or the model is unfit, the folder holds something else, or there is no space.
-      Stopped: SIGTERM or SIGINT came; the shards that are whole are kept.
+      Stopped: SIGTERM or SIGINT signals; the shards that are whole are kept.
     """
     index, count = settings.process or (jax.process_index(), jax.process_count())
     if not 0 <= index < count:
@@ -228,14 +228,14 @@ def _make(
     every = [rows for some in batches.values() for rows in some]
     written: dict[Path, Future[int]] = {}
     with (
-        noted_signals() as came,
+        noted_signals() as signals,
         contextlib.closing(_embed(images, every, size, settings, mesh)) as parts,
         ThreadPoolExecutor(1) as writer,
         Progress(_total(shards), "image") as progress,
     ):
         for path, some in batches.items():
             shard: list[Part] = []
-            while len(shard) < len(some) and not came:
+            while len(shard) < len(some) and not signals:
                 shard.append(next(parts))
                 progress.advance(len(shard[-1].ids))
             if len(shard) < len(some):
@@ -247,7 +247,7 @@ def _make(
     errors = {path: writing.result() for path, writing in written.items()}
     if len(errors) < len(shards):
         left = len(shards) - len(errors)
-        raise Stopped(came[0], f"stopped with {left} shards to go; the same command goes on with them")
+        raise Stopped(signals[0], f"stopped with {left} shards to go; the same command goes on with them")
     return errors
 
 

@@ -11,7 +11,7 @@ from flax_qformer.commands.options import (
     add_model,
     add_quiet,
     batches,
-    load_model,
+    load_with_processor,
     positive,
     seed,
 )
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     if not options.nucleus and (options.top_p is not None or options.seed is not None):
         raise InputError("--top-p and --seed are for --nucleus, which draws words; add it, or leave them out")
-    model, params, processor = load_model(options, Blip2ForPreTraining, "lm_head")
+    model, params, processor = load_with_processor(options, Blip2ForPreTraining, "lm_head")
     end = processor.tokenizer.sep_token_id
     max_length = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
     if options.min_length > max_length:

@@ -18,7 +18,7 @@ from flax_qformer.commands.options import (
     batches,
     check_train_packages,
     input_files,
-    load_model,
+    load_with_processor,
     positive,
 )
 from flax_qformer.compilation import compiler_options
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     check_writable(options.output, input_files(options, images))
     if options.output.suffix.lower() != ".npz":
         raise InputError(f"{options.output} becomes a NumPy archive; end the name in .npz")
-    model, params, processor = load_model(options, Blip2QFormerModel)
+    model, params, processor = load_with_processor(options, Blip2QFormerModel)
     run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch), compiler_options=compiler_options())
     results = []
     for rows in batches(len(images), options.batch_size or 8):

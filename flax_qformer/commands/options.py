@@ -73,7 +73,7 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def load_model(
+def load_with_processor(
     options: argparse.Namespace, model_class: type[Model], *heads: str
 ) -> tuple[Model, dict[str, Any], Processor]:
     """Load the model, its parameters and its processor; the named heads must be trained."""

@@ -13,7 +13,7 @@ from flax_qformer.commands.options import (
     add_model,
     add_quiet,
     batches,
-    load_model,
+    load_with_processor,
     positive,
 )
 from flax_qformer.models.losses import similarities
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    model, params, processor = load_model(options, Blip2ForPreTraining, "vision_proj", "text_proj")
+    model, params, processor = load_with_processor(options, Blip2ForPreTraining, "vision_proj", "text_proj")
     tokens = processor(text=options.text, truncate=options.truncate, pad_to_multiple_of=TEXT_MULTIPLE)
     apply: Any = model.apply
     variables = {"params": params}

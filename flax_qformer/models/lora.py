@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from flax_qformer.errors import InputError, listed
 from flax_qformer.models.layers import LORA, lora_kernel
 from flax_qformer.models.selection import Selection, select
-from flax_qformer.parallel.partition import shard_params
+from flax_qformer.parallel.partition_rules import shard_params
 
 
 def add_lora(params: Mapping[str, Any], pattern: Selection, rank: int, key: jax.Array) -> dict[str, Any]:

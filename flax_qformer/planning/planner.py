@@ -18,7 +18,7 @@ from flax_qformer.errors import InputError, first_line
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.models.selection import Selection
 from flax_qformer.parallel.mesh import BATCH, check_divides, named_mesh
-from flax_qformer.parallel.partition import shardings
+from flax_qformer.parallel.partition_rules import shardings
 from flax_qformer.planning.hlo import traffic
 from flax_qformer.training.optimizer import make_optimizer
 from flax_qformer.training.step import TrainState, make_train_step

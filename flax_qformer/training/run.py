@@ -77,6 +77,7 @@ class Run:
         optimizer, rates = optimizer_and_rates(settings, self._model.config)
         self._trained = trained_paths(params, settings.train)
         self.state = initial_state(params, self._trained, optimizer, settings, mesh)
+        del params  # half-precision originals of trained parameters
         self._train_step = make_train_step(
             self._model,
             optimizer,

@@ -22,7 +22,7 @@ from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.models.selection import Selection, select
 from flax_qformer.models.surgery import stack_layers
 from flax_qformer.parallel.mesh import batch_part
-from flax_qformer.parallel.partition import shard_params
+from flax_qformer.parallel.partition_rules import shard_params
 from flax_qformer.parallel.processes import is_first
 from flax_qformer.processing.processor import Processor
 from flax_qformer.training.optimizer import Rate, make_optimizer, make_schedule

@@ -17,7 +17,7 @@ from flax_qformer.errors import InputError
 from flax_qformer.models.pretraining import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.models.selection import Selection, merge, partition
 from flax_qformer.parallel.mesh import on
-from flax_qformer.parallel.partition import shardings
+from flax_qformer.parallel.partition_rules import shardings
 from flax_qformer.training.hashing import hashed
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
