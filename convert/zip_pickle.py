@@ -180,7 +180,7 @@ class _TensorPickle:
                 # Attributes, such as the _metadata of a state dict; they hold no tensors.
                 stack.pop()
                 if not isinstance(stack[-1], dict):
-                    raise _Damaged("attributes for what is no dictionary")
+                    raise _Damaged("attributes for an object that is not a dictionary")
             case _:
                 raise _Damaged(f"the opcode {opcode}")
 
@@ -193,7 +193,7 @@ class _TensorPickle:
     def _set_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise _Damaged("items for what is no dictionary")
+            raise _Damaged("items for an object that is not a dictionary")
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not isinstance(key, str | int | float | None):
                 raise _Damaged("a key that is no plain value")
@@ -260,5 +260,5 @@ def _state_dict(value: object) -> dict[str, StoredTensor]:
         raise InputError("no state dict: no dictionary from names to tensors; save model.state_dict()")
     others = [str(k) for k, v in value.items() if not isinstance(k, str) or not isinstance(v, StoredTensor)]
     if others:
-        raise InputError(f"the state dict holds what is no tensor: {listed(others)}; save it without")
+        raise InputError(f"the state dict holds objects that are not tensors: {listed(others)}; save it without them")
     return dict(value)

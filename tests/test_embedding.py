@@ -141,7 +141,7 @@ def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
     _, told = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGINT, told
     assert "Traceback" not in told
-    assert "stopping, as soon as what is done is kept" in told
+    assert "stopping after the work so far is saved" in told
     assert told.splitlines()[-1].endswith("shards to go; the same command goes on with them")
 
 

@@ -58,17 +58,17 @@ class EmbedSettings:
     """Settings of bulk embedding.
 
     Attributes:
-      data, image_column, num_workers: as of `DataSettings`; captions need not be there.
+      data, image_column, num_workers: see `DataSettings`; captions are not needed.
       output: the folder of the shards.
       model, config, tokenizer: as `from_pretrained` and `Processor.from_pretrained` take them.
       text: the subject's name, the same for all images.
-      truncate: cut it where it is longer than the model reads.
-      dtype: what is computed in.
-      embedding_dtype: what is written, float16 or float32.
+      truncate: cut a text that is longer than the model reads.
+      dtype: of the computation.
+      embedding_dtype: of the written embeddings, float16 or float32.
       shard_size: rows in a shard.
-      batch_size: images that run together, made to divide among the devices.
-      mesh: how the devices of each process are laid out, as for training.
-      process: the number of this process and how many there are; by default as JAX counts them.
+      batch_size: images per batch, rounded up to a multiple of the devices.
+      mesh: layout of the devices of each process, as for training.
+      process: index of this process and number of processes; by default those of JAX.
     """
 
     data: str
@@ -100,11 +100,11 @@ def embed_data(settings: EmbedSettings) -> str:
     """Write the missing shards.
 
     Returns:
-      A line on what there is now.
+      A line on the shards in the folder.
 
     Raises:
       InputError: a setting, the data or the model is unfit, the folder holds something else, or there is no space.
-      Stopped: SIGTERM or SIGINT signals; the shards that are whole are kept.
+      Stopped: SIGTERM or SIGINT asked to stop; complete shards are kept.
     """
     index, count = settings.process or (jax.process_index(), jax.process_count())
     if not 0 <= index < count:
@@ -188,7 +188,7 @@ def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]
                 before = json.loads(metadata.get(NOTES, "null"))
                 column = file.read(columns=["error"])["error"] if before else None
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            logger.warning("%s is no whole shard (%s): making it anew", path, first_line(error))
+            logger.warning("%s is not a complete shard (%s): writing it again", path, first_line(error))
             continue
         if column is None:
             raise InputError(f"{path} is no shard of embeddings; name another `output`")

@@ -328,7 +328,7 @@ def _next_element(elements: Any) -> dict[str, Any]:
             raise
         code = str(error).partition("exit code ")[2].partition(".")[0]
         raise InputError(
-            f"a process that loads data died (exit code {code}), likely for want of memory or of space in /dev/shm; "
+            f"a process that loads data died (exit code {code}), probably because memory or space in /dev/shm ran out; "
             "lower `num_workers` or `batch_size`"
         ) from None
 

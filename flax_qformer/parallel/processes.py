@@ -37,8 +37,8 @@ def join_processes() -> None:
         jax.distributed.initialize(**values, shutdown_timeout_seconds=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"the job's other processes are not to be found ({first_line(error)}); Cloud TPU, GKE and Slurm tell where "
-            "they are, elsewhere set JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, JAX_NUM_PROCESSES, and "
+            f"the job's other processes cannot be found ({first_line(error)}); JAX finds them on Cloud TPU, GKE and "
+            "Slurm; elsewhere set JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, JAX_NUM_PROCESSES, and "
             "JAX_PROCESS_ID, which counts from 0"
         ) from None
     if not is_first():

@@ -38,7 +38,7 @@ def noted_signals() -> Iterator[list[int]]:
     def record(number: int, frame: FrameType | None) -> None:
         received.append(number)
         restore()
-        logger.warning("stopping, as soon as what is done is kept; once more stops at once")
+        logger.warning("stopping after the work so far is saved; a second signal stops at once")
 
     def restore() -> None:
         for number, handler in handlers.items():
