@@ -32,7 +32,7 @@ def test_a_path_is_enough(tmp_path: Path) -> None:
 def test_wheel_and_sdist(tmp_path: Path) -> None:
     """Needs the network, to fetch setuptools. The wheel is built from the sdist."""
     subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT], check=True)
-    archives = sorted((tmp_path / "dist").iterdir())
+    archives = sorted((tmp_path / "dist").iterdir(), key=lambda path: path.suffix)
     assert [path.suffix for path in archives] == [".gz", ".whl"]
     for archive in archives:
         target = tmp_path / archive.suffix

@@ -218,7 +218,7 @@ def test_learning_rates_of_groups_and_other_optimizers() -> None:
     for wrong, message in (
         ({"vision": 1.0}, "have no learning rate"),
         ({"visoin": 1.0, "all": 1.0}, "'visoin' fits no parameter"),
-        ({"all": 1.0, "vision": 1.0}, "of vision is for no trained parameter"),
+        ({"all": 1.0, "crossattention": 1.0}, "of crossattention is for no trained parameter"),
     ):
         with pytest.raises(fq.InputError, match=message):
             training.make_optimizer(config, wrong).init(params)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
 from flax_qformer.errors import InputError
 from flax_qformer.models.config import Blip2Config
-from flax_qformer.models.selection import labels_of, matching
+from flax_qformer.models.selection import GROUPS, labels_of, matching
 
 Rate: TypeAlias = float | optax.Schedule
 """A learning rate: a number, or an optax schedule (a function of the step)."""
@@ -108,7 +108,8 @@ def _rate_names(params: Any, names: list[str], labels: Mapping[str, Any] | Calla
             f"{len(without)} trained parameters have no learning rate, {without[0]} among them; add one for them, or "
             "for all"
         )
-    unused = [name for name in names if name != "all" and name not in named.values()]
+    # A group may be frozen; a pattern or label that is never used is a mistake.
+    unused = [name for name in names if name not in GROUPS and name not in named.values()]
     if unused:
         raise InputError(f"the learning rate of {unused[0]} is for no trained parameter; leave it out, or train more")
     return unflatten_dict(named, sep="/")
