@@ -266,8 +266,7 @@ def located(name: str | os.PathLike[str], config: object) -> ModelFiles:
 def _check_architecture(source: ModelFiles) -> None:
     """Raise InputError if the config is of another class: transformers has BLIP-2 models with similar configs."""
     values = read_json(source.config) if source.config else {}
-    names = values.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
+    name = _architecture(values)
     # transformers gives the name of diffusers' model to a Q-Former without a vision tower.
     is_without_tower = values.get("model_type") == "blip_2_qformer"
     if is_without_tower or (name is not None and name not in CLASSES):
@@ -277,9 +276,14 @@ def _check_architecture(source: ModelFiles) -> None:
         )
 
 
+def _architecture(values: Mapping[str, Any]) -> Any:
+    """The class that a `config.json` names, or None."""
+    names = values.get("architectures")
+    return names[0] if isinstance(names, list) and names else None
+
+
 def _class_of(source: ModelFiles) -> type[AnyModel] | None:
-    names = read_json(source.config).get("architectures") if source.config else None
-    return CLASSES.get(names[0]) if isinstance(names, list) and names else None
+    return CLASSES.get(_architecture(read_json(source.config))) if source.config else None
 
 
 def _load_pytorch(

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from flax_qformer.commands.options import (
-    add_quiet,
-)
+from flax_qformer.commands.options import add_quiet
 from flax_qformer.training.settings import EvaluateSettings
 
 

@@ -4,9 +4,7 @@ from typing import Any
 
 import jax
 
-from flax_qformer.commands.options import (
-    add_quiet,
-)
+from flax_qformer.commands.options import add_quiet
 from flax_qformer.errors import InputError, first_line
 from flax_qformer.parallel.processes import is_first, join_processes, tells_of_lost_process
 from flax_qformer.training.settings import TrainSettings

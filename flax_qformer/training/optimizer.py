@@ -54,8 +54,8 @@ def make_optimizer(
       accumulation: batches whose gradients are averaged for one step.
 
     Raises:
-      InputError: the optimizer is unknown. The optimizer's `init` raises it if a parameter has no learning rate or a
-        learning rate no parameter.
+      InputError: the optimizer is unknown. The optimizer's `init` raises it if a parameter has no learning rate, or the
+        learning rate of a regular expression or label applies to no parameter; that of a group may.
     """
     rates = learning_rate if isinstance(learning_rate, Mapping) else None
     if labels is not None and rates is None:
