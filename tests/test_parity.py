@@ -11,7 +11,7 @@ import cases
 import flax_qformer as fq
 from conftest import OPTIMIZED, checkpointing
 from flax_qformer.convert import export
-from flax_qformer.models.activations import ACTIVATIONS
+from flax_qformer.models.layers import ACTIVATIONS
 
 GEOMETRIES = list(cases.GEOMETRIES)
 

@@ -23,7 +23,7 @@ def dot_product_attention(
     head_mask: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dot-product attention that also returns its weights. Under `jax.jit`, unused weights cost nothing.
+    """`softmax(query @ key.T + bias) @ value`, and the softmax. Under `jax.jit`, an unused softmax costs nothing.
 
     Args:
       query: (batch, queries, heads, head_dim), scaled.
@@ -37,25 +37,19 @@ def dot_product_attention(
     """
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        dtype, keys = query.dtype, "bkhd" if key.ndim == 4 else "bkd"
-        scores = jnp.einsum(f"bhqd,{keys}->bhqk", query.swapaxes(1, 2), key, preferred_element_type=jnp.float32)
+        keys = "bkhd" if key.ndim == 4 else "bkd"
+        scores = jnp.einsum(f"bqhd,{keys}->bhqk", query, key, preferred_element_type=jnp.float32)
         if bias is not None:
             scores += bias
-        powers, total = kernels.softmax_parts(scores)
-        used = powers.astype(dtype)
-        if dropout is not None:
-            used = dropout(used)
+        weights = jax.nn.softmax(scores).astype(query.dtype)
+        used = weights if dropout is None else dropout(weights)
         if head_mask is not None:
-            used *= head_mask.astype(dtype)
-        context = jnp.einsum(f"bhqk,{keys}->bhqd", used, value, preferred_element_type=jnp.float32) / total
-        return context.astype(dtype).swapaxes(1, 2), (powers / total).astype(dtype)
-
-    def context_alone(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attend(query, key, value)[0]
+            used *= head_mask.astype(used.dtype)
+        return jnp.einsum(f"bhqk,{keys}->bqhd", used, value), weights
 
     context, weights = attend(query, key, value)
     if bias is None and head_mask is None and dropout is None and key.ndim == 4:
-        context = kernels.attend(query, key, value, plain=context_alone)
+        context = kernels.attend(query, key, value, plain=lambda *arrays: attend(*arrays)[0])
     return context, weights
 
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from flax_qformer.errors import InputError
-from flax_qformer.models.activations import ACTIVATIONS
+from flax_qformer.models.layers import ACTIVATIONS
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_qformer.errors import InputError
-from flax_qformer.models.activations import ACTIVATIONS
 from flax_qformer.models.captioning import Rules, search_caption, write_caption
 from flax_qformer.models.config import Blip2QFormerConfig
 from flax_qformer.models.inputs import as_array
-from flax_qformer.models.layers import Block
+from flax_qformer.models.layers import ACTIVATIONS, Block
 from flax_qformer.models.losses import (
     contrastive_loss,
     generation_loss,

@@ -1,7 +1,7 @@
 """Image embeddings and text to query embeddings: the Q-Former."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from flax_qformer.errors import InputError
-from flax_qformer.models.activations import ACTIVATIONS
 from flax_qformer.models.attention import (
     CROSS_ATTENTION_MASK,
     SELF_ATTENTION_MASK,
@@ -19,11 +18,10 @@ from flax_qformer.models.attention import (
     mask_bias,
 )
 from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig
-from flax_qformer.models.encoders import check_stacked, layer_runner, scanned
 from flax_qformer.models.inputs import as_array
-from flax_qformer.models.layers import INITIALIZER, Block
+from flax_qformer.models.layers import ACTIVATIONS, INITIALIZER, Block, Embed, check_stacked, scanned
 from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
-from flax_qformer.parallel.mesh import interleaved, replicated
+from flax_qformer.parallel.mesh import interleaved
 
 KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
 """Keys and values of one attention, each (batch, tokens, heads, head_dim)."""
@@ -58,20 +56,6 @@ class QFormerOutput:
     image_key_values: tuple[KeyValue, ...] | None = None
 
 
-class _Table(Block):
-    """An embedding table; rows in `dtype`. Ids outside the table give NaN rather than a wrong row."""
-
-    shape: tuple[int, int]
-
-    @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids: (...) -> (..., width)."""
-        # Rows of a table that is sharded by width would be sharded by width too, not by batch.
-        table = replicated(self.param("embedding", INITIALIZER, self.shape, self.param_dtype))
-        rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return rows.astype(self.dtype)
-
-
 class Blip2TextEmbeddings(Block):
     """The queries, followed by embeddings of words and positions. Source: diffusers `Blip2TextEmbeddings`."""
 
@@ -92,11 +76,11 @@ class Blip2TextEmbeddings(Block):
         c = self.config
         parts = [] if queries is None else [queries.astype(self.dtype)]
         if input_ids is not None:
-            words = _Table((c.vocab_size, c.hidden_size), name="word_embeddings", **self.policy)(input_ids)
+            words = Embed((c.vocab_size, c.hidden_size), name="word_embeddings", **self.policy)(input_ids)
             # PyTorch's padding_idx: the row of the padding token is never trained.
             is_pad = (input_ids == c.pad_token_id)[..., None]
             words = jnp.where(is_pad, jax.lax.stop_gradient(words), words)
-            places = _Table((c.max_position_embeddings, c.hidden_size), name="position_embeddings", **self.policy)
+            places = Embed((c.max_position_embeddings, c.hidden_size), name="position_embeddings", **self.policy)
             parts.append(words + places(positions))
         x = self.layer_norm("LayerNorm", c.layer_norm_eps)(jnp.concatenate(parts, axis=1))
         return nn.Dropout(c.hidden_dropout_prob, deterministic=deterministic)(x)
@@ -211,6 +195,50 @@ class _Intermediate(Block):
         return self.dense("dense", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
 
 
+@flax.struct.dataclass
+class LayerInputs:
+    """Inputs of a layer besides the tokens. The N tokens are `num_queries` queries, followed by the text.
+
+    Attributes:
+      image: (batch, image tokens, image width)
+      bias: (batch, 1, 1 or N, past + N), added to the scores of self-attention.
+      image_bias: (batch, 1, 1 or num_queries, image tokens), added to those of cross-attention.
+      head_mask: (batch or 1, heads, 1, 1), factors on the weights of both.
+      past: cached keys and values of self-attention.
+      image_past: cached keys and values of cross-attention.
+      deterministic: turns dropout off.
+    """
+
+    image: jax.Array | None
+    bias: jax.Array | None
+    image_bias: jax.Array | None
+    head_mask: jax.Array | None
+    past: KeyValue | None
+    image_past: KeyValue | None
+    num_queries: int = flax.struct.field(pytree_node=False)
+    deterministic: bool = flax.struct.field(pytree_node=False)
+
+
+class LayerOutput(NamedTuple):
+    """Output of a layer.
+
+    Attributes:
+      states: (batch, N, width)
+      queries: (batch, num_queries, width): the first states. The last layer's have a gradient without its text.
+      attention: weights of self-attention, (batch, heads, N, past + N).
+      cross_attention: weights of cross-attention, (batch, heads, num_queries, image tokens); None without it.
+      past: keys and values of self-attention, the cached ones included.
+      image_past: keys and values of cross-attention, if they were computed.
+    """
+
+    states: jax.Array
+    queries: jax.Array
+    attention: jax.Array
+    cross_attention: jax.Array | None
+    past: KeyValue | None
+    image_past: KeyValue | None
+
+
 class Blip2QFormerLayer(Block):
     """Self-attention over all tokens, cross-attention for the queries, and a feed-forward each for queries and text.
 
@@ -221,90 +249,30 @@ class Blip2QFormerLayer(Block):
     config: Blip2QFormerConfig
     heads: tuple[int, ...]
     cross_attends: bool
-    num_queries: int
-    deterministic: bool
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        image: jax.Array | None,
-        bias: jax.Array | None,
-        image_bias: jax.Array | None,
-        head_mask: jax.Array | None,
-        past: KeyValue | None,
-        image_past: KeyValue | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, KeyValue | None, KeyValue | None]:
-        """x: (batch, N, width), image: (batch, image tokens, image width) -> (batch, N, width) and five more outputs.
-
-        These are the queries alone, (batch, num_queries, width); the weights of self-attention, (batch, heads, N,
-        past + N), and of cross-attention, (batch, heads, num_queries, image tokens) or None; the keys and values of
-        self-attention, and those of cross-attention or None.
-        """
+    def __call__(self, x: jax.Array, inputs: LayerInputs) -> LayerOutput:
+        """x: (batch, N, width)."""
         c, cross_weights, image_cache = self.config, None, None
-        kept = None if head_mask is None else head_mask[:, self.heads, :, :]
+        head_mask = None if inputs.head_mask is None else inputs.head_mask[:, self.heads, :, :]
         attention = Blip2QFormerAttention(c, len(self.heads), _one_after_other, name="attention", **self.policy)
-        x, weights, cache = attention(x, x, bias, kept, past, self.deterministic)
-        queries, text = x[:, : self.num_queries], x[:, self.num_queries :]
-        if self.num_queries:
-            if self.cross_attends and (image is not None or image_past is not None):
+        x, weights, cache = attention(x, x, inputs.bias, head_mask, inputs.past, inputs.deterministic)
+        queries, text = x[:, : inputs.num_queries], x[:, inputs.num_queries :]
+        if inputs.num_queries:
+            if self.cross_attends and (inputs.image is not None or inputs.image_past is not None):
                 cross = Blip2QFormerAttention(c, c.num_attention_heads, _around, name="crossattention", **self.policy)
                 queries, cross_weights, image_cache = cross(
-                    queries, image, image_bias, head_mask, image_past, self.deterministic
+                    queries, inputs.image, inputs.image_bias, inputs.head_mask, inputs.image_past, inputs.deterministic
                 )
-            queries = self._feed_forward(queries, "_query")
+            queries = self._feed_forward(queries, "_query", inputs.deterministic)
         if text.shape[1]:
-            text = self._feed_forward(text, "")
-        return jnp.concatenate([queries, text], axis=1), queries, weights, cross_weights, cache, image_cache
+            text = self._feed_forward(text, "", inputs.deterministic)
+        states = jnp.concatenate([queries, text], axis=1)
+        return LayerOutput(states, queries, weights, cross_weights, cache, image_cache)
 
-    def _feed_forward(self, x: jax.Array, suffix: str) -> jax.Array:
+    def _feed_forward(self, x: jax.Array, suffix: str, deterministic: bool) -> jax.Array:
         inner = _Intermediate(self.config, name=f"intermediate{suffix}", **self.policy)(x)
-        return _ResidualOutput(self.config, name=f"output{suffix}", **self.policy)(inner, x, self.deterministic)
-
-
-@flax.struct.dataclass
-class EncoderInputs:
-    """Inputs of the layers besides the tokens. The N tokens are `num_queries` queries, followed by the text.
-
-    Attributes:
-      image: (batch, image tokens, image width)
-      bias: (batch, 1, 1 or N, past + N), added to the scores of self-attention.
-      image_bias: (batch, 1, 1 or num_queries, image tokens), added to those of cross-attention.
-      head_mask: (layers, batch or 1, heads, 1, 1), factors on the weights of both.
-      past: cached keys and values of self-attention, of each layer.
-      image_past: cached keys and values of cross-attention, of each layer that has it.
-      deterministic: turns dropout off.
-    """
-
-    image: jax.Array | None
-    bias: jax.Array | None
-    image_bias: jax.Array | None
-    head_mask: jax.Array | None
-    past: tuple[KeyValue, ...] | None
-    image_past: tuple[KeyValue, ...] | None
-    num_queries: int = flax.struct.field(pytree_node=False)
-    deterministic: bool = flax.struct.field(pytree_node=False)
-
-
-class EncoderOutput(NamedTuple):
-    """Outputs of the layers.
-
-    Attributes:
-      queries: the queries' last state. If layers are neither scanned nor recomputed, its gradient skips the last
-        layer's text.
-      states: (batch, N, width) before the first and after each layer.
-      attentions: (batch, heads, N, past + N) of each layer.
-      cross_attentions: (batch, heads, num_queries, image tokens) of each layer that cross-attends.
-      past: keys and values of self-attention, including the given ones.
-      image_past: keys and values of cross-attention, if they were computed.
-    """
-
-    queries: jax.Array
-    states: list[jax.Array]
-    attentions: list[jax.Array]
-    cross_attentions: list[jax.Array]
-    past: list[KeyValue]
-    image_past: list[KeyValue]
+        return _ResidualOutput(self.config, name=f"output{suffix}", **self.policy)(inner, x, deterministic)
 
 
 class Blip2QFormerEncoder(Block):
@@ -317,64 +285,37 @@ class Blip2QFormerEncoder(Block):
     config: Blip2Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, inputs: EncoderInputs) -> EncoderOutput:
-        """x: (batch, N, width)."""
+    def __call__(self, x: jax.Array, inputs: Sequence[LayerInputs]) -> list[LayerOutput]:
+        """x: (batch, N, width), and the inputs and outputs of each layer."""
         c = self.config.qformer_config
         check_stacked(self, self.config.scan_layers)
         if self.config.scan_layers:
             return self._scan(x, inputs)
-        queries, images = x[:, : inputs.num_queries], iter(inputs.image_past or ())
-        # In the order of `EncoderOutput` and of a layer's outputs.
-        found: tuple[list[Any], ...] = ([x], [], [], [], [])
-        run = layer_runner(c.gradient_checkpointing)
+        outputs: list[LayerOutput] = []
+        layer_class = nn.remat(Blip2QFormerLayer) if c.gradient_checkpointing else Blip2QFormerLayer
         for i in range(c.num_hidden_layers):
-            heads, cross_attends = self.config.kept_heads(i), c.has_cross_attention(i)
-            layer = Blip2QFormerLayer(
-                c, heads, cross_attends, inputs.num_queries, inputs.deterministic, name=f"layer_{i}", **self.policy
+            layer = layer_class(
+                c, self.config.kept_heads(i), c.has_cross_attention(i), name=f"layer_{i}", **self.policy
             )
-            rest = (
-                inputs.bias,
-                inputs.image_bias,
-                None if inputs.head_mask is None else inputs.head_mask[i],
-                None if inputs.past is None else inputs.past[i],
-                next(images, None) if cross_attends else None,
-            )
-            x, queries, *others = run(layer, (x, inputs.image), rest)
-            if c.gradient_checkpointing:
-                queries = x[:, : inputs.num_queries]  # the gradient must flow through the first output
-            for one, of_all in zip((x, *others), found, strict=True):
-                if one is not None:
-                    of_all.append(one)
-        return EncoderOutput(queries, *found)
+            outputs.append(layer(x, inputs[i]))
+            x = outputs[-1].states
+        return outputs
 
-    def _scan(self, x: jax.Array, inputs: EncoderInputs) -> EncoderOutput:
+    def _scan(self, x: jax.Array, inputs: Sequence[LayerInputs]) -> list[LayerOutput]:
         depth, size = self.config.qformer_config.num_hidden_layers, self.config.qformer_config.cross_attention_frequency
-        groups = depth // size
-
-        def run(group: Blip2QFormerEncoder, x: jax.Array, row: Any) -> tuple:
-            head_mask, past, image_past = row
-            past = past and tuple(jax.tree.map(lambda leaf, i=i: leaf[i], past) for i in range(size))
-            image_past = image_past and (image_past,)
-            own = dataclasses.replace(inputs, head_mask=head_mask, past=past, image_past=image_past)
-            _, states, *others = group(x, own)
-            return states[-1], (states[1:], *others)
-
-        def rows(tree: Any) -> Any:
-            return jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), tree)
-
-        past, image_past = (
-            jax.tree.map(lambda *layers: jnp.stack(layers), *given) if given else None
-            for given in (inputs.past, inputs.image_past)
-        )
         qformer = dataclasses.replace(self.config.qformer_config, num_hidden_layers=size)
         config = dataclasses.replace(self.config, qformer_config=qformer, scan_layers=False)
         group = Blip2QFormerEncoder(config, name="layers", **self.policy)
-        last, outputs = scanned(group, groups, x, (*rows((inputs.head_mask, past)), image_past), run)
-        states, *others = (
-            [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(groups) for layer in layers]
-            for layers in outputs
-        )
-        return EncoderOutput(last[:, : inputs.num_queries], [x, *states[:-1], last], *others)
+        # What all layers share is not stacked.
+        shared = dataclasses.replace(inputs[0], head_mask=None, past=None, image_past=None)
+        own = [(layer.head_mask, layer.past, layer.image_past) for layer in inputs]
+        rows = [jax.tree.map(lambda *layers: jnp.stack(layers), *own[i::size]) for i in range(size)]
+
+        def run(group: Blip2QFormerEncoder, x: jax.Array, rows: list[tuple]) -> list[LayerOutput]:
+            names = ("head_mask", "past", "image_past")
+            return group(x, [dataclasses.replace(shared, **dict(zip(names, row, strict=True))) for row in rows])
+
+        return scanned(group, depth // size, x, rows, run)
 
 
 class ProjLayer(Block):
@@ -521,26 +462,32 @@ class QFormer(Block):
         if head_mask is not None:
             head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
 
-        inputs = EncoderInputs(
-            image=encoder_hidden_states,
-            bias=bias,
-            image_bias=image_bias,
-            head_mask=head_mask,
-            past=past_key_values,
-            image_past=image_key_values,
-            num_queries=num_queries,
-            deterministic=deterministic,
-        )
-        output = self.encoder(x, inputs)
+        cached_images = iter(image_key_values or ())
+        inputs = [
+            LayerInputs(
+                image=encoder_hidden_states,
+                bias=bias,
+                image_bias=image_bias,
+                head_mask=None if head_mask is None else head_mask[i],
+                past=past_key_values[i] if past_key_values else None,
+                image_past=next(cached_images, None) if self.config.qformer_config.has_cross_attention(i) else None,
+                num_queries=num_queries,
+                deterministic=deterministic,
+            )
+            for i in range(layers)
+        ]
+        outputs = self.encoder(x, inputs)
+        last = outputs[-1]
+        crossing = [layer for layer in outputs if layer.cross_attention is not None]
         return QFormerOutput(
-            last_hidden_state=output.states[-1],
-            pooler_output=output.states[-1][:, 0],
-            query_embeddings=output.queries if num_queries else None,
-            hidden_states=tuple(output.states) if output_hidden_states else None,
-            attentions=tuple(output.attentions) if output_attentions else None,
-            cross_attentions=tuple(output.cross_attentions) if output_attentions else None,
-            past_key_values=tuple(output.past) if use_cache else None,
-            image_key_values=tuple(output.image_past) if use_cache else None,
+            last_hidden_state=last.states,
+            pooler_output=last.states[:, 0],
+            query_embeddings=last.queries if num_queries else None,
+            hidden_states=(x, *(layer.states for layer in outputs)) if output_hidden_states else None,
+            attentions=tuple(layer.attention for layer in outputs) if output_attentions else None,
+            cross_attentions=tuple(layer.cross_attention for layer in crossing) if output_attentions else None,
+            past_key_values=tuple(layer.past for layer in outputs) if use_cache else None,
+            image_key_values=tuple(layer.image_past for layer in crossing if layer.image_past) if use_cache else None,
         )
 
 

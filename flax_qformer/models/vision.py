@@ -1,6 +1,7 @@
 """Pixels to image embeddings: the vision tower."""
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -8,12 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from flax_qformer.errors import InputError
-from flax_qformer.models.activations import ACTIVATIONS
 from flax_qformer.models.attention import dot_product_attention
 from flax_qformer.models.config import Blip2VisionConfig
-from flax_qformer.models.encoders import check_stacked, layer_runner, scanned
 from flax_qformer.models.inputs import check_pixels
-from flax_qformer.models.layers import INITIALIZER, Block
+from flax_qformer.models.layers import ACTIVATIONS, INITIALIZER, Block, check_stacked, scanned
 
 
 @flax.struct.dataclass
@@ -86,6 +85,13 @@ class Blip2MLP(Block):
         return self.dense("fc2", (c.intermediate_size,), (c.hidden_size,))(x)
 
 
+class VisionLayerOutput(NamedTuple):
+    """Output of a block: states (batch, tokens, width), and attention weights (batch, heads, tokens, tokens)."""
+
+    states: jax.Array
+    attention: jax.Array
+
+
 class Blip2EncoderLayer(Block):
     """A pre-norm transformer block. Source: transformers `Blip2EncoderLayer`."""
 
@@ -93,14 +99,14 @@ class Blip2EncoderLayer(Block):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x: (batch, tokens, width) -> the same shape, and weights (batch, heads, tokens, tokens)."""
+    def __call__(self, x: jax.Array) -> VisionLayerOutput:
+        """x: (batch, tokens, width)."""
         c = self.config
         normed = self.layer_norm("layer_norm1", c.layer_norm_eps)(x)
         attended, weights = Blip2Attention(c, name="self_attn", **self.policy)(normed, self.deterministic)
         x += attended
         normed = self.layer_norm("layer_norm2", c.layer_norm_eps)(x)
-        return x + Blip2MLP(c, name="mlp", **self.policy)(normed), weights
+        return VisionLayerOutput(x + Blip2MLP(c, name="mlp", **self.policy)(normed), weights)
 
 
 class Blip2Encoder(Block):
@@ -114,29 +120,18 @@ class Blip2Encoder(Block):
     scan_layers: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
-        """x: (batch, tokens, width) -> states before the first and after each layer, and the weights of each layer."""
-        c = self.config
+    def __call__(self, x: jax.Array, deterministic: bool) -> list[VisionLayerOutput]:
+        """x: (batch, tokens, width) -> the output of each block."""
+        c, outputs = self.config, []
         check_stacked(self, self.scan_layers)
         if self.scan_layers:
-            return self._scan(x, deterministic)
-        states, attentions = [x], []
-        run = layer_runner(c.gradient_checkpointing)
+            one = Blip2Encoder(dataclasses.replace(c, num_hidden_layers=1), name="layers", **self.policy)
+            return scanned(one, c.num_hidden_layers, x, None, lambda encoder, x, _: encoder(x, deterministic))
+        layer_class = nn.remat(Blip2EncoderLayer) if c.gradient_checkpointing else Blip2EncoderLayer
         for i in range(c.num_hidden_layers):
-            x, weights = run(Blip2EncoderLayer(c, deterministic, name=f"layers_{i}", **self.policy), (x,))
-            states.append(x)
-            attentions.append(weights)
-        return states, attentions
-
-    def _scan(self, x: jax.Array, deterministic: bool) -> tuple[list[jax.Array], list[jax.Array]]:
-        def run(layer: Blip2Encoder, x: jax.Array, _: None) -> tuple:
-            states, (weights,) = layer(x, deterministic)
-            return states[-1], (states[-1], weights)
-
-        length = self.config.num_hidden_layers
-        layer = Blip2Encoder(dataclasses.replace(self.config, num_hidden_layers=1), name="layers", **self.policy)
-        last, (states, attentions) = scanned(layer, length, x, None, run)
-        return [x, *states[:-1], last], list(attentions)
+            outputs.append(layer_class(c, deterministic, name=f"layers_{i}", **self.policy)(x))
+            x = outputs[-1].states
+        return outputs
 
 
 class Blip2VisionModel(Block):
@@ -173,12 +168,12 @@ class Blip2VisionModel(Block):
             )
         x = Blip2VisionEmbeddings(c, name="embeddings", **self.policy)(pixel_values)
         x = self.layer_norm("pre_layernorm", c.layer_norm_eps)(x)
-        states, attentions = Blip2Encoder(c, self.scan_layers, name="encoder", **self.policy)(x, deterministic)
+        layers = Blip2Encoder(c, self.scan_layers, name="encoder", **self.policy)(x, deterministic)
         post_layernorm = self.layer_norm("post_layernorm", c.layer_norm_eps)
-        last = post_layernorm(states[-1])
+        last = post_layernorm(layers[-1].states)
         return VisionOutput(
             last_hidden_state=last,
             pooler_output=post_layernorm(last[:, 0]),
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=(x, *(layer.states for layer in layers)) if output_hidden_states else None,
+            attentions=tuple(layer.attention for layer in layers) if output_attentions else None,
         )
