@@ -32,7 +32,7 @@ import PIL.Image
 
 from flax_qformer.data.sources import DataSettings, Images, Source, open_images, open_source
 from flax_qformer.errors import InputError
-from flax_qformer.parallel.stopping import signals_held
+from flax_qformer.parallel.stopping import signals_blocked
 from flax_qformer.processing.processor import ImageProcessor, Processor, open_image
 
 __all__ = [
@@ -321,7 +321,7 @@ def _end_with_parent() -> None:
 
 def _next_element(elements: Any) -> dict[str, Any]:
     try:
-        with signals_held():  # the first call starts the workers; the others do not wait for it
+        with signals_blocked():  # the first call starts the workers; the others do not wait for it
             return next(elements)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):

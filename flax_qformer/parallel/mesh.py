@@ -59,7 +59,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return dict.fromkeys(AXES, 1) | sizes
 
 
-def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """A context for tracing, in which `keep_batch` and the like shard activations over the mesh."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 

@@ -45,7 +45,7 @@ def join_processes() -> None:
         logging.getLogger("flax_qformer").setLevel(logging.ERROR)
 
 
-def tells_of_lost_process(error: Exception) -> bool:
+def is_lost_process_error(error: Exception) -> bool:
     """Whether an error may be caused by the end of another process of the job."""
     is_own = str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
     return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and not is_own

@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list, for the program to stop when it is ready; a second signal stops it at once.
 
     Python's own handling can lose a Ctrl-C: KeyboardInterrupt vanishes if it is raised in a garbage collection callback
@@ -56,7 +56,7 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block SIGTERM and SIGINT in processes that start in this block, until they install their own handlers.
 
     This process still receives them, in another of its threads or after the block.

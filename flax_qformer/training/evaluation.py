@@ -15,7 +15,7 @@ from flax_qformer.data.sources import DataSettings, Source
 from flax_qformer.errors import InputError
 from flax_qformer.models.losses import similarities
 from flax_qformer.models.pretraining import Blip2ForPreTraining
-from flax_qformer.parallel.mesh import BATCH, on
+from flax_qformer.parallel.mesh import BATCH, mesh_context
 from flax_qformer.processing.processor import Processor
 from flax_qformer.progress import Progress
 from flax_qformer.training.settings import EvaluateSettings
@@ -122,7 +122,7 @@ class Retrieval:
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
         def apply(*arguments: Any, **details: Any) -> Any:
-            with on(mesh):
+            with mesh_context(mesh):
                 return model.apply(*arguments, **details)
 
         def image(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:

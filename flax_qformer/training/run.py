@@ -17,7 +17,7 @@ from flax_qformer.data.batches import Batches, open_source
 from flax_qformer.data.sources import Source
 from flax_qformer.parallel.mesh import check_divides, named_mesh
 from flax_qformer.parallel.processes import all_gather, any_process, is_first, wait_for_all
-from flax_qformer.parallel.stopping import Stopped, noted_signals
+from flax_qformer.parallel.stopping import Stopped, stop_signals
 from flax_qformer.progress import Progress
 from flax_qformer.training.held_out import HeldOutEvaluation, open_held_out
 from flax_qformer.training.metrics import MetricsLogger, check_reporters
@@ -71,7 +71,7 @@ class Run:
         """Load the model, lock the folder, restore the newest checkpoint; see `open`. `stack` closes what is opened."""
         self.settings, self._output, self._checkpoints = settings, Path(settings.output), checkpoints
         self._saved_settings = dataclasses.replace(settings, overwrite=False)
-        self.signals = stack.enter_context(noted_signals())
+        self.signals = stack.enter_context(stop_signals())
         self._model, params, self._processor = load_model(settings, mesh)
         batches = make_batches(source, self._processor, settings, mesh)
         optimizer, rates = optimizer_and_rates(settings, self._model.config)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from flax_qformer.errors import InputError
 from flax_qformer.models.pretraining import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.models.selection import Selection, merge, partition
-from flax_qformer.parallel.mesh import on
+from flax_qformer.parallel.mesh import mesh_context
 from flax_qformer.parallel.partition_rules import shardings
 from flax_qformer.training.hashing import hashed
 
@@ -154,7 +154,7 @@ def make_train_step(
         def loss_of(trained: dict[str, Any]) -> tuple[jax.Array, Any]:
             return loss(model, trained, state.frozen, batch, key)
 
-        with on(mesh):
+        with mesh_context(mesh):
             is_read = _reads(loss_of, state.trained)
             (value, output), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
