@@ -16,9 +16,10 @@ import pytest
 
 import flax_qformer as fq
 from flax_qformer.commands.main import main
+from flax_qformer.errors import InputError
 from flax_qformer.models.config import BLIP2_VIT_L
-from flax_qformer.planning.hlo import traffic
 from flax_qformer.planning.planner import CHIPS, flops
+from flax_qformer.planning.traffic import count_traffic
 
 PROGRAM = """HloModule step
 
@@ -68,15 +69,41 @@ ENTRY %main (start: (s32[], f32[8,128])) -> f32[32,128] {
 
 
 def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
-    found, size = traffic(PROGRAM), 8 * 128 * 4
-    assert found.collectives == {"all-reduce": 1, "all-gather": 2, "reduce-scatter": 1}
-    assert found.wire == {
+    counted, size = count_traffic(PROGRAM), 8 * 128 * 4
+    assert counted.collectives == {"all-reduce": 1, "all-gather": 2, "reduce-scatter": 1}
+    assert counted.wire == {
         "all-reduce": 12 * 2 * size * 3 / 4,
         "all-gather": 3 * size + 7 * size,
         "reduce-scatter": size * 7 / 8,
     }
     # The loop, the two gathers, the sum that is sliced, the slice.
-    assert found.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
+    assert counted.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
+
+
+@pytest.mark.parametrize(
+    ("known", "foreign"),
+    [
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = compare(%i, %limit) -> pred[]"),
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = pred[] compare(i, limit), direction=LT"),
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = pred[] compare(%j, %limit), direction=LT"),
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = ? compare(%i, %limit), direction=LT"),
+        ("%x = f32[] parameter(0)", "%x = f32[] parameter(first)"),
+        ("%loop = (s32[], f32[8,128]) while(%start), condition=%condition, body=%body", "%loop = while {"),
+        ("while(%start), condition=%condition, body=%body", "while(%start), condition=%condition, do=%body"),
+        ("kind=kLoop, calls=%row", "kind=kLoop, calls=%rows"),
+        ("replica_groups={{0,1,2,3}}, to_apply", "replica_groups=all, to_apply"),
+        ("replica_groups=mesh['a'=4,'b'=4] {'b'}", "replica_groups=mesh['a'=4,'b'=4] {'c'}"),
+        ("%body (state.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {", "computation %body {"),
+        ("%body (state.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {", "computation %body:"),
+        ("ENTRY %main", "%main"),
+    ],
+)
+def test_a_program_text_of_another_xla_is_not_understood(known: str, foreign: str) -> None:
+    assert known in PROGRAM
+    line = r"the program text of this XLA version \(jax \S+, .*libtpu.*\) is not understood: ['\"].+['\"]"
+    with pytest.raises(InputError, match=rf"^{line}; run pip install 'jax\[tpu\]==[\d.]+'$") as caught:
+        count_traffic(PROGRAM.replace(known, foreign))
+    assert len(str(caught.value)) < 300
 
 
 def test_products_count_if_they_are_used() -> None:
