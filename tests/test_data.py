@@ -387,7 +387,7 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     write_parquet(tmp_path / "empty.parquet", {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
     refused(tmp_path / "empty.parquet", "has no rows; add images")
     data = write_folder(tmp_path / "data", [{"file_name": "a.png", "label": "dog", "size": 3}])
-    refused(data, "no column that is known to hold captions, only image, label, size; name one as `caption_column`")
+    refused(data, "no column with a usual name for captions, only image, label, size; name one as `caption_column`")
     refused(data, "no column title, only image, label, size", caption_column="title")
     refused(data, "column size of .* holds no text", caption_column="size")
     refused(data, "no images in label; these hold some: image", caption_column="label", image_column="label")
@@ -419,7 +419,7 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     refused(tmp_path / "none.txt", "no file or folder here")
     (tmp_path / "none.txt").touch()
     refused(tmp_path / "none.txt", "no .tar and no .parquet")
-    refused("nobody/nothing", "no file or folder here, and the hub does not give it .*check the name")
+    refused("nobody/nothing", "no file or folder here, and cannot be loaded from the hub .*check the name")
     with pytest.raises(fq.InputError, match="`crop_scale` is 0.9 0.5"):
         settings(data, crop_scale=(0.9, 0.5))
     for held_out in (-0.1, 1.5, float("inf"), float("nan")):

@@ -136,7 +136,7 @@ def test_a_resumed_run_goes_on_in_weights_and_biases(fake_wandb: list[Any], tmp_
     assert {"step": 2, "loss": 0.5} in fake_wandb
     assert {"step": 2, "samples/captions": [("a|b", "c")], "samples/retrieved": (4, 6, 3)} in fake_wandb
     assert not (run / "tensorboard").exists()
-    with pytest.raises(fq.InputError, match=r"does not take the run \(no key\); run `wandb login`"):
+    with pytest.raises(fq.InputError, match=r"cannot start the run \(no key\); run `wandb login`"):
         MetricsLogger(run, 2, ["wandb"], {"fails": True})
 
 

@@ -218,7 +218,7 @@ def test_learning_rates_of_groups_and_other_optimizers() -> None:
     for wrong, message in (
         ({"vision": 1.0}, "have no learning rate"),
         ({"visoin": 1.0, "all": 1.0}, "'visoin' fits no parameter"),
-        ({"all": 1.0, "crossattention": 1.0}, "of crossattention is for no trained parameter"),
+        ({"all": 1.0, "crossattention": 1.0}, "of crossattention matches no trained parameter"),
     ):
         with pytest.raises(fq.InputError, match=message):
             training.make_optimizer(config, wrong).init(params)
@@ -851,7 +851,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     process.terminate()
     message = finish(process, 128 + signal.SIGTERM).splitlines()[-1]
     saved = last_step(run)
-    assert f"flax-qformer train: stopped after step {saved}, which is saved; the same command goes on" in message
+    assert f"flax-qformer train: stopped after step {saved}, which is saved; the same command resumes it" in message
     assert killed_at < saved < 8
 
     # The newest checkpoint is damaged as well.
@@ -943,7 +943,7 @@ def test_a_run_that_cannot_be(
 
     assert "--batch-size: 5 does not divide into 2 parts (data x fsdp); 4 does" in line("--batch-size", 5)
     assert "no file or folder none" in line("--model", "none/of/these")
-    assert "no column that is known" in line("--data", captionless(tmp_path / "captionless"))
+    assert "no column with a usual name" in line("--data", captionless(tmp_path / "captionless"))
     assert "no file or folder here" in line("--data", tmp_path / "nothing")
     assert "float64 is none" in line("--dtype", "float64")
     assert "at most 16" in line("--max-text-length", 17)
@@ -958,7 +958,7 @@ def test_a_run_that_cannot_be(
     other = tmp_path / "other"
     other.mkdir()
     (other / "work.txt").touch()
-    assert "holds something else than a run" in line("--output", other, "--overwrite")
+    assert "holds something other than a run" in line("--output", other, "--overwrite")
     assert "is not a folder" in line("--output", other / "work.txt")
     assert "cannot write" in line("--output", other / "work.txt" / "run")
     assert [path.name for path in other.iterdir()] == ["work.txt"]
@@ -993,7 +993,7 @@ def test_a_run_is_not_lost(
         (["--accumulation", 1, "--seed", 4], "--accumulation was 2 and is now 1. Set them back"),
         (["--overwrite", "--data", tmp_path / "nothing"], "no file or folder here"),
         (["--overwrite", "--model", tmp_path / "nothing"], "no file or folder"),
-        (["--overwrite", "--model", kept], "kept lies in the run that --overwrite removes"),
+        (["--overwrite", "--model", kept], "kept is inside the run that --overwrite removes"),
         (["--data", tmp_path / "fewer"], "the number of examples (--data, --held-out) was"),
     ):
         assert message in refused(capsys, *program(folder, run, *more))

@@ -115,7 +115,7 @@ def test_training_too_slow_to_change_anything_returns_every_tensor(
     assert "proj_layer stays frozen: the stage-1 losses do not read it" in caplog.text
     caplog.clear()
     train(source, data, tmp_path / "run", "--steps", "2", *more)
-    assert "the run goes on after step 1" in caplog.text
+    assert "resuming from step 1" in caplog.text
     main(["convert", str(tmp_path / "run" / "model"), str(tmp_path / "converted")])
     for number, model in enumerate((tmp_path / "run" / "model", tmp_path / "converted")):
         main(["export", str(model), str(tmp_path / f"{number}"), "--layout", layout])

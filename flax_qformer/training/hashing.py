@@ -1,4 +1,4 @@
-"""Random bits for dropout from a hash, with a tenth of the operations of JAX's default generator."""
+"""Random bits for dropout from a hash, which needs a tenth of the operations of JAX's default generator."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def _fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
     return _words(key, 2 * jnp.asarray(number).astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32))
 
 
-def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _split_key(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _random_bits(key, 32, (*shape, 2))
 
 
@@ -44,5 +44,5 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
 
 
 _HASH = define_prng_impl(
-    name="fmix32", tag="mix", key_shape=(2,), seed=_seed, split=_split, random_bits=_random_bits, fold_in=_fold_in
+    name="fmix32", tag="mix", key_shape=(2,), seed=_seed, split=_split_key, random_bits=_random_bits, fold_in=_fold_in
 )
