@@ -57,8 +57,8 @@ def forward(size: int) -> float:
 
 def watch(command: list[str]) -> tuple[list[int], float]:
     """The highest resident memory in KiB of a process and its children, and images per second after the first batch."""
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         peaks: dict[int, int] = {}
         while process.poll() is None:
             try:
@@ -71,8 +71,8 @@ def watch(command: list[str]) -> tuple[list[int], float]:
             except (OSError, IndexError):
                 pass
             time.sleep(0.05)
-        told.seek(0)
-        progress = told.read()
+        stderr.seek(0)
+        progress = stderr.read()
     assert process.returncode == 0, progress
     # As the progress bar counts: 64/100 [00:03<00:01, ...
     seen = [(int(done), 60 * int(m) + int(s)) for done, m, s in re.findall(r"(\d+)/\d+ \[(\d+):(\d+)<", progress)]

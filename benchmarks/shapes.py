@@ -54,9 +54,9 @@ def main() -> None:
         scenes = distinct_scenes(np.random.default_rng(options.seed + draw))
         images = [scene.draw() for scene in scenes.values()]
         batch = processor(images, list(scenes), max_length=CAPTION_TOKENS)
-        found = search.evaluate(params, [({**batch, "image_id": np.arange(IMAGES)}, IMAGES)], RERANKED)
-        for name in (name for name in found if name.endswith("recall@1")):
-            figures.setdefault(name, []).append(found[name])
+        recall = search.evaluate(params, [({**batch, "image_id": np.arange(IMAGES)}, IMAGES)], RERANKED)
+        for name in (name for name in recall if name.endswith("recall@1")):
+            figures.setdefault(name, []).append(recall[name])
         false = processor(text=[exchanged(scene) for scene in scenes.values()], max_length=CAPTION_TOKENS)
         is_nearer = nearness(params, batch) > nearness(params, {**batch, **false})
         figures.setdefault("caption nearer than with its objects exchanged", []).append(float(np.mean(is_nearer)))

@@ -79,7 +79,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[fake_hub.Hub], dict[str, str]]]:
 
     class Served(fake_hub.Hub):
         files = tmp_path / "served"
-        asked: list[str] = []
+        requests: list[str] = []
 
     Served.files.mkdir()
     with fake_hub.served(Served) as endpoint:

@@ -28,7 +28,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     Attributes:
       files: folder with the files of the repository.
-      asked: paths of the requests so far.
+      requests: paths of the requests so far.
       hangs_up: whether each file is cut off in the middle.
       token: an upload needs it.
       others: API paths of further repositories that everybody can see.
@@ -37,7 +37,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """
 
     files: Path
-    asked: list[str]
+    requests: list[str]
     hangs_up = False
     token = "secret"
     others: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        self.asked.append(path)
+        self.requests.append(path)
         listed = [file.relative_to(self.files).as_posix() for file in sorted(self.files.rglob("*")) if file.is_file()]
         name = path.removeprefix(f"/{REPOSITORY}/resolve/").partition("/")[2]
         if path.startswith(f"{API}/tree/"):
@@ -68,7 +68,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, body = self.path.split("?")[0], self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(path)
+        self.requests.append(path)
         if self.headers.get("Authorization") != f"Bearer {self.token}":
             self.reply_json({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":

@@ -308,17 +308,17 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
 
     done = convert("first")
     assert done.returncode == 0, done.stderr
-    fetched = {path.partition("/resolve/")[2].partition("/")[2] for path in served.asked if "/resolve/" in path}
+    fetched = {path.partition("/resolve/")[2].partition("/")[2] for path in served.requests if "/resolve/" in path}
     weights = "qformer/model.safetensors" if kind == "safetensors" else "qformer/pytorch_model.bin"
     assert weights in fetched
     assert not any(name.startswith(("unet", "tokenizer")) or "flax" in name for name in fetched)
     assert len([name for name in fetched if "model" in name.rpartition("/")[2] and not name.endswith("json")]) == 1
     assert same(fq.from_pretrained(tmp_path / "first")[1], fq.from_pretrained(DEFAULT_MODEL)[1])
 
-    served.asked.clear()
+    served.requests.clear()
     done = convert("second", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
-    assert not served.asked
+    assert not served.requests
     done = convert("third", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
     assert done.returncode == 2
     assert "someone/model is no file or folder here" in done.stderr

@@ -51,10 +51,10 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     model, params = fq.from_pretrained(DEFAULT_MODEL)
     batch = fq.Processor.from_pretrained(DEFAULT_MODEL)(EXAMPLE_IMAGE, "red circle")
     expected = model.apply({"params": params}, **batch).query_embeddings
-    found = embeddings(tmp_path / "embeddings.npz")
-    np.testing.assert_allclose(found["query_embeddings"], expected, atol=1e-5)
-    assert found["images"].tolist() == [str(EXAMPLE_IMAGE)]
-    assert found["texts"].tolist() == ["red circle"]
+    written = embeddings(tmp_path / "embeddings.npz")
+    np.testing.assert_allclose(written["query_embeddings"], expected, atol=1e-5)
+    assert written["images"].tolist() == [str(EXAMPLE_IMAGE)]
+    assert written["texts"].tolist() == ["red circle"]
 
 
 @pytest.mark.slow
@@ -154,17 +154,17 @@ def test_search_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     first = [line.split() for line in lines[1::3]]
     second = [line.split() for line in lines[2::3]]
     assert all(float(a[0]) >= float(b[0]) for a, b in zip(first, second, strict=True))
-    assert sum(found[1] == str(image) for found, image in zip(first, images, strict=True)) >= 6
+    assert sum(row[1] == str(image) for row, image in zip(first, images, strict=True)) >= 6
 
-    told = []
+    captions = []
     for options in (["--batch-size", "3"], ["--nucleus", "--seed", "3"], ["--nucleus", "--seed", "3"]):
         main(["caption", *map(str, images), *options])
-        told.append(dict(line.split(": ") for line in capsys.readouterr().out.splitlines()))
-        assert list(told[-1]) == list(map(str, images))
-    assert told[1] == told[2]
+        captions.append(dict(line.split(": ") for line in capsys.readouterr().out.splitlines()))
+        assert list(captions[-1]) == list(map(str, images))
+    assert captions[1] == captions[2]
     colours = [
         {thing.colour for thing in scene.things} & set(text.split())
-        for scene, text in zip(scenes, told[0].values(), strict=True)
+        for scene, text in zip(scenes, captions[0].values(), strict=True)
     ]
     assert sum(map(bool, colours)) >= 7
 
@@ -389,7 +389,7 @@ def test_the_first_lines_of_the_readme_run_as_printed(capsys: pytest.CaptureFixt
 
 
 def test_python_m_runs_the_commands() -> None:
-    told = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "flax_qformer", "--version"], capture_output=True, text=True, check=True
     )
-    assert told.stdout.strip() == fq.__version__ == importlib.metadata.version("flax-qformer")
+    assert completed.stdout.strip() == fq.__version__ == importlib.metadata.version("flax-qformer")

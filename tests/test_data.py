@@ -137,11 +137,11 @@ def test_every_source_gives_what_the_processor_gives(tmp_path: Path, processor: 
 def test_images_have_names_and_need_no_captions(tmp_path: Path) -> None:
     def named(data: Path) -> dict[str, bytes]:
         images = open_images(settings(data))
-        found = {}
+        content = {}
         for row in map(images.__getitem__, range(len(images))):
-            assert row["id"] not in found
-            found[row["id"]] = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
-        return found
+            assert row["id"] not in content
+            content[row["id"]] = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+        return content
 
     pngs = [png(i) for i in range(3)]
     split = tmp_path / "split"

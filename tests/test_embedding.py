@@ -103,10 +103,10 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
         while shards(output) < before + 3 and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(number)
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == code, told
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == code, stderr
         assert before + 3 <= shards(output) < SHARDS
-    assert f"stopped with {SHARDS - shards(output)} shards to go; the same command goes on" in told.splitlines()[-1]
+    assert f"stopped with {SHARDS - shards(output)} shards to go; the same command goes on" in stderr.splitlines()[-1]
     # What a full disk or a crash of the machine may leave.
     first = min(output.iterdir())
     first.write_bytes(first.read_bytes()[:-100])
@@ -114,13 +114,13 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
     link = tmp_path / "link"
     link.symlink_to(data)
     both = [start(program(name, output, "--process", i, 2)) for i, name in enumerate((data, link))]
-    told = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert "13 shards of 26, the share of process 0 of 2: 104 rows, 1 with an error" in told[0][0]
-    assert "13 shards of 26, the share of process 1 of 2: 99 rows, 0 with an error" in told[1][0]
-    assert f"{first.name} is no whole shard" in told[0][1]
-    assert "Traceback" not in "".join(err for _, err in told)
-    assert not any("leaked" in err for _, err in told)
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "13 shards of 26, the share of process 0 of 2: 104 rows, 1 with an error" in outputs[0][0]
+    assert "13 shards of 26, the share of process 1 of 2: 99 rows, 0 with an error" in outputs[1][0]
+    assert f"{first.name} is no whole shard" in outputs[0][1]
+    assert "Traceback" not in "".join(err for _, err in outputs)
+    assert not any("leaked" in err for _, err in outputs)
     check_same(output, uninterrupted)
 
 
@@ -138,11 +138,11 @@ def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
     while not any(map(is_worker, Path("/proc").glob("[0-9]*"))) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGINT, told
-    assert "Traceback" not in told
-    assert "stopping after the work so far is saved" in told
-    assert told.splitlines()[-1].endswith("shards to go; the same command goes on with them")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT, stderr
+    assert "Traceback" not in stderr
+    assert "stopping after the work so far is saved" in stderr
+    assert stderr.splitlines()[-1].endswith("shards to go; the same command goes on with them")
 
 
 @pytest.mark.slow
@@ -163,11 +163,11 @@ def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path
             time.sleep(rng.random() * 0.1)
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             process.send_signal(number)
-            _, told = process.communicate(timeout=300)
+            _, stderr = process.communicate(timeout=300)
             where.append((number.name, process.returncode, shards(output)))
             if process.returncode == 0:
                 break
-        assert process.returncode == 0, told
+        assert process.returncode == 0, stderr
         print(where)
         check_same(output, uninterrupted)
 

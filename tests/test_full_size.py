@@ -60,8 +60,8 @@ def test_outputs_and_gradients(folder: Path, upstream: dict[str, np.ndarray]) ->
     samples = {name.removeprefix("gradient "): value for name, value in upstream.items() if "gradient " in name}
     grads = export(jax.tree.map(np.asarray, grads), model.config)
     assert grads.keys() - samples.keys() == {"embeddings.position_ids"}
-    found = {name: cases.sample(name, grads[name]) for name in samples}
-    error, worst = cases.gradient_error(found, samples)
+    gradients = {name: cases.sample(name, grads[name]) for name in samples}
+    error, worst = cases.gradient_error(gradients, samples)
     print(f"gradients: {error:.1e} relative ({worst})")
     assert error < 1e-4
 

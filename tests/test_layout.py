@@ -37,8 +37,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 def level(module: str) -> int:
     top = module.split(".")[0]
-    (found,) = (number for number, names in enumerate(LEVELS) if top in names)
-    return found
+    (number,) = (number for number, names in enumerate(LEVELS) if top in names)
+    return number
 
 
 def imports(module: str) -> Iterator[str]:
@@ -99,4 +99,4 @@ def test_a_class_has_a_name_of_its_own() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(name)
-    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    assert {name: owners for name, owners in places.items() if len(owners) > 1} == {}

@@ -172,8 +172,8 @@ def test_pruned_heads(geometry: str, upstream_folder: Any, golden: Any) -> None:
 def test_positions_for_images_of_another_size(case: Case, golden: Any) -> None:
     for size in cases.IMAGE_SIZES:
         config, params = fq.interpolate_positions(case.model.config, case.params, size)
-        found = params["visual_encoder"]["embeddings"]["position_embedding"]
-        np.testing.assert_allclose(found, golden("positions")[f"{case.name}/{size}"], atol=cases.ROUNDING, rtol=0)
+        resized = params["visual_encoder"]["embeddings"]["position_embedding"]
+        np.testing.assert_allclose(resized, golden("positions")[f"{case.name}/{size}"], atol=cases.ROUNDING, rtol=0)
     output = case.run(type(case.model)(config), params, pixel_values=cases.draw("large", (1, size, size, 3)))
     assert output.query_embeddings.shape == (1, config.num_query_tokens, config.qformer_config.hidden_size)
     with pytest.raises(fq.InputError, match="larger than image_size"):

@@ -151,8 +151,8 @@ def test_captions(case: Case) -> None:
     assert len(names) == 8
     # The search does not depend on the geometry.
     for name in sorted(names)[: None if case.config["qformer_config"]["cross_attention_frequency"] == 2 else 2]:
-        told = case.part(case.captions, f"{name}/")
-        settings = {key: value.item() for key, value in told.items() if key not in ("ids", "scores")}
+        recorded = case.part(case.captions, f"{name}/")
+        settings = {key: value.item() for key, value in recorded.items() if key not in ("ids", "scores")}
 
         @jax.jit
         def write(pixels: jax.Array, settings: dict = settings) -> jax.Array:
@@ -160,24 +160,24 @@ def test_captions(case: Case) -> None:
 
         ids = np.asarray(write(case.pixels))
         expected = np.zeros_like(ids)
-        expected[:, : told["ids"].shape[1]] = told["ids"]
+        expected[:, : recorded["ids"].shape[1]] = recorded["ids"]
         np.testing.assert_array_equal(ids, expected, err_msg=name)
 
 
 def test_nucleus_keeps_what_transformers_keeps(golden: Any, one: Case) -> None:
-    told = golden("pretraining_nucleus")
-    kept = jax.nn.softmax(nucleus(jnp.asarray(told["logits"]), 0.9))
-    np.testing.assert_allclose(kept, told["probabilities"], atol=1e-6)
-    told = one.part(one.captions, "nucleus/")
-    settings = {"top_p": 0.9, "max_length": told["ids"].shape[1], "min_length": told["min_length"].item()}
+    recorded = golden("pretraining_nucleus")
+    kept = jax.nn.softmax(nucleus(jnp.asarray(recorded["logits"]), 0.9))
+    np.testing.assert_allclose(kept, recorded["probabilities"], atol=1e-6)
+    recorded = one.part(one.captions, "nucleus/")
+    settings = {"top_p": 0.9, "max_length": recorded["ids"].shape[1], "min_length": recorded["min_length"].item()}
 
     def write(key: jax.Array) -> jax.Array:
         rules = {"eos_token_id": END, "use_nucleus_sampling": True, **settings}
         return one.model.apply(one.variables, one.pixels, method="caption", rngs={"sampling": key}, **rules)
 
     drawn = np.asarray(jax.jit(lambda keys: jax.lax.map(write, keys))(jax.random.split(jax.random.key(1), 300)))
-    shares = jax.nn.one_hot(drawn[:, :, 1], told["probabilities"].shape[-1]).mean(axis=0)
-    np.testing.assert_allclose(shares, told["probabilities"][:, 0], atol=0.12)
+    shares = jax.nn.one_hot(drawn[:, :, 1], recorded["probabilities"].shape[-1]).mean(axis=0)
+    np.testing.assert_allclose(shares, recorded["probabilities"][:, 0], atol=0.12)
 
 
 def test_checkpoints_come_back_whole(case: Case, tmp_path: Path) -> None:
@@ -303,16 +303,16 @@ def test_parameters_of_the_other_class(one: Case) -> None:
     shapes = jax.eval_shape(other.init, jax.random.key(0), one.pixels, ids)
     heads = {"params": {"proj_layer": shapes["params"]["proj_layer"], **one.params}}
 
-    def shape(model: Any, variables: Any, *given: Any, **details: Any) -> Any:
-        return jax.eval_shape(partial(model.apply, **details), variables, *given)
+    def shape(model: Any, variables: Any, *arguments: Any, **details: Any) -> Any:
+        return jax.eval_shape(partial(model.apply, **details), variables, *arguments)
 
     with pytest.raises(
         fq.InputError, match="no proj_layer: .* Blip2QFormerModel, perhaps those of Blip2ForPreTraining"
     ):
         shape(other, one.variables, one.pixels, ids)
-    for method, given in (("__call__", (ids, None, index, index)), ("match", (ids,)), ("image_features", ())):
+    for method, arguments in (("__call__", (ids, None, index, index)), ("match", (ids,)), ("image_features", ())):
         with pytest.raises(fq.InputError, match="no .*: .* Blip2ForPreTraining, perhaps those of Blip2QFormerModel"):
-            shape(one.model, shapes, one.pixels, *given, method=method)
+            shape(one.model, shapes, one.pixels, *arguments, method=method)
     shape(one.model, heads, one.pixels, ids, None, index, index)
     shape(other, heads, one.pixels, ids)
     shape(other, one.variables, None, ids)
@@ -322,7 +322,7 @@ def test_parameters_of_the_other_class(one: Case) -> None:
 def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
     ids, index = one.inputs["input_ids"], np.arange(len(one.pixels))
     whole = jax.eval_shape(partial(one.model.apply, method="encode_image"), one.variables, one.pixels)
-    for method, given in (
+    for method, arguments in (
         ("__call__", {"input_ids": ids, "negative_image_index": index, "negative_text_index": index}),
         ("image_features", {}),
         ("match", {"input_ids": ids}),
@@ -330,7 +330,7 @@ def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
     ):
         run = partial(one.model.apply, method=method)
         shapes = [
-            jax.eval_shape(run, one.variables, encoder_hidden_states=states, **given)
+            jax.eval_shape(run, one.variables, encoder_hidden_states=states, **arguments)
             for states in (whole, whole.last_hidden_state)
         ]
         assert shapes[0] == shapes[1]

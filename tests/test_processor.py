@@ -177,14 +177,14 @@ def test_an_image_that_may_not_be_read_is_not_damaged(processor: fq.Processor, m
 
 def test_arguments_of_transformers(processor: fq.Processor) -> None:
     texts = ["a dog", "dog " * 100]
-    for given, own in (
+    for theirs, ours in (
         ({"return_tensors": "np", "padding": True, "truncation": True}, {"truncate": True}),
         ({"padding": "longest", "truncation": True}, {"truncate": True}),
         ({"padding": "max_length", "max_length": 8, "truncation": True}, {"max_length": 8}),
     ):
-        one, other = (processor(text=texts, **arguments) for arguments in (given, own))
+        one, other = (processor(text=texts, **arguments) for arguments in (theirs, ours))
         assert same(one, other)
-    for given, message in (
+    for arguments, message in (
         ({"return_tensors": "pt"}, "`return_tensors` is 'pt'; give 'np'"),
         ({"padding": False}, "`padding` is False without `max_length`"),
         ({"padding": "max_length"}, "give `max_length`"),
@@ -193,7 +193,7 @@ def test_arguments_of_transformers(processor: fq.Processor) -> None:
         ({"do_resize": False}, "`do_resize` is not supported; .*`return_tensors`"),
     ):
         with pytest.raises(fq.InputError, match=message):
-            processor(text="a dog", **given)
+            processor(text="a dog", **arguments)
 
 
 @pytest.mark.parametrize("text", [[], [3], [None], 3.5])

@@ -85,7 +85,7 @@ def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
     assert f"{other} has a README.md; name the license there" in licensed
     assert "401" in refused
     assert refused.endswith("run `hf auth login`, or set HF_TOKEN to a token that may write to someone/model")
-    assert "/someone/model.git/info/lfs/objects/batch" in served.asked
+    assert "/someone/model.git/info/lfs/objects/batch" in served.requests
     assert [deleted > 0 for _, deleted in served.commits] == [False, True]
     left = {path.relative_to(served.files).as_posix() for path in served.files.rglob("*") if path.is_file()}
     assert left == {path.name for path in other.iterdir()} | {"figure.png"}

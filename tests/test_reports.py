@@ -71,8 +71,8 @@ def test_results_and_a_bar_on_one_terminal_do_not_mix(log: Any, monkeypatch: Any
             shown.advance()
     logging.getLogger().removeHandler(handler)
     lines = [line.strip() for line in re.split(r"[\r\n]", both.getvalue())]
-    told = [line for line in lines if "a caption" in line or "warning" in line]
-    assert told == [
+    reported = [line for line in lines if "a caption" in line or "warning" in line]
+    assert reported == [
         f"{number}.png: a caption" if is_caption else f"a warning {number}"
         for number in range(3)
         for is_caption in (True, False)
@@ -81,7 +81,7 @@ def test_results_and_a_bar_on_one_terminal_do_not_mix(log: Any, monkeypatch: Any
 
 
 @pytest.mark.parametrize(
-    ("count", "told"),
+    ("count", "warning"),
     [
         (3, "recall@10 of 3 images is always 1; hold out at least 100 images"),
         (10, "recall@10 of 10 images is always 1"),
@@ -89,10 +89,10 @@ def test_results_and_a_bar_on_one_terminal_do_not_mix(log: Any, monkeypatch: Any
         (100, ""),
     ],
 )
-def test_a_small_split_is_named(count: int, told: str, log: Any) -> None:
+def test_a_small_split_is_named(count: int, warning: str, log: Any) -> None:
     evaluation.warn_of_few_images(count)
-    assert told in log.text
-    assert bool(told) == bool(log.text)
+    assert warning in log.text
+    assert bool(warning) == bool(log.text)
 
 
 @pytest.fixture

@@ -26,12 +26,12 @@ def models(geometry: str, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
 
 
 def inputs(geometry: str) -> dict[str, np.ndarray]:
-    found = cases.batch(geometry)
+    batch = cases.batch(geometry)
     return {
-        "pixel_values": found["pixel_values"],
-        "input_ids": found["input_ids"],
-        "attention_mask": found["attention_mask"],
-        "head_mask": found["head_mask_2d"],
+        "pixel_values": batch["pixel_values"],
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "head_mask": batch["head_mask_2d"],
     }
 
 
@@ -73,8 +73,8 @@ def test_dropout_in_the_loop(tmp_path: Path) -> None:
     def run(model: fq.Blip2QFormerModel, seed: int) -> tuple[Any, Any]:
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             key = jax.random.key(seed)
-            found = model.apply({"params": params}, **batch, deterministic=False, rngs={"dropout": key})
-            return (found.query_embeddings**2).sum(), found.query_embeddings
+            output = model.apply({"params": params}, **batch, deterministic=False, rngs={"dropout": key})
+            return (output.query_embeddings**2).sum(), output.query_embeddings
 
         return jax.jit(jax.grad(loss, has_aux=True))(fq.stack_layers(params))
 

@@ -187,8 +187,8 @@ def test_selections_of_parameters() -> None:
         ("qformer", {path for path in paths if path.split("/")[0] in ("query_tokens", "embeddings", "encoder")}),
     ):
         trained, _ = training.partition(params, selection)
-        found = set(flatten_dict(trained, sep="/"))
-        assert found == ({p for p in paths if p.startswith(expected)} if isinstance(expected, str) else expected)
+        selected = set(flatten_dict(trained, sep="/"))
+        assert selected == ({p for p in paths if p.startswith(expected)} if isinstance(expected, str) else expected)
     del params["vision_proj"], params["text_proj"], params["itm_head"], params["temp"], params["lm_head"]
     assert "proj_layer" in training.partition(params, "qformer")[0]
     for wrong, message in (
@@ -278,9 +278,9 @@ def test_what_does_not_decay_and_how_rates_fall_with_depth() -> None:
     for i in range(3):
         expected |= {f"encoder/layer_{i}/": 3 - i, f"visual_encoder/encoder/layers_{i}/": 3 - i}
     for prefix, height in expected.items():
-        found = {path: h for path, h in heights.items() if path.startswith(prefix)}
-        assert found, prefix
-        assert all(round(h, 3) == height for h in found.values()), found
+        matching = {path: h for path, h in heights.items() if path.startswith(prefix)}
+        assert matching, prefix
+        assert all(round(h, 3) == height for h in matching.values()), matching
 
 
 def test_warm_up_and_cosine() -> None:
@@ -497,8 +497,8 @@ def test_recall_is_what_brute_force_finds() -> None:
     assert not any("reranked" in name for name in retrieval.evaluate({}, examples(), rerank=0))
     with pytest.raises(fq.InputError, match="1 images are too few"):
         retrieval.evaluate({}, [(batch, 1) for batch, _ in list(examples())[:1]])
-    found = retrieval.search({}, examples(), rerank=6)
-    best = found.best_images(103, 4)  # its first text is the sixth
+    result = retrieval.search({}, examples(), rerank=6)
+    best = result.best_images(103, 4)  # its first text is the sixth
     assert best == [100 + image for image in np.argsort(-reranked["text_to_image"][5])[:4]]
 
 
@@ -566,7 +566,7 @@ def test_a_prefetched_batch_counts_when_it_is_taken() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def parsed_settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The settings that a command would run with."""
     seen: list[Any] = []
     monkeypatch.setattr("flax_qformer.training.loop.train", lambda settings: seen.append(settings))
@@ -592,7 +592,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return lines[-1]
 
 
-def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
+def test_settings_of_a_file(tmp_path: Path, parsed_settings: Any, capsys: Any) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
         "data: my data\noutput: -out\nsteps: 7\nlearning_rate: 1e-4\ntrain: [vision]\nflip: true\ndropout: null\n"
@@ -609,15 +609,15 @@ def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
         optimizer="lion",
         group_learning_rates={"vision": 1e-5, "query_tokens": 1.0},
     )
-    assert told("train", "--settings", file) == expected
-    changed = told("train", f"--settings={file}", "--steps", 9, "--no-flip", "--train", "qformer", "heads")
+    assert parsed_settings("train", "--settings", file) == expected
+    changed = parsed_settings("train", f"--settings={file}", "--steps", 9, "--no-flip", "--train", "qformer", "heads")
     assert changed == dataclasses.replace(expected, steps=9, flip=False, train=("qformer", "heads"))
     # What a run writes down is read again, for an evaluation as well.
     written = dataclasses.replace(expected, scan_layers=False)
     file.write_text(to_yaml(written))
-    assert told("train", "--settings", file) == written
+    assert parsed_settings("train", "--settings", file) == written
     wanted = EvaluateSettings("my data", model="m", crop_scale=(0.2, 1.0), flip=True, seed=3, dtype="bfloat16")
-    assert told("evaluate", "--settings", file, "--model", "m") == wanted
+    assert parsed_settings("evaluate", "--settings", file, "--model", "m") == wanted
 
     for text, message in (
         ("bach_size: 3", "names unknown settings: bach_size"),
@@ -681,8 +681,8 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
     ],
 )
 def test_a_command_line_that_is_wrong(arguments: list[str], message: str, capsys: Any) -> None:
-    given = arguments if not arguments or "--data" in arguments else [*arguments, "--data", "d", "--output", "o"]
-    line = refused(capsys, "train", *given)
+    complete = arguments if not arguments or "--data" in arguments else [*arguments, "--data", "d", "--output", "o"]
+    line = refused(capsys, "train", *complete)
     assert message in line
     assert line.endswith("(see flax-qformer train --help)")
 
@@ -741,7 +741,7 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
                 text=True,
                 start_new_session=True,
             )
-        process.told = tmp_path / f"{len(started)}.txt"  # type: ignore[attr-defined]
+        process.stderr_file = tmp_path / f"{len(started)}.txt"  # type: ignore[attr-defined]
         started.append(process)
         return process
 
@@ -773,10 +773,10 @@ def _group_lives(group: int) -> bool:
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     """What a command said on stderr."""
     process.wait(timeout=300)
-    told = process.told.read_text()  # type: ignore[attr-defined]
-    assert process.returncode == code, told
-    assert "Traceback" not in told
-    return told
+    stderr = process.stderr_file.read_text()  # type: ignore[attr-defined]
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    return stderr
 
 
 def last_step(run: Path) -> int:
@@ -857,8 +857,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     # The newest checkpoint is damaged as well.
     flip_a_byte(largest_file(run / "checkpoints" / str(saved)))
     process = start(command)
-    told = finish(process)
-    assert f"the checkpoint of step {saved} is damaged" in told
+    stderr = finish(process)
+    assert f"the checkpoint of step {saved} is damaged" in stderr
     check_same(run, uninterrupted)
     figures, params = result(run)
     assert [line["step"] for line in figures] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 8]
@@ -868,10 +868,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     assert shown_steps(run, "loss") == {"loss": [1, 2, 3, 4, 5, 6, 7, 8]} | {
         f"loss_{name}": [1, 2, 3, 4, 5, 6, 7, 8] for name in ("itc", "itm", "itg")
     }
-    assert "8/8 steps: loss" in told
-    assert "step 8: images 3, texts" in told
-    assert "recall@10 of 3 images is always 1; hold out at least 100 images" in told
-    assert "\r" not in told
+    assert "8/8 steps: loss" in stderr
+    assert "step 8: images 3, texts" in stderr
+    assert "recall@10 of 3 images is always 1; hold out at least 100 images" in stderr
+    assert "\r" not in stderr
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"6", "6.json", "8", "8.json"}
     assert same(params["visual_encoder"], tiny[1]["visual_encoder"])
     assert not same(params["itm_head"], tiny[1]["itm_head"])
@@ -1077,19 +1077,19 @@ def test_an_evaluation_by_itself_finds_what_the_run_wrote_down(folder: Path, sta
     settings, model = folder / "whole" / "settings.yaml", folder / "whole" / "model"
     process = start(["evaluate", "--settings", settings, "--model", model, "--data", folder / "data"])
     finish(process)
-    told = dict(line.split(": ") for line in process.stdout.read().splitlines())
-    assert {name: float(value) for name, value in told.items()} == pytest.approx(
+    printed = dict(line.split(": ") for line in process.stdout.read().splitlines())
+    assert {name: float(value) for name, value in printed.items()} == pytest.approx(
         {name: value for name, value in figures[-1].items() if name != "step"}, rel=1e-4
     )
-    assert (told["images"], int(told["texts"]) >= 3) == ("3", True)
+    assert (printed["images"], int(printed["texts"]) >= 3) == ("3", True)
 
 
 @pytest.mark.slow
 def test_a_rate_too_high_stops_the_run(folder: Path, start: Any) -> None:
     run = folder / "hot"
     more = ["--learning-rate", 1e30, "--save-every", 1, "--evaluate-every", 0, "--warmup", 2, "--num-workers", 0]
-    told = finish(start(program(folder, "hot", *more)), 2).splitlines()[-1]
-    assert "flax-qformer train: parameter_norm is not finite at step 2; the last good checkpoint is of step 1" in told
+    stderr = finish(start(program(folder, "hot", *more)), 2).splitlines()[-1]
+    assert "flax-qformer train: parameter_norm is not finite at step 2; the last good checkpoint is of step 1" in stderr
     assert last_step(run) == 1
     assert not (run / "model").exists()
 
@@ -1097,15 +1097,15 @@ def test_a_rate_too_high_stops_the_run(folder: Path, start: Any) -> None:
 @pytest.mark.slow
 def test_a_model_of_words_alone_and_nothing_held_out(folder: Path, start: Any) -> None:
     more = ["--model", folder / "words", "--held-out", 0, "--steps", 1, "--num-workers", 0]
-    told = finish(start(program(folder, "fresh", *more)))
-    assert "words has no weights: all are randomly initialised" in told
-    assert "no evaluation" in told
+    stderr = finish(start(program(folder, "fresh", *more)))
+    assert "words has no weights: all are randomly initialised" in stderr
+    assert "no evaluation" in stderr
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
     # A run that is done is done: its model is written again.
     shutil.rmtree(folder / "fresh" / "model")
     settings = (folder / "fresh" / "settings.yaml").read_bytes()
-    told = finish(start(program(folder, "fresh", *more, "--learning-rate", 1)))
-    assert "the run has 1 steps already" in told
+    stderr = finish(start(program(folder, "fresh", *more, "--learning-rate", 1)))
+    assert "the run has 1 steps already" in stderr
     assert (folder / "fresh" / "settings.yaml").read_bytes() == settings
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
 
@@ -1133,9 +1133,9 @@ def test_kills_at_random_moments(folder: Path, tmp_path: Path, start: Any, unint
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             process.send_signal(number)
             code = process.wait(timeout=300)
-            told = process.told.read_text()
-            assert "Traceback" not in told, told
-            assert code in (0, -number, 128 + number), told
+            stderr = process.stderr_file.read_text()
+            assert "Traceback" not in stderr, stderr
+            assert code in (0, -number, 128 + number), stderr
             left = sorted(path.name for path in (run / "checkpoints").glob("*"))
             where.append(f"{number.name}{' in a save' if saving else ''}: {code}, {left}")
             if code == 0:
@@ -1164,9 +1164,10 @@ def test_a_damaged_checkpoint_of_a_run(folder: Path, tmp_path: Path, start: Any,
         run = tmp_path / str(i)
         shutil.copytree(begun, run)
         damage(run / path.relative_to(begun))
-        told = finish(start(program(folder, run)))
+        stderr = finish(start(program(folder, run)))
         assert (
-            f"the checkpoint of step {newest} is damaged" in told or f"checkpoints/{newest}, which is damaged" in told
+            f"the checkpoint of step {newest} is damaged" in stderr
+            or f"checkpoints/{newest}, which is damaged" in stderr
         )
         check_same(run, uninterrupted)
     for path in (begun / "checkpoints").glob("*.json"):

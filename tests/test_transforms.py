@@ -222,8 +222,8 @@ def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.M
     # Of the tower, of self-attention, of cross-attention.
     assert len(traced) == 3
     _, variables = jax.eval_shape(partial(call, capture_intermediates=True), {"params": params})
-    found = variables["intermediates"]["visual_encoder"]["encoder"]
-    assert [set(found[f"layers_{i}"]) for i in range(4)] == [set(found["layers_0"])] * 4
+    layers = variables["intermediates"]["visual_encoder"]["encoder"]
+    assert [set(layers[f"layers_{i}"]) for i in range(4)] == [set(layers["layers_0"])] * 4
     del params["encoder"]["layer_3"]["attention"]["attention"]["query"]["kernel"]
     with pytest.raises(ScopeParamNotFoundError, match="/encoder/layer_3/attention/attention/query"):
         jax.eval_shape(call, {"params": params})
@@ -338,7 +338,7 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("batch", "message"),
     [
         ({}, "nothing to read"),
         ({"pixel_values": jnp.zeros((1, 3, 28, 28))}, "channels last"),
@@ -360,9 +360,9 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
         ),
     ],
 )
-def test_inputs_that_do_not_fit(params: Any, given: Any, message: str) -> None:
+def test_inputs_that_do_not_fit(params: Any, batch: Any, message: str) -> None:
     with pytest.raises(fq.InputError, match=message):
-        apply()(params, given)
+        apply()(params, batch)
 
 
 def test_raw_pixels(params: Any) -> None:
@@ -388,7 +388,7 @@ def test_ids_outside_the_vocabulary_are_no_other_words(params: Any) -> None:
     assert jnp.isnan(states).all()
     lists = {"input_ids": [[2, 9, 3]], "attention_mask": [[1, 1, 0]], "head_mask": [1, 0, 1]}
     arrays = {name: np.array(value) for name, value in lists.items()}
-    np.testing.assert_array_equal(*(apply()(params, given).last_hidden_state for given in (lists, arrays)))
+    np.testing.assert_array_equal(*(apply()(params, batch).last_hidden_state for batch in (lists, arrays)))
 
 
 def test_numbers_of_numpy_and_plain_mappings(params: Any, tmp_path: Any) -> None:

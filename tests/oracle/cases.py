@@ -216,7 +216,7 @@ def image(mode: str, height: int = 57, width: int = 83) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGBa") if mode == "RGBa" else rgb.convert(mode)
 
 
-def gradient_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
+def gradient_error(gradients: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
     """The largest relative error of a gradient, and whose it is.
 
     Biases of keys have none (softmax does not see them), so that both sides hold rounding: they count against the rest.
@@ -224,7 +224,7 @@ def gradient_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
     norms = {name: float(np.linalg.norm(value)) for name, value in expected.items()}
     rest = max(norms.values())
     errors = {
-        name: float(np.linalg.norm(found[name] - value)) / (rest if name.endswith("key.bias") else norms[name])
+        name: float(np.linalg.norm(gradients[name] - value)) / (rest if name.endswith("key.bias") else norms[name])
         for name, value in expected.items()
         if value.size
     }

@@ -218,8 +218,8 @@ def record_positions() -> dict[str, np.ndarray]:
 
 def tensor(value: np.ndarray) -> torch.Tensor:
     """Floating point in the default dtype."""
-    found = torch.from_numpy(value)
-    return found.to(torch.get_default_dtype()) if found.is_floating_point() else found
+    converted = torch.from_numpy(value)
+    return converted.to(torch.get_default_dtype()) if converted.is_floating_point() else converted
 
 
 def keep(
