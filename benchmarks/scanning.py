@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def compile_forward(folder: Path, dtype: str, size: int, scans: bool) -> tuple[Callable[[], Any], float]:
-    """A forward pass on a drawn batch, and the seconds to compile it."""
+    """A forward pass on a random batch, and the seconds to compile it."""
     model, params = fq.from_pretrained(folder, dtype=dtype, param_dtype=dtype)
     if scans:
         config = dataclasses.replace(model.config, scan_layers=True)

@@ -1,4 +1,4 @@
-"""What the embedded model has learned, on combinations of size, colour and shape that it never saw.
+"""Evaluate the embedded model on combinations of size, colour and shape that it was not trained on.
 
     PYTHONPATH=examples/shapes python benchmarks/shapes.py [--model DIR]
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def distinct_scenes(rng: np.random.Generator) -> dict[str, Scene]:
-    """Scenes of two objects by their captions, no two of which say the same: "a above b" is "b below a"."""
+    """Scenes of two objects by caption, all with different meanings: "a above b" is "b below a"."""
     scenes: dict[str, Scene] = {}
     while len(scenes) < IMAGES:
         scene = draw_scene(rng, HELD_OUT)
@@ -82,7 +82,7 @@ def distinct_scenes(rng: np.random.Generator) -> dict[str, Scene]:
 
 
 def exchanged(scene: Scene) -> str:
-    """The caption with its objects in each other's place, which is false."""
+    """The caption with its two objects exchanged, which is false."""
     first, second = (thing.describe() for thing in scene.things)
     return second + scene.caption().removeprefix(first).removesuffix(second) + first
 
@@ -93,7 +93,7 @@ def in_box(thing: Thing, x: float, y: float) -> bool:
 
 
 def attention(path: str) -> Callable[[np.ndarray, dict[str, np.ndarray]], list[tuple[float, float]]]:
-    """A function of images and texts to the peaks, x and y in pixels."""
+    """A function from images and texts to attention peaks, x and y in pixels."""
     model, params = fq.from_pretrained(path, model_class=fq.Blip2QFormerModel)
     grid = model.config.vision_config.grid_size
     patch = SIDE / grid

@@ -1,4 +1,4 @@
-"""As much of a hub as a download and an upload need, on loopback: one repository, someone/model."""
+"""A hub on loopback with one repository, someone/model; it supports downloads and uploads."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ API = f"/api/models/{REPOSITORY}"
 
 @contextlib.contextmanager
 def served(hub: type["Hub"]) -> Iterator[str]:
-    """Serve a hub for as long as the block runs; yields its endpoint."""
+    """Serve a hub until the block ends; yields its endpoint."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -30,8 +30,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
       files: folder with the files of the repository.
       requests: paths of the requests so far.
       hangs_up: whether each file is cut off in the middle.
-      token: an upload needs it.
-      others: API paths of further repositories that everybody can see.
+      token: the token that an upload needs.
+      others: API paths of other public repositories.
       stored: large files by SHA-256, before a commit names them.
       commits: the number of files that each commit adds and deletes.
     """

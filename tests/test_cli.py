@@ -1,4 +1,4 @@
-"""The commands as a user runs them, and what they say when they cannot."""
+"""The commands as a user runs them, and their error messages."""
 
 import ast
 import importlib.metadata
@@ -33,7 +33,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(*arguments: Any, folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own, with further variables of the environment."""
+    """Run the installed command in its own process, with additional environment variables."""
     command = [BIN / "flax-qformer", *map(str, arguments)]
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -80,7 +80,7 @@ def test_compiled_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_pytorch_is_needed(tmp_path: Path) -> None:
-    """Nor what training and pictures need, before they are used."""
+    """Packages of training and pictures are imported only when they are used."""
     program = f"""
 import sys
 for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tyro", "tensorboardX"):
@@ -110,7 +110,7 @@ def test_many_images_and_texts(
     progress = capfd.readouterr().err
     assert "5/5" in progress
     assert "image/s" in progress
-    # One --text for each is the same, and neither the batch nor its padding matters.
+    # One --text per image gives the same; neither the batch nor its padding matters.
     main([*base, *(word for text in texts for word in ("--text", text))])
     np.testing.assert_allclose(embeddings(output)["query_embeddings"], together, atol=cases.ROUNDING)
     assert capfd.readouterr().err == ""
@@ -142,7 +142,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_search_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With what the embedded model has learned, on combinations that it never saw."""
+    """The embedded model works on combinations that it was not trained on."""
     scenes = [draw_scene(np.random.default_rng(seed), HELD_OUT) for seed in range(8)]
     images = [tmp_path / f"{i}.png" for i in range(len(scenes))]
     for scene, image in zip(scenes, images, strict=True):
@@ -191,7 +191,7 @@ def test_attention_maps_are_where_the_patches_are() -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"])
     grid = config.vision_config.grid_size
     weights = np.zeros((2, 7, 3, grid * grid + 1), np.float32)
-    weights[1, :, 2, 1 + 3 * grid + 1] = np.linspace(0, 1, 7)  # row 3, column 1, half of it on average
+    weights[1, :, 2, 1 + 3 * grid + 1] = np.linspace(0, 1, 7)  # row 3, column 1, half of its brightness on average
     maps = np.asarray(fq.attention_maps([jnp.zeros_like(weights), weights], config))
     assert maps.shape == (2, 2, 3, grid, grid)
     assert maps[1, 1, 2, 3, 1] == pytest.approx(0.5)
@@ -214,7 +214,7 @@ def test_convert_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_lavis_checkpoint_end_to_end(tmp_path: Path) -> None:
-    """Neither config nor tokenizer: both are named."""
+    """A checkpoint without config and tokenizer; the options name both."""
     config = fq.Blip2Config.from_json(DEFAULT_MODEL / "config.json")
     from conftest import weights
 
@@ -238,7 +238,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of things that cannot be used."""
+    """A folder of unusable inputs."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes(EXAMPLE_IMAGE.read_bytes()[:2000])
@@ -335,7 +335,7 @@ def test_bad_input_is_one_line(
     assert caught.value.code == 2
     lines = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()
     assert message in lines[-1]
-    # Nothing but a progress bar may stand before it.
+    # Only a progress bar may come before it.
     assert all("image/s" in line or "s/image" in line for line in lines[:-1])
     assert sorted(path for path in bad.rglob("*")) == before
     assert (bad / "existing" / "kept").read_text() == "kept"

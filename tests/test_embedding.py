@@ -1,4 +1,4 @@
-"""Whole sources become Parquet shards, the same ones wherever the program was stopped and however it is spread."""
+"""Sources become Parquet shards, the same ones after any interruption and with any number of processes."""
 
 import contextlib
 import os
@@ -63,7 +63,7 @@ def check_same(output: Path, expected: Path) -> None:
 
 def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     assert len(list(uninterrupted.iterdir())) == SHARDS
-    # As the README reads them.
+    # As in the README.
     rows = pd.read_parquet(uninterrupted)
     good = rows.dropna(subset="embeddings")
     embeddings = np.stack(good["embeddings"]).reshape(len(good), 8, 64)
@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
         assert process.returncode == code, stderr
         assert before + 3 <= shards(output) < SHARDS
     assert f"stopped with {SHARDS - shards(output)} shards to go; the same command goes on" in stderr.splitlines()[-1]
-    # What a full disk or a crash of the machine may leave.
+    # As a full disk or a crash of the machine may leave it.
     first = min(output.iterdir())
     first.write_bytes(first.read_bytes()[:-100])
 
@@ -126,7 +126,7 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
-    """A terminal sends it to all of them; they must not end before the program has seen to it."""
+    """A terminal sends the signal to all processes; workers must not end before the program has handled it."""
     process = start(program(data, tmp_path / "embeddings"), start_new_session=True)
 
     def is_worker(folder: Path) -> bool:
@@ -153,7 +153,7 @@ def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path
         output, where = tmp_path / str(run), []
         for _ in range(40):
             process = start(program(data, output))
-            # While it starts, or at some moment of the work.
+            # During the start, or at a random moment of the work.
             wanted, deadline = (
                 shards(output) + rng.randrange(1, 8),
                 time.monotonic() + rng.choice([rng.random() * 9, 300]),
@@ -193,7 +193,7 @@ def test_what_cannot_go_on_is_refused(
     refused("of other images (203 then, 202 now, by their ids)", data=fewer)
     shutil.copyfile(data / "001.png", fewer / "more" / "999.png")
     refused("of other images (203 then, 203 now, by their ids)", data=fewer)
-    # Nothing is left to do; elsewhere, and with batches of another size, it is the same source.
+    # Nothing is left to do. From another place and with another batch size, it is the same source.
     shutil.copytree(data, tmp_path / "moved")
     main(program(tmp_path / "moved", uninterrupted, "--batch-size", 9))
     assert "26 shards: 203 rows, 1 with an error" in capfd.readouterr().out
@@ -233,7 +233,7 @@ def test_half_precision_and_nothing_but_errors(
     table = pq.read_table(output)
     assert table["embeddings"].null_count == 3
     assert str(table.schema.field("embeddings").type.value_type) == "halffloat"
-    # The same model is known again; then it is trained on, in the same place.
+    # The same model is recognised; then training changes it in the same place.
     main(command)
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[len(weights) // 1000 * 500] ^= 1

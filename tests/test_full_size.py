@@ -1,4 +1,4 @@
-"""The published geometry, 494 million parameters, against upstream; weights are drawn, nothing large is stored.
+"""The published geometry, 494 million parameters, against upstream, with random weights.
 
 `UPSTREAM_PYTHON` names the Python of an environment of `oracle/requirements.txt`; `.ci/run` makes one.
 """
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def upstream(folder: Path) -> dict[str, np.ndarray]:
-    """What upstream computes from it."""
+    """Upstream's outputs for it."""
     done = subprocess.run(
         [os.environ["UPSTREAM_PYTHON"], ORACLE / "full_size.py", folder], capture_output=True, text=True, check=False
     )
@@ -67,7 +67,7 @@ def test_outputs_and_gradients(folder: Path, upstream: dict[str, np.ndarray]) ->
 
 
 def test_conversion_takes_little_more_than_the_file(folder: Path, tmp_path: Path) -> None:
-    """Peak memory of the whole process, as the system counts it (getrusage would count the parent's as well)."""
+    """Peak memory of the process, from the system (getrusage would include the parent's)."""
     program = f"""
 from pathlib import Path
 from flax_qformer.commands.main import main

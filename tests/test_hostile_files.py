@@ -1,4 +1,4 @@
-"""Checkpoints are data from strangers: whatever is wrong with them ends in a clear error, and nothing in them runs."""
+"""Checkpoints are untrusted: any damage ends in a clear error, and no code in them runs."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def fuzz(seed: int, count: int, folder: Path, seconds: int) -> str:
-    """Run the fuzzer in a process that may take no more than 3 GiB."""
+    """Run the fuzzer in a process limited to 3 GiB."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE / "oracle"))),
@@ -52,7 +52,7 @@ def test_many_damaged_files(tmp_path: Path, seed: int) -> None:
 
 
 class Call:
-    """Pickles to a call of `function(*arguments)`."""
+    """Pickles as a call of `function(*arguments)`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -89,7 +89,7 @@ def unicode(text: str) -> bytes:
 
 
 def tensor(start: int, shape: bytes, strides: bytes, numel: int = 4) -> bytes:
-    """The program of one tensor in storage `0`; shape and strides are programs of their own."""
+    """The pickle program of one tensor in storage `0`; shape and strides are pickle programs too."""
     reference = b"(" + unicode("storage") + b"ctorch\nFloatStorage\n" + unicode("0") + unicode("cpu") + b"J"
     reference += struct.pack("<i", numel) + b"tQ"
     arguments = (

@@ -20,11 +20,11 @@ LEVELS = (
 """From the bottom up: a module imports from its own level and those below."""
 
 PLATFORM = {"default_backend", "device_kind", "compute_capability", "platform", "platform_dependent"}
-"""Attributes that tell which machine runs the program."""
+"""Attributes that depend on the machine that runs the program."""
 
 
 def modules() -> dict[str, Path]:
-    """The modules of the package by name, `flax_qformer` left out; those of `convert` are behind a link."""
+    """The package's modules by name, without `flax_qformer`; those of `convert` are behind a link."""
     paths = [path for folder in (ROOT, ROOT / "convert") for path in folder.rglob("*.py")]
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths if "assets" not in path.parts
@@ -42,11 +42,11 @@ def level(module: str) -> int:
 
 
 def imports(module: str) -> Iterator[str]:
-    """The modules of the package that a module imports, also within functions."""
+    """The modules of the package that a module imports, also inside functions."""
     for node in ast.walk(TREES[module]):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            # What is imported can itself be a module of the package.
+            # An imported name can itself be a module of the package.
             names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
             target = name.removeprefix("flax_qformer").lstrip(".")

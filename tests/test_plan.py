@@ -1,4 +1,4 @@
-"""The plan of a pod. The compiler itself is in the slow tests, with `flax-qformer[tpu]`."""
+"""Plans of pods. The slow tests run the compiler, and need `flax-qformer[tpu]`."""
 
 import dataclasses
 import importlib.util
@@ -76,7 +76,7 @@ def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
         "all-gather": 3 * size + 7 * size,
         "reduce-scatter": size * 7 / 8,
     }
-    # The loop, the two gathers, the sum that is sliced, the slice.
+    # The loop, the two gathers, the sliced sum, the slice.
     assert counted.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
 
 
@@ -155,7 +155,7 @@ def test_the_full_step_fits_pods_and_its_collectives_do_not_grow(tmp_path: Path)
         assert plans[topology]["fits"]
     small, large = (sum(plans[name]["collectives"].values()) for name in ("v5e:4x4", "v5e:16x16"))
     assert large <= small
-    # Neither does what a chip needs: of other chips' images it holds a few tokens at a time.
+    # A chip's memory does not grow either: it holds only a few tokens of other chips' images at a time.
     assert plans["v5e:16x16"]["temporaries"] < 1.3 * plans["v5e:4x4"]["temporaries"]
 
 
@@ -169,7 +169,7 @@ def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
     assert advised
     plan = json.loads(run(tmp_path, "--topology", "v5e:2x2", "--json", *advised[0].split(), config=SHALLOW).stdout)
     assert plan["fits"]
-    # It is three quarters of what would seem to fit.
+    # The advice is three quarters of the batch that seems to fit.
     room = CHIPS["v5e"].memory - plan["parameters"] - plan["optimizer"]
     assert 0.6 * room < plan["temporaries"] < room
 

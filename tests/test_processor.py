@@ -1,4 +1,4 @@
-"""Images and text become arrays with upstream's arithmetic; what cannot is refused."""
+"""Images and text become arrays with upstream's arithmetic; unusable input raises an error."""
 
 import io
 import json
@@ -95,7 +95,7 @@ def test_padding_to_a_multiple(processor: fq.Processor) -> None:
     for name, value in short.items():
         np.testing.assert_array_equal(padded[name][:, :length], value)
         assert not padded[name][:, length:].any()
-    # The model's positions are the end of it.
+    # The model's positions are the limit.
     assert processor(text="dog " * 60, pad_to_multiple_of=40)["input_ids"].shape == (1, 64)
 
 
@@ -223,7 +223,7 @@ def test_settings_of_a_checkpoint(tmp_path: Path) -> None:
     settings.write_text(json.dumps({**values, "image_mean": [0.5, 0.4, 0.3], "resample": 2}))
     loaded = fq.Processor.from_pretrained(folder).image_processor
     assert (loaded.image_mean, loaded.resample) == ((0.5, 0.4, 0.3), 2)
-    # A pipeline's own mean and std win, as upstream passes them on.
+    # A pipeline's own mean and std have priority, as in upstream.
     (folder / "model_index.json").write_text('{"mean": [0.1, 0.2, 0.3], "std": null}')
     loaded = fq.Processor.from_pretrained(folder).image_processor
     assert (loaded.image_mean, loaded.image_std) == ((0.1, 0.2, 0.3), SMALL.image_std)
@@ -263,7 +263,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     processor(text="a red circle", max_length=3)
     processor.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"] is None
-    # What upstream's BertTokenizer reads.
+    # The files that upstream's BertTokenizer reads.
     assert (tmp_path / "saved" / "vocab.txt").read_bytes() == (DEFAULT_MODEL / "vocab.txt").read_bytes()
     for file in folder.iterdir():
         if file.name.startswith(("vocab", "tokenizer")):
@@ -271,7 +271,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     expected = processor(text=list(cases.TEXTS))["input_ids"]
     again = fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "saved")
     np.testing.assert_array_equal(again(text=list(cases.TEXTS))["input_ids"], expected)
-    # Neither here nor, offline, on the hub; images do without.
+    # No tokenizer, neither local nor, offline, on the hub; images do not need one.
     alone = fq.Processor.from_pretrained(folder)
     assert alone(cases.image("RGB")).keys() == {"pixel_values"}
     with pytest.raises(fq.InputError, match="bert-base-uncased"):
@@ -284,7 +284,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "empty" / "tokenizer.json").write_text("{")
     with pytest.raises(fq.InputError, match="cannot be used"):
         fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "empty")
-    # A vocabulary that is larger than the model's.
+    # A vocabulary larger than the model's.
     config = json.loads((folder / "config.json").read_text())
     config["qformer_config"]["vocab_size"] = 100
     (folder / "config.json").write_text(json.dumps(config))

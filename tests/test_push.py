@@ -1,4 +1,4 @@
-"""Uploads to a hub, which a server on loopback plays."""
+"""Uploads to a fake hub on loopback."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
-    """A run is pushed and loaded again; another model replaces it in one commit; nothing is pushed without a token."""
+    """A pushed run can be loaded; another model replaces it in one commit; without a token nothing is pushed."""
     served, environment = hub
     served.others = ("/api/models/someone/base",)
     served.commits = []
@@ -93,7 +93,7 @@ def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
 
 
 def test_the_model_card(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It shows what the model is, settings and metrics, and no paths."""
+    """The card shows the model, settings and metrics, and no paths."""
     monkeypatch.setattr(
         "flax_qformer.training.push._if_public", lambda name, kind: name if name == "someone/base" else None
     )

@@ -1,4 +1,4 @@
-"""What a run reports: progress, samples of an evaluation, Weights & Biases."""
+"""Reports of a run: progress, samples of an evaluation, Weights & Biases."""
 
 import importlib
 import io
@@ -97,7 +97,7 @@ def test_a_small_split_is_named(count: int, warning: str, log: Any) -> None:
 
 @pytest.fixture
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
-    """The calls of a package `wandb` that only notes them."""
+    """The calls to a fake package `wandb`, which only records them."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "wandb.py").write_text(
         """
@@ -141,7 +141,7 @@ def test_a_resumed_run_goes_on_in_weights_and_biases(fake_wandb: list[Any], tmp_
 
 
 def test_weights_and_biases_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # The folder that wandb leaves where it runs is not the package.
+    # The folder that wandb makes where it runs is not the package.
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     metrics.check_reporters(["tensorboard"])

@@ -1,4 +1,4 @@
-"""The data that the default model learns from."""
+"""The training data of the default model."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""Many devices give what one gives."""
+"""Many devices give the same numbers as one."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def free_port() -> str:
 
 
 def job(*command: object, devices: int = 2, output: int = subprocess.PIPE) -> list[subprocess.Popen[str]]:
-    """Two processes that find one another, each with devices of its own."""
+    """Two processes that find each other, each with its own devices."""
     common = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
     common["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
     return [
@@ -102,12 +102,12 @@ def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
     for process in processes:
         stdout, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        # Gloo speaks on standard output as well, also in the midst of a line.
+        # Gloo also writes to standard output, even in the middle of a line.
         line = re.search(r"read (\d+) bytes for (\d+) of (\d+)", stdout)
         assert line, stdout
         print(line[0])
         read, here, whole = map(int, line.groups())
-        # The index of the files, and the ends of chunks.
+        # Allowance for the files' index and the ends of chunks.
         assert read < here + 0.15 * whole
 
 
@@ -142,7 +142,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
     second.kill()
     second.communicate()
     _, stderr = first.communicate(timeout=300)
-    # It sees a broken connection at once, or waits until JAX misses the other's heartbeats and aborts it.
+    # The process sees a broken connection at once, or JAX aborts it when the other's heartbeats are missing.
     ways = {2: "another process of the job has ended", -signal.SIGABRT: "another task died"}
     assert ways.get(first.returncode, "no such end") in stderr
     for run in (lost, whole):
@@ -157,7 +157,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations and their samples too, which all processes compute."""
+    """Also evaluations and their samples, which all processes compute."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)

@@ -1,4 +1,4 @@
-"""The training program: what it trains, that it goes on bit for bit wherever it was stopped, and what it refuses."""
+"""The training program: what it trains, that it resumes bit for bit after any interruption, and what it refuses."""
 
 import dataclasses
 import fcntl
@@ -75,7 +75,7 @@ TIMES = ("images_per_second", "step_time")
 
 @pytest.fixture(scope="module")
 def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`words`, a model of settings and words alone, `model` with weights as well, and `data`, images with captions."""
+    """`words`, a model of config and vocabulary, `model`, which also has weights, and `data`, captioned images."""
     folder = tmp_path_factory.mktemp("training")
     model, data = folder / "words", folder / "data"
     model.mkdir()
@@ -101,7 +101,7 @@ def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[fq.Blip2ForPreTraining, dict[str, Any]]:
-    """The model and parameters in numpy; to draw them as the program does would take long to compile."""
+    """The model, and random parameters in numpy; initialising them with Flax would take long to compile."""
     config, rng = fq.Blip2Config.from_dict(CONFIG), np.random.default_rng(0)
     rows = parameters(config, "diffusers", fq.Blip2ForPreTraining.parts)
     values = {p.path: np.float32(rng.normal(size=p.shape) * 0.1) for p in rows}
@@ -124,11 +124,11 @@ def batches(size: int, number: int = 1) -> list[dict[str, jax.Array]]:
     ]
 
 
-# What is trained
+# Trained parameters
 
 
 def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
-    """All parameters of a model of three layers in each tower, ones."""
+    """All parameters of a model with three layers in each tower, filled with ones."""
     parts = {part: {**CONFIG[part], "num_hidden_layers": 3} for part in ("vision_config", "qformer_config")}
     config = fq.Blip2Config.from_dict({**CONFIG, **parts})
     return config, unflatten_dict(
@@ -183,7 +183,7 @@ def test_selections_of_parameters() -> None:
         (labels, {"query_tokens"}),
         (labels | {"encoder": {f"layer_{i}": i == 1 for i in range(3)}, "query_tokens": None}, "encoder/layer_1/"),
         ("all", paths),
-        # Beside heads, it is another model's.
+        # With heads, proj_layer belongs to another model.
         ("qformer", {path for path in paths if path.split("/")[0] in ("query_tokens", "embeddings", "encoder")}),
     ):
         trained, _ = training.partition(params, selection)
@@ -241,7 +241,7 @@ def test_a_frozen_tower_has_no_backward_pass(tiny: Any) -> None:
     tower = flops(
         jax.jit(lambda v, x: model.apply(v, x, method="encode_image")), {"params": params}, batch["pixel_values"]
     )
-    # Backwards costs twice as much; the tower's own input needs no gradient.
+    # The backward pass costs twice as much, less the gradient of the tower's input.
     assert of_step("all") - of_step("qformer", "heads") > 1.5 * tower
 
 
@@ -288,7 +288,7 @@ def test_warm_up_and_cosine() -> None:
     for step, rate in ((0, 0), (5, 1), (10, 2), (60, 1.1), (110, 0.2), (200, 0.2)):
         assert float(schedule(step)) == pytest.approx(rate), step
     assert float(training.make_schedule(2.0, steps=10, warmup=0)(0)) == 2
-    # Fewer steps than the warm-up takes.
+    # Fewer steps than the warm-up.
     short = training.make_schedule(2.0, steps=4, warmup=100)
     assert [float(short(i)) for i in range(5)] == [0, 0.5, 1, 1.5, 2]
 
@@ -378,7 +378,7 @@ def test_a_loop_of_ones_own(tiny: Any) -> None:
 
 
 def test_a_loss_of_ones_own(tiny: Any) -> None:
-    """Subject vectors drawn to a target, sharded, accumulated and averaged; what the loss does not read stays."""
+    """Train vectors towards a target, sharded, accumulated, averaged; parameters that the loss does not read stay."""
     config, mesh = tiny[0].config, fq.make_mesh(data=1, fsdp=2)
     model, rng = fq.Blip2QFormerModel(config), np.random.default_rng(0)
     rows = parameters(config, "diffusers", ["proj_layer", "temp"])
@@ -446,7 +446,7 @@ class Features:
 
 
 def brute_force(scores: np.ndarray, belongs: np.ndarray, k: int) -> float:
-    """The share of rows where fewer than k others score above the best that belongs."""
+    """The share of rows in which fewer than k other scores exceed the best matching one."""
     hits = 0
     for row, own in zip(scores, belongs, strict=True):
         best = max(row[own])
@@ -524,7 +524,7 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
     assert samples.captions == other.captions
     for name, picture in samples.pictures.items():
         assert np.abs(picture - other.pictures[name].astype(int)).max() <= 1, name
-    # One image is broken; the others are in order, and of two captions the first counts.
+    # One image is broken; the others keep their order, and the first of two captions counts.
     assert [true for true, _ in samples.captions] == ["a red", "a blue", "a black"]
     # The image, the mean of the three queries, and each of them.
     assert samples.pictures["attention"].shape == (3 * SIDE, 5 * SIDE, 3)
@@ -532,7 +532,7 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
     np.testing.assert_array_equal(samples.pictures["attention"][SIDE : 2 * SIDE, :SIDE], shown)
 
 
-# What the program reads
+# Reading batches
 
 
 def test_a_prefetched_batch_counts_when_it_is_taken() -> None:
@@ -567,7 +567,7 @@ def test_a_prefetched_batch_counts_when_it_is_taken() -> None:
 
 @pytest.fixture
 def parsed_settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """The settings that a command would run with."""
+    """A function that returns the settings that a command would run with."""
     seen: list[Any] = []
     monkeypatch.setattr("flax_qformer.training.loop.train", lambda settings: seen.append(settings))
     monkeypatch.setattr("flax_qformer.training.evaluation.evaluate", lambda settings: seen.append(settings) or {})
@@ -580,11 +580,11 @@ def parsed_settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one line that a command says."""
+    """The one-line error of a command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, arguments)))
-    # A warning of what is newly initialised, and of what is not evaluated, may stand before.
+    # Warnings, of newly initialised modules or a missing evaluation, may come before.
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert [line.startswith(f"flax-qformer {arguments[0]}: ") for line in lines] == [False] * (len(lines) - 1) + [True]
@@ -612,7 +612,7 @@ def test_settings_of_a_file(tmp_path: Path, parsed_settings: Any, capsys: Any) -
     assert parsed_settings("train", "--settings", file) == expected
     changed = parsed_settings("train", f"--settings={file}", "--steps", 9, "--no-flip", "--train", "qformer", "heads")
     assert changed == dataclasses.replace(expected, steps=9, flip=False, train=("qformer", "heads"))
-    # What a run writes down is read again, for an evaluation as well.
+    # The settings that a run writes can be read, also by an evaluation.
     written = dataclasses.replace(expected, scan_layers=False)
     file.write_text(to_yaml(written))
     assert parsed_settings("train", "--settings", file) == written
@@ -691,7 +691,7 @@ def test_a_command_line_that_is_wrong(arguments: list[str], message: str, capsys
 
 
 def program(folder: Path, run: str | Path, *more: Any) -> list[str]:
-    """All that makes a stop hard to hide: workers, dropout, augmentation, a moving average, accumulation."""
+    """Settings that a wrong resume would show: workers, dropout, augmentation, moving average, accumulation."""
     arguments = {
         "data": folder / "data",
         "model": folder / "model",
@@ -728,7 +728,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the installed command; in the end nothing of it may be left, its workers neither."""
+    """Starts the installed command. At the end, neither it nor its workers may still run."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(arguments: list[str]) -> subprocess.Popen[str]:
@@ -771,7 +771,7 @@ def _group_lives(group: int) -> bool:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What a command said on stderr."""
+    """Wait for a command; its stderr."""
     process.wait(timeout=300)
     stderr = process.stderr_file.read_text()  # type: ignore[attr-defined]
     assert process.returncode == code, stderr
@@ -789,7 +789,7 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
 
 
 def result(run: Path) -> tuple[list[dict[str, float]], Any]:
-    """The figures of every step but the times, and the parameters that were kept."""
+    """The metrics of each step without times, and the saved parameters."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
     _, params = fq.from_pretrained(run / "model")
@@ -804,14 +804,14 @@ def check_same(run: Path, expected: tuple[Any, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path, environment: dict[str, str]) -> tuple[Any, Any]:
-    """What a run comes to that nothing stops, nor is it spread over workers; its paths are relative."""
+    """The result of an uninterrupted run without workers; its paths are relative."""
     command = [BIN / "flax-qformer", *program(Path(), "whole", "--num-workers", 0)]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     return result(folder / "whole")
 
 
 def shown_steps(run: Path, prefix: str) -> dict[str, list[int]]:
-    """The steps of each tag that TensorBoard shows: a resumed run discards what is later than its start."""
+    """The steps of each tag that TensorBoard shows; a resumed run discards entries after its start."""
     steps: dict[str, list[int]] = {}
     for path in sorted((run / "tensorboard").iterdir(), key=lambda path: path.stat().st_ctime):
         content = path.read_bytes()
@@ -854,7 +854,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     assert f"flax-qformer train: stopped after step {saved}, which is saved; the same command resumes it" in message
     assert killed_at < saved < 8
 
-    # The newest checkpoint is damaged as well.
+    # The newest checkpoint is also damaged.
     flip_a_byte(largest_file(run / "checkpoints" / str(saved)))
     process = start(command)
     stderr = finish(process)
@@ -927,7 +927,7 @@ def test_checkpoints_are_whole_or_passed_over(
         with pytest.raises(fq.InputError, match="step 4 cannot be written .* are needed.*goes on from step 3"):
             checkpoints.save(4, state(4), {})
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "2.json", "3", "3.json"}
-    # What a kill leaves of a save goes.
+    # The remains of a killed save are removed.
     for name in ("4.orbax-checkpoint-tmp", "5"):
         (tmp_path / "whole" / name).mkdir()
     (tmp_path / "whole" / "5.json.partial").touch()
@@ -951,7 +951,7 @@ def test_a_run_that_cannot_be(
     unreadable = tmp_path / "unreadable"
     unreadable.mkdir(mode=0)
     with monkeypatch.context() as patch:
-        # Root may read everything.
+        # Root can read every folder.
         patch.setattr(os, "access", lambda *_: False)
         assert "may not be read; change its permissions" in line("--data", unreadable)
 
@@ -1009,13 +1009,13 @@ def test_a_run_is_not_lost(
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another program trains in" in refused(capsys, *program(folder, run))
         assert files() == before
-    # What a run writes down does not start it anew.
+    # The settings that a run writes do not overwrite it again.
     refused(capsys, *program(folder, run, "--overwrite", "--num-workers", 0))
     assert yaml.safe_load((run / "settings.yaml").read_text())["overwrite"] is False
 
 
 def fail_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    """Put a step into the program that computes nothing; its loss is not a number in one batch."""
+    """Replace the step by one that computes nothing, and whose loss is NaN in one batch."""
 
     def make_step(*_: Any, **__: Any) -> Any:
         def step(state: Any, _: Any) -> Any:
@@ -1042,7 +1042,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that comes while the step before it is waited for."""
+    """Also a signal that comes while the program waits for the last step."""
     fail_in(monkeypatch, 0)
     monkeypatch.setattr(StepLogger, "is_delayed", True)
     monkeypatch.setattr(
@@ -1101,7 +1101,7 @@ def test_a_model_of_words_alone_and_nothing_held_out(folder: Path, start: Any) -
     assert "words has no weights: all are randomly initialised" in stderr
     assert "no evaluation" in stderr
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
-    # A run that is done is done: its model is written again.
+    # A finished run takes no further steps: only its model is written again.
     shutil.rmtree(folder / "fresh" / "model")
     settings = (folder / "fresh" / "settings.yaml").read_bytes()
     stderr = finish(start(program(folder, "fresh", *more, "--learning-rate", 1)))
@@ -1112,7 +1112,7 @@ def test_a_model_of_words_alone_and_nothing_held_out(folder: Path, start: Any) -
 
 @pytest.mark.slow
 def test_kills_at_random_moments(folder: Path, tmp_path: Path, start: Any, uninterrupted: Any) -> None:
-    """Wherever it is: while it starts or compiles, between steps, within a save or an evaluation."""
+    """At any time: during start, compilation, a step, a save or an evaluation."""
     print("seed", seed := time.time_ns())
     rng = random.Random(seed)
     command, run = program(folder, tmp_path / "run"), tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Every function under JAX's transformations and dtypes; memory, dropout and errors of the modules."""
+"""All functions under JAX's transformations and dtypes; memory, dropout and errors of the modules."""
 
 import dataclasses
 import warnings
@@ -104,7 +104,7 @@ def test_parameters_keep_their_dtype(batch: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class", [fq.Blip2QFormerModel, Blip2ForPreTraining])
 def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, batch: Any) -> None:
-    """Each dropout drops the same, in both runs, also where a layer is called several times."""
+    """Both runs drop the same elements, also if a layer is called several times."""
     params = jax.jit(model_class(CONFIG).init)(jax.random.key(0), **batch)["params"]
 
     def value_and_grad(on: bool) -> Any:
@@ -128,7 +128,7 @@ def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, b
     [(1, 5, "float32"), (2 * 105, 5, "float32"), (2 * 29400, 1400, "float32"), (1, 5, "bfloat16")],
 )
 def test_attention_in_parts(at_once: int, num_queries: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images one by one and in pairs, and pairs of enough queries for FEWEST_DIVISORS."""
+    """Single images, pairs of images, and pairs with enough queries for FEWEST_DIVISORS."""
     shapes = {"q": (10, num_queries, 3, 4), "k": (10, 7, 3, 4), "v": (10, 7, 3, 4)}
     query, key, value = (jnp.asarray(cases.draw(name, shape), dtype) for name, shape in shapes.items())
 
@@ -148,7 +148,7 @@ def test_attention_in_parts(at_once: int, num_queries: int, dtype: str, monkeypa
 
 @pytest.mark.slow
 def test_gradient_checkpointing_saves_memory() -> None:
-    """From the compiled program: the activations of several layers, large against the parameters."""
+    """Measured on the compiled program; activations of several layers are larger than the parameters."""
 
     def temporary_bytes(on: bool) -> int:
         config = checkpointing(CONFIG, on, num_hidden_layers=3)
@@ -180,7 +180,7 @@ def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: 
         gradient = jax.grad(lambda params: last(model.apply({"params": params}, **batch, method="read")).sum())
         return jax.jit(gradient).lower(params).compile().cost_analysis()["flops"]
 
-    # Of a text's two products in the feed-forward, there and back, with gradients of both.
+    # A text's two matrix products in the feed-forward, forward and backward, with gradients of both.
     c, tokens = CONFIG.qformer_config, batch["input_ids"].size
     text = 3 * 2 * 2 * tokens * c.hidden_size * c.intermediate_size
     whole = operations(lambda output: output.last_hidden_state[:, : CONFIG.num_query_tokens])
@@ -219,7 +219,7 @@ def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.M
     rngs = {"dropout": jax.random.key(1)}
     call = partial(model.apply, **batch, deterministic=False, rngs=rngs)
     jax.eval_shape(call, {"params": params})
-    # Of the tower, of self-attention, of cross-attention.
+    # One each for the tower, self-attention and cross-attention.
     assert len(traced) == 3
     _, variables = jax.eval_shape(partial(call, capture_intermediates=True), {"params": params})
     layers = variables["intermediates"]["visual_encoder"]["encoder"]
@@ -231,7 +231,7 @@ def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_layers_are_not_compiled_where_nothing_is(params: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call would compile them anew."""
+    """Compiled once; each call would compile again."""
     compiled, jit = [], jax.jit
 
     def counted(*arguments: Any, **details: Any) -> Any:
@@ -246,11 +246,11 @@ def test_layers_are_not_compiled_where_nothing_is(params: Any, batch: Any, monke
     assert not compiled
     jit(grad).trace(params)
     jit(vmap).trace(params, half_each(batch))
-    assert len(compiled) == 4  # the tower's and the Q-Former's
+    assert len(compiled) == 4  # one for the tower, one for the Q-Former
 
 
 def test_dropout_by_the_stream_of_all_draws(batch: Any) -> None:
-    """Flax takes `params` for a stream that is not given."""
+    """For a missing stream, Flax uses `params`."""
     model = fq.Blip2QFormerModel(checkpointing(CONFIG, True))
     params = jax.eval_shape(model.init, jax.random.key(0), **batch)["params"]
     call = partial(model.apply, **batch, deterministic=False, rngs=jax.random.key(1))
@@ -270,7 +270,7 @@ def test_dropout_does_not_depend_on_what_ran_before(batch: Any) -> None:
     programs = set()
     for _ in range(8):
         lowered(fq.Blip2QFormerModel)
-        jax.clear_caches()  # so that its classes go, and their places in memory are used again
+        jax.clear_caches()  # so that its classes are freed, and their memory is reused
         programs.add(lowered(Blip2ForPreTraining))
         jax.clear_caches()
     assert len(programs) == 1
@@ -288,7 +288,7 @@ def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:
     np.testing.assert_array_equal(first.query_embeddings, again.query_embeddings)
     np.testing.assert_allclose(first.query_embeddings, apart(0).query_embeddings, atol=2e-6)
     assert not np.allclose(first.query_embeddings, other.query_embeddings, atol=1e-3)
-    # The last dropout, before the residual of proj_layer: a tenth of its results is the residual alone.
+    # The last dropout, before the residual of proj_layer: a tenth of the results are the residual alone.
     kept = first.last_hidden_state[:, : CONFIG.num_query_tokens]
     assert 0.03 < float((first.query_embeddings == kept).mean()) < 0.2
     with pytest.raises(Exception, match="dropout"):

@@ -1,4 +1,4 @@
-"""Nothing of a checkpoint is lost: what an objective does not read is frozen, saved, resumed and exported with it."""
+"""No parameter is lost: those that an objective does not read are frozen, saved, resumed and exported."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ CONFIG = fq.Blip2Config.from_dict(
 
 
 def checkpoint(folder: Path, layout: Layout, parts: tuple[str, ...], dtype: Any = np.float32) -> Path:
-    """A folder with weights that are random everywhere, a tokenizer, and the file `model.safetensors`."""
+    """A folder with random weights in `model.safetensors`, and a tokenizer."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     rows = list(parameters(CONFIG, layout, parts))
@@ -131,7 +131,7 @@ def test_frozen_parameters_keep_their_dtype(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_module_that_a_checkpoint_holds_is_read(tmp_path: Path, capsys: Any) -> None:
-    """By either class; a head that is missing as a whole is initialised, one that lacks a tensor is an error."""
+    """For both classes: a head that is missing is initialised, and one that lacks a tensor is an error."""
     source = checkpoint(tmp_path / "source", "diffusers", tuple(set(PARTS) - {"itm_head"}))
     for model_class in (fq.Blip2QFormerModel, fq.Blip2ForPreTraining):
         model, params = fq.from_pretrained(source, model_class=model_class)
@@ -167,7 +167,7 @@ def test_commands_refuse_a_model_without_trained_heads(data: Path, tmp_path: Pat
 
 
 def test_a_run_saved_without_frozen_modules_goes_on(tmp_path: Path) -> None:
-    """Earlier versions kept only what the losses read: the rest is as the model has it."""
+    """Earlier versions saved only parameters that the losses read; the rest keeps the model's values."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     state = {"trained": {"a": jnp.ones(2)}, "frozen": {"b": jnp.ones(2)}}
     checkpoints.save(1, state, {})
