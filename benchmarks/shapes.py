@@ -2,10 +2,11 @@
 
     PYTHONPATH=examples/shapes python benchmarks/shapes.py [--model DIR]
 
-Recall@1 among 100 images of two objects with 100 distinct captions, in both directions, and after ITM has reranked
-the first ten; how often a caption is nearer to its image than the same words with the objects exchanged, "b left of a";
-and how often the peak of the last layer's attention, averaged over the queries, lies inside the one object of two that
-the text names. Every object is of a held-out combination. Several draws, and medians.
+Prints medians over several draws, with objects of held-out combinations only:
+- recall@1 among 100 images of two objects with 100 distinct captions, in both directions, plain and after ITM has
+  reranked the first ten;
+- how often a caption is nearer to its image than the caption with its objects exchanged ("b left of a");
+- how often the peak of the last layer's attention, averaged over the queries, lies inside the named object.
 """
 
 import argparse

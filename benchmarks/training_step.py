@@ -3,9 +3,9 @@
     python benchmarks/training_step.py --lavis-python PYTHON
 
 PYTHON has `tests/oracle/requirements-lavis.txt` installed. Both sides have random float32 weights, dropout and AdamW;
-`--scan` scans our layers. The two sides run in turn, each in its own process. Prints medians, and the peak memory of each
-process during a step, which needs Linux. Before the first step, glibc returns free memory (`malloc_trim`), such as that
-of the compiler.
+`--scan` scans our layers. The two sides run in turn, each in its own process. Prints medians, and the peak memory of
+each process during a step, which needs Linux. Before the first step, glibc returns free memory (`malloc_trim`), such as
+that of the compiler.
 """
 
 import argparse

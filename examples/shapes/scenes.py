@@ -61,8 +61,8 @@ BACKGROUND = ((215, 215, 215), (255, 255, 255))
 SIDE = 80
 """Width and height of an image in pixels."""
 STEP = 5
-"""Boxes start at multiples of this many pixels, and are at least as far apart. A small model learns a shape faster in few
-positions relative to its patches."""
+"""Boxes start at multiples of this many pixels, and are at least as far apart. A small model learns a shape faster in
+few positions relative to its patches."""
 SUPERSAMPLING = 4
 PARTS = ((True, True, True), (False, True, True), (True, False, True), (True, True, False))
 """Which of size, colour and shape a description names."""
@@ -142,13 +142,13 @@ class Scene:
         return self._say(first, others[0]) if others else first.describe()
 
     def captions(self, rng: np.random.Generator, num_pairs: int = 3, bare: bool = False) -> list[str]:
-        """What training draws from: names of each thing, where it is, and of two, where one is, seen from the other.
+        """The captions for training: names of each thing, its place in the image, and the relation of two things.
 
-        Descriptions are partial: where they leave the colour out, only shapes, sizes and places tell images apart.
+        Some descriptions omit the colour; then only shapes, sizes and places distinguish images.
 
         Args:
-          num_pairs: captions of two things together.
-          bare: names also come without their article.
+          num_pairs: number of captions of two things together.
+          bare: also add names without their article.
         """
 
         def parts() -> tuple[bool, bool, bool]:
@@ -160,9 +160,12 @@ class Scene:
         if len(self.things) == 1:
             return names + places
         first, second = self.things
-        telling = [named for named in PARTS if first.describe(*named) != second.describe(*named)]
+        distinguishing = [named for named in PARTS if first.describe(*named) != second.describe(*named)]
         orders = (rng.permutation(2) for _ in range(num_pairs))
-        pairs = [self._say(self.things[i], self.things[j], telling[rng.integers(len(telling))]) for i, j in orders]
+        pairs = [
+            self._say(self.things[i], self.things[j], distinguishing[rng.integers(len(distinguishing))])
+            for i, j in orders
+        ]
         return names + places + pairs
 
     @staticmethod
