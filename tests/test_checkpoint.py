@@ -102,7 +102,7 @@ def test_damaged_folders(tmp_path: Path, damage: str, caplog: pytest.LogCaptureF
     assert not [record for record in caplog.records if record.name != "asyncio"]
 
 
-def test_an_orbax_checkpoint_of_something_else(tmp_path: Path) -> None:
+def test_a_foreign_orbax_checkpoint(tmp_path: Path) -> None:
     import orbax.checkpoint.experimental.v1 as ocp
 
     (tmp_path / "config.json").write_text(json.dumps(cases.GEOMETRIES["frequency_3"]))
@@ -111,7 +111,7 @@ def test_an_orbax_checkpoint_of_something_else(tmp_path: Path) -> None:
         fq.from_pretrained(tmp_path)
 
 
-def test_overwrite_replaces_nothing_of_the_users(tmp_path: Path) -> None:
+def test_overwrite_keeps_the_users_files(tmp_path: Path) -> None:
     model = tmp_path / "models" / "model"
     shutil.copytree(DEFAULT_MODEL, model)
     shutil.copytree(DEFAULT_MODEL, model / "inside")
@@ -132,7 +132,7 @@ def test_overwrite_replaces_nothing_of_the_users(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_models(tmp_path: Path) -> None:
     for name in (tmp_path / "absent", "no/such/folder", "absent.safetensors", ""):
         with pytest.raises(fq.InputError, match="no file or folder"):
             fq.from_pretrained(name)
@@ -187,7 +187,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_restores_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the two renames the old model is moved away and the new one is not in place."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
@@ -205,7 +205,7 @@ def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monke
     assert entries(tmp_path / "model") == {"config.json"}
 
 
-def test_what_a_killed_write_left_belongs_to_its_target(tmp_path: Path) -> None:
+def test_remains_of_a_killed_write_belong_to_their_target(tmp_path: Path) -> None:
     left = tmp_path / ".model[1].v2.abcdefgh.partial"
     (left / "replaced").mkdir(parents=True)
     (left / ".lock").touch()

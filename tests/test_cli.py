@@ -170,7 +170,7 @@ def test_search_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
-def test_narrow_images_make_no_endless_picture(size: tuple[int, int], tmp_path: Path) -> None:
+def test_pictures_of_narrow_images_have_a_bounded_size(size: tuple[int, int], tmp_path: Path) -> None:
     PIL.Image.new("RGB", size).save(tmp_path / "image.png")
     main(["attend", str(tmp_path / "image.png"), "--output", str(tmp_path / "attention.png")])
     with PIL.Image.open(tmp_path / "attention.png") as image:
@@ -364,7 +364,7 @@ def test_the_command_line_names_options(command: str, message: str, expected: st
     assert with_options(message, cli._parser().parse_args(command.split())) == expected
 
 
-def test_bad_input_in_a_process_of_its_own(bad: Path) -> None:
+def test_bad_input_of_the_installed_command(bad: Path) -> None:
     done = run("embed", "cut.png", "--text", "dog", folder=bad)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -373,7 +373,7 @@ def test_bad_input_in_a_process_of_its_own(bad: Path) -> None:
 
 
 @pytest.mark.parametrize(("into", "printed"), [("| true", ""), ("> /dev/full", "No space left on device")])
-def test_an_output_that_nobody_takes(into: str, printed: str, tmp_path: Path) -> None:
+def test_a_closed_output_pipe(into: str, printed: str, tmp_path: Path) -> None:
     command = f"{BIN / 'flax-qformer'} embed {EXAMPLE_IMAGE} {into}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.count("\n") == bool(printed)

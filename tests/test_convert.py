@@ -94,7 +94,7 @@ def test_convert_and_export_are_inverse(
         assert again[name].tobytes() == value.tobytes()
 
 
-def test_axes_move_as_upstream_computes(upstream_folder: Any) -> None:
+def test_axes_are_mapped_as_upstream_computes(upstream_folder: Any) -> None:
     """One element of each kind of kernel, located by hand."""
     folder = upstream_folder("frequency_1")
     torch, (_, params) = load_file(folder / "model.safetensors"), fq.from_pretrained(folder)
@@ -140,7 +140,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, data: st.DataObject) -> N
             assert f"and {len(expected) - 20} more" in str(caught.value)
 
 
-def test_what_is_left_out_is_counted_and_nothing_is_filled_twice(tmp_path: Path) -> None:
+def test_omitted_tensors_are_counted_and_no_parameter_is_filled_twice(tmp_path: Path) -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_1"])
     lavis = weights(config, "lavis")
     extra = (
@@ -248,7 +248,7 @@ def test_round_trip_through_the_disk_keeps_every_byte(tmp_path: Path, dtype: str
     assert same(params, fq.from_pretrained(tmp_path / "cast")[1])
 
 
-def test_dtypes_and_values_that_no_parameter_has(tmp_path: Path) -> None:
+def test_invalid_dtypes_and_values(tmp_path: Path) -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_3"])
     write_upstream(tmp_path, config)
     tensors = weights(config)

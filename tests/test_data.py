@@ -115,7 +115,7 @@ def sources(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     yield folder / "raw.parquet", {"image_column": "thumbnail"}
 
 
-def test_every_source_gives_what_the_processor_gives(tmp_path: Path, processor: fq.Processor) -> None:
+def test_every_source_equals_the_processor(tmp_path: Path, processor: fq.Processor) -> None:
     for data, changes in sources(tmp_path):
         chosen = settings(data, **changes)
         results = list(evaluation_batches(open_source(chosen), processor, chosen))
@@ -291,7 +291,7 @@ def test_broken_examples_are_skipped_and_counted(
         list(evaluation_batches(source, processor, chosen))
 
 
-def test_images_of_any_mode_and_turned_ones(tmp_path: Path, processor: fq.Processor) -> None:
+def test_images_of_any_mode_and_orientation(tmp_path: Path, processor: fq.Processor) -> None:
     files = {}
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
@@ -378,7 +378,7 @@ def test_images_without_a_row_are_counted(tmp_path: Path, caplog: pytest.LogCapt
     assert f"2 images in {data} have no row in the metadata and are not used" in caplog.text
 
 
-def test_data_that_is_none(tmp_path: Path) -> None:
+def test_unusable_data(tmp_path: Path) -> None:
     def refused(data: Path | str, message: str, **changes: Any) -> None:
         with pytest.raises(fq.InputError, match=message) as error:
             open_source(settings(Path(data), **changes))

@@ -61,7 +61,7 @@ def check_same(output: Path, expected: Path) -> None:
         assert pq.read_table(output / name).equals(pq.read_table(expected / name)), name
 
 
-def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_content_of_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     assert len(list(uninterrupted.iterdir())) == SHARDS
     # As in the README.
     rows = pd.read_parquet(uninterrupted)
@@ -95,7 +95,7 @@ def shards(output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_with_any_number_of_processes(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "embeddings"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
         before = shards(output)
@@ -172,7 +172,7 @@ def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path
         check_same(output, uninterrupted)
 
 
-def test_what_cannot_go_on_is_refused(
+def test_runs_that_cannot_resume_are_refused(
     data: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refused(message: str, *more: Any, data: Path = data, output: Path = uninterrupted) -> None:
@@ -217,7 +217,7 @@ def test_what_cannot_go_on_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_half_precision_and_nothing_but_errors(
+def test_half_precision_and_only_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flax_qformer.commands.bulk_embedding.SAMPLE", 64)

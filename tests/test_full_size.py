@@ -66,7 +66,7 @@ def test_outputs_and_gradients(folder: Path, upstream: dict[str, np.ndarray]) ->
     assert error < 1e-4
 
 
-def test_conversion_takes_little_more_than_the_file(folder: Path, tmp_path: Path) -> None:
+def test_peak_memory_of_a_conversion(folder: Path, tmp_path: Path) -> None:
     """Peak memory of the process, from the system (getrusage would include the parent's)."""
     program = f"""
 from pathlib import Path

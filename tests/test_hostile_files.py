@@ -170,7 +170,7 @@ def test_hostile_zips(tmp_path: Path) -> None:
         open_tensors(path)
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+def test_files_other_than_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     contents = {
         b"": "not a checkpoint",
@@ -221,7 +221,7 @@ def test_shards_that_do_not_fit_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[1]", "nope", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\xff", " " * (17 << 20)]
 )
-def test_json_that_is_none(tmp_path: Path, text: str) -> None:
+def test_invalid_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(fq.InputError, match=r"config\.json"):
         read_json(tmp_path / "config.json")
@@ -254,7 +254,7 @@ def test_json_that_is_none(tmp_path: Path, text: str) -> None:
         (None, "tokenizer", 3, "tokenizer"),
     ],
 )
-def test_configs_that_cannot_be(part: str | None, field: str, value: Any, message: str) -> None:
+def test_invalid_configs(part: str | None, field: str, value: Any, message: str) -> None:
     import cases
 
     config = json.loads(json.dumps(cases.GEOMETRIES["frequency_1"]))

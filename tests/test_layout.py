@@ -64,7 +64,7 @@ def test_there_are_no_cycles() -> None:
     TopologicalSorter({name: set(imports(name)) for name in MODULES}).prepare()
 
 
-def test_only_two_modules_ask_which_platform_runs() -> None:
+def test_only_two_modules_check_the_platform() -> None:
     allowed = {"compilation", "models.kernels"}
     asking = {
         (name, node.attr)
@@ -85,7 +85,7 @@ def test_only_two_modules_ask_which_platform_runs() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.endswith("__init__")])
-def test_a_package_only_exports_names_again(name: str) -> None:
+def test_init_files_only_reexport(name: str) -> None:
     docstring, *rest = TREES[name].body
     assert isinstance(docstring, ast.Expr)
     for node in rest:
@@ -93,7 +93,7 @@ def test_a_package_only_exports_names_again(name: str) -> None:
         assert isinstance(node, ast.ImportFrom) or is_all, ast.unparse(node)
 
 
-def test_a_class_has_a_name_of_its_own() -> None:
+def test_class_names_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for name, tree in TREES.items():
         for node in ast.walk(tree):

@@ -177,7 +177,7 @@ def test_files_next_to_a_model(base: Any, lora: Any, file: Path, tmp_path: Path)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(params))
 
 
-def test_what_cannot_be_added(base: Any, lora: Any) -> None:
+def test_invalid_lora(base: Any, lora: Any) -> None:
     key = jax.random.key(0)
     for params, pattern, rank, message in (
         (base, "no_such_layer", 2, "'no_such_layer' fits no parameter"),

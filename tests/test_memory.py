@@ -48,7 +48,7 @@ def run(first: str, then: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
-def test_what_is_freed_is_kept_until_it_is_given_back() -> None:
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     faults, _ = run("", "")
     assert faults > 10_000
     faults, given_back = run("share_heap()", "keep_memory()")

@@ -68,7 +68,7 @@ ENTRY %main (start: (s32[], f32[8,128])) -> f32[32,128] {
 """
 
 
-def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
+def test_loops_count_per_iteration_and_slices_by_their_size() -> None:
     counted, size = count_traffic(PROGRAM), 8 * 128 * 4
     assert counted.collectives == {"all-reduce": 1, "all-gather": 2, "reduce-scatter": 1}
     assert counted.wire == {
@@ -179,7 +179,7 @@ def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("topology", "mesh"), [("v5e:4x4", "data=-1,fsdp=4,tensor=2"), ("v5p:4x4x4", "data=-1,fsdp=8")]
 )
-def test_axes_of_a_mesh_need_not_be_those_of_the_pod(topology: str, mesh: str, tmp_path: Path) -> None:
+def test_mesh_axes_may_differ_from_pod_axes(topology: str, mesh: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", topology, "--batch", "64", "--mesh", mesh, config=SHALLOW)
     assert done.returncode == 0, done.stderr
 
@@ -187,7 +187,7 @@ def test_axes_of_a_mesh_need_not_be_those_of_the_pod(topology: str, mesh: str, t
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:4x4x4", "v5e:5x5", "v5p:0x4x4", "v4:4x4x4", "v5e:16x32"])
-def test_pods_that_there_are_not(topology: str, tmp_path: Path) -> None:
+def test_unknown_pods(topology: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", topology, "--batch", "64", config=SHALLOW)
     assert done.returncode == 2
     assert re.search("take one such as|the largest is v5e:16x16", done.stderr.splitlines()[-1])
@@ -195,7 +195,7 @@ def test_pods_that_there_are_not(topology: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-def test_texts_that_the_model_cannot_read(tmp_path: Path) -> None:
+def test_texts_too_long_for_the_model(tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", "v5e:4x4", "--batch", "64", "--text-length", "513", config=SHALLOW)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--text-length is 513; the model has 512 positions")

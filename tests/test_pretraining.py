@@ -180,7 +180,7 @@ def test_nucleus_keeps_what_transformers_keeps(golden: Any, one: Case) -> None:
     np.testing.assert_allclose(shares, recorded["probabilities"][:, 0], atol=0.12)
 
 
-def test_checkpoints_come_back_whole(case: Case, tmp_path: Path) -> None:
+def test_checkpoints_round_trip(case: Case, tmp_path: Path) -> None:
     fq.convert_checkpoint(case.file, tmp_path / "flax")
     fq.export_checkpoint(tmp_path / "flax", tmp_path / "torch")
     again = load_file(tmp_path / "torch" / "model.safetensors")
@@ -319,7 +319,7 @@ def test_parameters_of_the_other_class(one: Case) -> None:
     shape(one.model, shapes, one.pixels, method="encode_image")
 
 
-def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
+def test_the_output_of_the_tower_is_accepted_as_its_states(one: Case) -> None:
     ids, index = one.inputs["input_ids"], np.arange(len(one.pixels))
     whole = jax.eval_shape(partial(one.model.apply, method="encode_image"), one.variables, one.pixels)
     for method, arguments in (
@@ -338,7 +338,7 @@ def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
     assert jax.eval_shape(write, one.variables, encoder_hidden_states=whole).shape == (len(index), 4)
 
 
-def test_inputs_that_make_no_pairs(one: Case) -> None:
+def test_inputs_without_pairs(one: Case) -> None:
     ids = one.inputs["input_ids"]
     for arguments, message in (
         ((one.pixels, ids), "negatives are drawn"),

@@ -134,12 +134,12 @@ def test_pairing(processor: fq.Processor) -> None:
         (PIL.Image.new("RGB", (0, 4)), "at least one pixel"),
     ],
 )
-def test_images_that_are_none(processor: fq.Processor, images: Any, message: str) -> None:
+def test_invalid_images(processor: fq.Processor, images: Any, message: str) -> None:
     with pytest.raises(fq.InputError, match=message):
         processor(images)
 
 
-def test_image_files_that_are_none(tmp_path: Path, processor: fq.Processor) -> None:
+def test_invalid_image_files(tmp_path: Path, processor: fq.Processor) -> None:
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(fq.InputError, match=r"text\.png is not an image"):
         processor(tmp_path / "text.png")
@@ -155,7 +155,7 @@ def test_image_files_that_are_none(tmp_path: Path, processor: fq.Processor) -> N
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, MemoryError, struct.error])
 @pytest.mark.parametrize("step", ["PIL.Image.open", "PIL.ImageOps.exif_transpose"])
-def test_whatever_pillow_raises_is_damage(
+def test_any_error_of_pillow_means_a_damaged_image(
     error: Any, step: str, processor: fq.Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(image: Any) -> None:
@@ -166,7 +166,7 @@ def test_whatever_pillow_raises_is_damage(
         processor(EXAMPLE_IMAGE)
 
 
-def test_an_image_that_may_not_be_read_is_not_damaged(processor: fq.Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_image_is_not_damaged(processor: fq.Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -197,12 +197,12 @@ def test_arguments_of_transformers(processor: fq.Processor) -> None:
 
 
 @pytest.mark.parametrize("text", [[], [3], [None], 3.5])
-def test_text_that_is_none(processor: fq.Processor, text: Any) -> None:
+def test_invalid_text(processor: fq.Processor, text: Any) -> None:
     with pytest.raises(fq.InputError, match="`text` must be"):
         processor(text=text)
 
 
-def test_lengths_that_are_none(processor: fq.Processor) -> None:
+def test_invalid_lengths(processor: fq.Processor) -> None:
     for name in ("pad_to_multiple_of", "max_length"):
         for length in (-8, 0):
             with pytest.raises(fq.InputError, match=f"`{name}` is {length}"):

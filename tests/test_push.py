@@ -114,7 +114,7 @@ def test_the_model_card(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPat
     assert "datasets" not in card
 
 
-def test_what_cannot_be_pushed(tmp_path: Path, run: Path) -> None:
+def test_invalid_pushes(tmp_path: Path, run: Path) -> None:
     for model, repo_id, message in (
         ("nothing", "someone/model", "there is no folder .*nothing"),
         (".", "someone/model", "is not the folder of a model or of a training run"),

@@ -121,7 +121,7 @@ def init(**details):
     del sys.modules["wandb"]
 
 
-def test_a_resumed_run_goes_on_in_weights_and_biases(fake_wandb: list[Any], tmp_path: Path) -> None:
+def test_a_resumed_run_continues_in_weights_and_biases(fake_wandb: list[Any], tmp_path: Path) -> None:
     metrics.check_reporters(["wandb"])
     run = tmp_path / "run"
     run.mkdir()
@@ -140,7 +140,7 @@ def test_a_resumed_run_goes_on_in_weights_and_biases(fake_wandb: list[Any], tmp_
         MetricsLogger(run, 2, ["wandb"], {"fails": True})
 
 
-def test_weights_and_biases_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_and_biases_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The folder that wandb makes where it runs is not the package.
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)

@@ -87,7 +87,7 @@ def test_dropout_in_the_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_trees_go_there_and_back(geometry: str, tmp_path: Path) -> None:
+def test_stacking_round_trip(geometry: str, tmp_path: Path) -> None:
     plain, scanned, params = models(geometry, tmp_path)
     stacked = fq.stack_layers(params)
     jax.tree.map(np.testing.assert_array_equal, fq.unstack_layers(stacked), params)

@@ -97,7 +97,7 @@ def test_two_processes(one_device: np.ndarray, tmp_path: Path) -> None:
         check(results[split], one_device, split != "data=8")
 
 
-def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
+def test_a_process_reads_only_the_shards_of_its_devices(tmp_path: Path) -> None:
     processes = job(sys.executable, LOADING, DEFAULT_MODEL, tmp_path / "model")
     for process in processes:
         stdout, errors = process.communicate(timeout=300)
@@ -112,7 +112,7 @@ def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_loses_a_process_ends_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
@@ -156,7 +156,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_of_a_job_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also evaluations and their samples, which all processes compute."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
@@ -174,7 +174,7 @@ def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_a_job_embeds_what_one_process_does(tmp_path: Path) -> None:
+def test_a_job_embeds_as_one_process_does(tmp_path: Path) -> None:
     drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
     program = Path(sys.executable).with_name("flax-qformer")
@@ -200,7 +200,7 @@ def test_a_job_embeds_what_one_process_does(tmp_path: Path) -> None:
         ("encoder/layer_0/output/LayerNorm/scale", (64,), (None,)),
     ],
 )
-def test_heads_lie_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[str | None, ...]) -> None:
+def test_heads_are_sharded_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[str | None, ...]) -> None:
     assert tuple(sharding_of(path, shape, fq.make_mesh()).spec) == spec
 
 

@@ -136,7 +136,7 @@ def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
     )
 
 
-def test_dropout_is_drawn_as_from_independent_coins() -> None:
+def test_hashed_dropout_is_independent() -> None:
     key = hashed(jax.random.key(0))
     kept = np.asarray(jax.random.bernoulli(key, 0.9, (1000, 1000)))
     assert kept.mean() == pytest.approx(0.9, abs=0.001)
@@ -248,7 +248,7 @@ def test_a_frozen_tower_has_no_backward_pass(tiny: Any) -> None:
 # The optimizer
 
 
-def test_what_does_not_decay_and_how_rates_fall_with_depth() -> None:
+def test_weight_decay_and_layer_decay() -> None:
     config, params = tree()
     zero = jax.tree.map(jnp.zeros_like, params)
 
@@ -360,7 +360,7 @@ def test_moving_average() -> None:
 # A loop of one's own
 
 
-def test_a_loop_of_ones_own(tiny: Any) -> None:
+def test_a_custom_loop(tiny: Any) -> None:
     model, params = tiny
     params = jax.tree.map(jnp.array, params)
     tower = jax.tree.map(np.array, params["visual_encoder"])
@@ -377,7 +377,7 @@ def test_a_loop_of_ones_own(tiny: Any) -> None:
     assert not same(jax.tree.map(np.array, state.params["vision_proj"]), tiny[1]["vision_proj"])
 
 
-def test_a_loss_of_ones_own(tiny: Any) -> None:
+def test_a_custom_loss(tiny: Any) -> None:
     """Train vectors towards a target, sharded, accumulated, averaged; parameters that the loss does not read stay."""
     config, mesh = tiny[0].config, fq.make_mesh(data=1, fsdp=2)
     model, rng = fq.Blip2QFormerModel(config), np.random.default_rng(0)
@@ -454,7 +454,7 @@ def brute_force(scores: np.ndarray, belongs: np.ndarray, k: int) -> float:
     return hits / len(scores)
 
 
-def test_recall_is_what_brute_force_finds() -> None:
+def test_recall_equals_brute_force() -> None:
     rng = np.random.default_rng(0)
     owner = np.repeat(np.arange(20), 2)[1:-1]
     images, texts = rng.normal(size=(20, 3, 4)), rng.normal(size=(len(owner), 4))
@@ -505,7 +505,7 @@ def test_recall_is_what_brute_force_finds() -> None:
 # Samples
 
 
-def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tiny: Any, tmp_path: Path) -> None:
+def test_samples_are_the_same_with_scanned_layers(folder: Path, tiny: Any, tmp_path: Path) -> None:
     shutil.copytree(folder / "data", tmp_path / "data")
     model, params = tiny
     processor, mesh = fq.Processor.from_pretrained(folder / "model"), fq.make_mesh(data=1, fsdp=2)
@@ -680,7 +680,7 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
         (["stray"], "stray"),
     ],
 )
-def test_a_command_line_that_is_wrong(arguments: list[str], message: str, capsys: Any) -> None:
+def test_invalid_command_lines(arguments: list[str], message: str, capsys: Any) -> None:
     complete = arguments if not arguments or "--data" in arguments else [*arguments, "--data", "d", "--output", "o"]
     line = refused(capsys, "train", *complete)
     assert message in line
@@ -837,7 +837,7 @@ def largest_file(checkpoint: Path) -> Path:
     return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupted: Any, tiny: Any) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(folder: Path, start: Any, uninterrupted: Any, tiny: Any) -> None:
     run, command = folder / "stopped", program(folder, "stopped")
     process = start(command)
     wait_for(process, lambda: last_step(run) >= 2)
@@ -877,7 +877,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     assert not same(params["itm_head"], tiny[1]["itm_head"])
 
 
-def test_checkpoints_are_whole_or_passed_over(
+def test_damaged_checkpoints_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def state(value: int) -> dict[str, Any]:
@@ -935,7 +935,7 @@ def test_checkpoints_are_whole_or_passed_over(
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "2.json", "3", "3.json"}
 
 
-def test_a_run_that_cannot_be(
+def test_runs_that_cannot_start(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def line(*more: Any) -> str:
@@ -971,7 +971,7 @@ def captionless(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_is_not_lost(
+def test_a_refused_command_changes_no_run(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -1041,7 +1041,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert not (run / "model").exists()
 
 
-def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_an_evaluation_skips_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a signal that comes while the program waits for the last step."""
     fail_in(monkeypatch, 0)
     monkeypatch.setattr(StepLogger, "is_delayed", True)
@@ -1072,7 +1072,7 @@ def test_a_step_is_logged_while_the_next_one_runs(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_an_evaluation_by_itself_finds_what_the_run_wrote_down(folder: Path, start: Any, uninterrupted: Any) -> None:
+def test_evaluate_reproduces_the_metrics_of_a_run(folder: Path, start: Any, uninterrupted: Any) -> None:
     figures, _ = uninterrupted
     settings, model = folder / "whole" / "settings.yaml", folder / "whole" / "model"
     process = start(["evaluate", "--settings", settings, "--model", model, "--data", folder / "data"])
@@ -1085,7 +1085,7 @@ def test_an_evaluation_by_itself_finds_what_the_run_wrote_down(folder: Path, sta
 
 
 @pytest.mark.slow
-def test_a_rate_too_high_stops_the_run(folder: Path, start: Any) -> None:
+def test_a_diverged_run_stops(folder: Path, start: Any) -> None:
     run = folder / "hot"
     more = ["--learning-rate", 1e30, "--save-every", 1, "--evaluate-every", 0, "--warmup", 2, "--num-workers", 0]
     stderr = finish(start(program(folder, "hot", *more)), 2).splitlines()[-1]
@@ -1095,7 +1095,7 @@ def test_a_rate_too_high_stops_the_run(folder: Path, start: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_words_alone_and_nothing_held_out(folder: Path, start: Any) -> None:
+def test_a_model_without_weights_and_no_held_out_images(folder: Path, start: Any) -> None:
     more = ["--model", folder / "words", "--held-out", 0, "--steps", 1, "--num-workers", 0]
     stderr = finish(start(program(folder, "fresh", *more)))
     assert "words has no weights: all are randomly initialised" in stderr

@@ -173,7 +173,7 @@ def test_layer_norm_keeps_nothing_of_float32() -> None:
     assert [leaf.dtype for leaf in kept if jnp.size(leaf) >= x.size] == [x.dtype]
 
 
-def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: Any) -> None:
+def test_a_gradient_of_the_queries_skips_the_last_text_layer(params: Any, batch: Any) -> None:
     model = fq.Blip2QFormerModel(CONFIG)
 
     def operations(last: Callable[[fq.QFormerOutput], Any]) -> float:
@@ -187,7 +187,7 @@ def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: 
     assert whole - operations(lambda output: output.query_embeddings) > text
 
 
-def test_parameters_are_checked_and_not_drawn_again() -> None:
+def test_parameters_are_checked_and_not_initialised_again() -> None:
     def draw(*_: Any) -> jax.Array:
         raise AssertionError("the initializer was traced")
 
@@ -200,7 +200,7 @@ def test_parameters_are_checked_and_not_drawn_again() -> None:
         dense.apply({"params": {"weight": kernel}}, x)
 
 
-def test_layers_that_are_alike_are_traced_once(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_layers_are_traced_once(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     traced, attend = [], attention.dot_product_attention
 
     def counted(*arrays: jax.Array, **details: Any) -> Any:
@@ -383,7 +383,7 @@ def test_raw_pixels(params: Any) -> None:
         jax.eval_shape(run, {"params": params}, raw.astype(np.uint8))
 
 
-def test_ids_outside_the_vocabulary_are_no_other_words(params: Any) -> None:
+def test_ids_outside_the_vocabulary_give_nan(params: Any) -> None:
     states = apply()(params, {"input_ids": [[2, 9, -1], [2, 50, 3]]}).last_hidden_state
     assert jnp.isnan(states).all()
     lists = {"input_ids": [[2, 9, 3]], "attention_mask": [[1, 1, 0]], "head_mask": [1, 0, 1]}
@@ -409,7 +409,7 @@ def test_numbers_of_numpy_and_plain_mappings(params: Any, tmp_path: Any) -> None
             fq.resize_token_embeddings(CONFIG, params, size, jax.random.key(0))
 
 
-def test_heads_that_are_not_there(params: Any) -> None:
+def test_missing_heads(params: Any) -> None:
     for heads, message in (
         ({1: [0]}, "layers 0 to 0"),
         ({0: [3]}, "heads are 0 to 2"),

@@ -107,7 +107,7 @@ def check_bytes(exported: Path, source: Path) -> None:
         pytest.param("diffusers", ("proj_layer",), [*SPLIT, "--train", "all"], marks=pytest.mark.slow),
     ],
 )
-def test_training_too_slow_to_change_anything_returns_every_tensor(
+def test_training_without_changes_returns_every_tensor(
     layout: Layout, parts: tuple[str, ...], more: list[str], data: Path, tmp_path: Path, caplog: Any
 ) -> None:
     source = checkpoint(tmp_path / "source", layout, parts)
@@ -130,7 +130,7 @@ def test_frozen_parameters_keep_their_dtype(data: Path, tmp_path: Path) -> None:
     check_bytes(tmp_path / "torch", source)
 
 
-def test_every_module_that_a_checkpoint_holds_is_read(tmp_path: Path, capsys: Any) -> None:
+def test_every_module_of_a_checkpoint_is_read(tmp_path: Path, capsys: Any) -> None:
     """For both classes: a head that is missing is initialised, and one that lacks a tensor is an error."""
     source = checkpoint(tmp_path / "source", "diffusers", tuple(set(PARTS) - {"itm_head"}))
     for model_class in (fq.Blip2QFormerModel, fq.Blip2ForPreTraining):
@@ -166,7 +166,7 @@ def test_commands_refuse_a_model_without_trained_heads(data: Path, tmp_path: Pat
             assert "has no trained itm_head, lm_head, temp, text_proj, vision_proj; train them" in err.splitlines()[-1]
 
 
-def test_a_run_saved_without_frozen_modules_goes_on(tmp_path: Path) -> None:
+def test_a_run_saved_without_frozen_modules_resumes(tmp_path: Path) -> None:
     """Earlier versions saved only parameters that the losses read; the rest keeps the model's values."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     state = {"trained": {"a": jnp.ones(2)}, "frozen": {"b": jnp.ones(2)}}

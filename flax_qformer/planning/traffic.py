@@ -39,7 +39,7 @@ def count_traffic(text: str) -> Traffic:
             wire[kind] += times * sent
             count[kind] += 1
         if instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
-            memory += times * _moved(instruction)
+            memory += times * _bytes_moved(instruction)
     return Traffic(memory, dict(wire), dict(count))
 
 
@@ -62,11 +62,11 @@ def _collectives(instruction: Instruction) -> Iterator[tuple[str, float]]:
         kind = sender.opcode.removesuffix("-start")
         if kind == "all-reduce" and is_fusion and instruction.size < sender.size:
             kind = "reduce-scatter"
-        if kind in COLLECTIVES and (sent := _sent(sender, kind)):
+        if kind in COLLECTIVES and (sent := _bytes_sent(sender, kind)):
             yield kind, sent
 
 
-def _sent(instruction: Instruction, kind: str) -> float:
+def _bytes_sent(instruction: Instruction, kind: str) -> float:
     size = sum(operand.size for operand in instruction.operands)
     if kind == "collective-permute":
         return size
@@ -80,7 +80,7 @@ def _sent(instruction: Instruction, kind: str) -> float:
     }[kind]
 
 
-def _moved(instruction: Instruction) -> float:
+def _bytes_moved(instruction: Instruction) -> float:
     """Bytes that an instruction reads and writes; only the slice for slices and updates in place."""
     if instruction.opcode in SLICES:
         return 2 * instruction.size
@@ -92,14 +92,14 @@ def _moved(instruction: Instruction) -> float:
     if "calls" not in instruction.called:
         return instruction.size + read
     inner = instruction.called["calls"]
-    return _written(instruction, inner) + sum(_read(parameter, inner) for parameter in _parameters(inner))
+    return _bytes_written(instruction, inner) + sum(_bytes_read(parameter, inner) for parameter in _parameters(inner))
 
 
 def _parameters(computation: Computation) -> list[Instruction]:
     return sorted((i for i in computation if i.opcode == "parameter"), key=lambda i: int(i.literal))
 
 
-def _read(value: Instruction, inner: Computation) -> float:
+def _bytes_read(value: Instruction, inner: Computation) -> float:
     """Bytes that a fusion reads of a value: its slices, if no operation inside reads more."""
     total = 0.0
     for user in inner:
@@ -109,15 +109,15 @@ def _read(value: Instruction, inner: Computation) -> float:
             if user.opcode in SLICES and place == 0:
                 total += user.size
             elif user.opcode == "bitcast":
-                total += _read(user, inner)
+                total += _bytes_read(user, inner)
             elif "calls" in user.called:
-                total += _read(_parameters(user.called["calls"])[place], user.called["calls"])
+                total += _bytes_read(_parameters(user.called["calls"])[place], user.called["calls"])
             elif user.opcode != "dynamic-update-slice" or place:
                 return value.size
     return min(total, value.size)
 
 
-def _written(instruction: Instruction, inner: Computation) -> float:
+def _bytes_written(instruction: Instruction, inner: Computation) -> float:
     """Bytes that a fusion writes: the update, if it updates its result in place."""
     updates = [user for user in inner if user.opcode == "dynamic-update-slice" and user.size == instruction.size]
     return updates[0].operands[1].size if updates else instruction.size
