@@ -1,9 +1,8 @@
-"""Ways to attend, at the sizes of the published geometry: what its two attentions were chosen from.
+"""Alternative implementations of attention, at the sizes of the published geometry.
 
     python benchmarks/attention.py
 
-All layers of a tower after one another, each with the last one's result for its queries, measured in turn; medians in
-milliseconds.
+Runs all layers of a tower, each with the previous result as its queries. Prints medians in milliseconds.
 """
 
 import argparse
@@ -80,7 +79,7 @@ def one_product(query: jax.Array, context: jax.Array, to_keys: jax.Array, to_val
 
 
 def self_inputs(size: int, dtype: str) -> tuple[jax.Array, ...]:
-    """What a tower's product makes: queries, keys and values, (batch, positions, 3, heads, head_dim)."""
+    """Queries, keys and values of a tower in one array, (batch, positions, 3, heads, head_dim)."""
     heads = VISION.num_attention_heads
     return (drawn(dtype, size, VISION.num_positions, 3, heads, VISION.hidden_size // heads),)
 
@@ -95,7 +94,7 @@ def in_layers(attend: Way) -> Way:
 
 
 def at_once(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """As `dot_product_attention` on a CPU, without its parts."""
+    """As `dot_product_attention` on a CPU, for all heads and images at once."""
     scores = jnp.einsum("bhqd,bkhd->bhqk", query.swapaxes(1, 2), key, preferred_element_type=jnp.float32)
     powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     context = jnp.einsum("bhqk,bkhd->bhqd", powers.astype(query.dtype), value, preferred_element_type=jnp.float32)

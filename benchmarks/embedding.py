@@ -2,8 +2,8 @@
 
     python benchmarks/embedding.py
 
-Draws folders of 100 and of 10,000 images, embeds them with the model inside the package, and prints the highest
-resident memory of the program and of each process that decodes, images per second, and the rate of the model alone.
+Makes folders of 100 and of 10,000 random images, and embeds them with the embedded model. Prints the peak resident
+memory of the program and of each decoding process, images per second, and the speed of the model alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs="+", default=[100, 10_000])
-    parser.add_argument("--side", type=int, default=64, help="of an image, in pixels")
+    parser.add_argument("--side", type=int, default=64, help="width and height of an image in pixels")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=2)
     options = parser.parse_args()
@@ -56,13 +56,13 @@ def forward(size: int) -> float:
 
 
 def watch(command: list[str]) -> tuple[list[int], float]:
-    """The highest resident memory in KiB of a process and its children, and images per second after the first batch."""
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+    """The peak resident memory in KiB of a process and its children, and images per second after the first batch."""
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         peaks: dict[int, int] = {}
         while process.poll() is None:
             try:
-                # Threads have children of their own.
+                # Each thread lists its own children.
                 tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
                 children = [int(pid) for task in tasks for pid in task.read_text().split()]
                 for pid in (process.pid, *children):
@@ -71,10 +71,10 @@ def watch(command: list[str]) -> tuple[list[int], float]:
             except (OSError, IndexError):
                 pass
             time.sleep(0.05)
-        told.seek(0)
-        progress = told.read()
+        stderr.seek(0)
+        progress = stderr.read()
     assert process.returncode == 0, progress
-    # As the progress bar counts: 64/100 [00:03<00:01, ...
+    # The progress bar prints 64/100 [00:03<00:01, ...
     seen = [(int(done), 60 * int(m) + int(s)) for done, m, s in re.findall(r"(\d+)/\d+ \[(\d+):(\d+)<", progress)]
     (first, begun), (last, ended) = next(item for item in seen if item[0]), seen[-1]
     return sorted(peaks.values(), reverse=True), (last - first) / max(ended - begun, 1)

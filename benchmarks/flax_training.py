@@ -1,7 +1,6 @@
-"""Our side of `training_step.py`, in a process of its own for its memory; as `torch_training.py`.
+"""Our side of `training_step.py`, in its own process to measure memory; the counterpart of `torch_training.py`.
 
-Compiler and C library are told what `flax-qformer train` tells them; layers run in a loop if a third argument says
-"scan".
+Compiler and allocator have the settings of `flax-qformer train`. With the third argument "scan", layers are scanned.
 """
 
 import dataclasses

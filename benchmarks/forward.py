@@ -2,9 +2,9 @@
 
     python benchmarks/forward.py --upstream-python PYTHON
 
-PYTHON is that of an environment of `tests/oracle/requirements.txt`. Weights are drawn and the same for both sides. The
-measurements are taken in turn, round after round, with XLA's own product among them; medians are printed. Needs 2 GB of
-disk in the temporary folder and 12 GB of memory.
+PYTHON has `tests/oracle/requirements.txt` installed. Both sides have the same random weights. Each round measures all
+sides in turn, and XLA's own matrix product; medians are printed. Needs 2 GB of disk in the temporary folder and 12 GB
+of memory.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from side_by_side import Other, draw_batch, in_turn, operations, product, second
 
 TEXT_TOKENS = 16
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}
-"""Of the matrices whose product is the measure."""
+"""Side of the matrices whose product measures the machine."""
 
 
 @dataclass
 class Result:
-    """Seconds of a batch round by round, and what belongs to them.
+    """Measurements of a batch.
 
     Attributes:
-      figures: of `flax`, `eager`, `compiled` and `product`, what of these was measured.
-      compile_seconds: to trace and compile ours.
-      difference: the largest between our query embeddings and those of whom we ran beside.
-      memory: ours and theirs on a GPU, bytes.
+      figures: seconds of each round, for those of `flax`, `eager`, `compiled` and `product` that were measured.
+      compile_seconds: time to trace and compile our side.
+      difference: largest difference between our query embeddings and upstream's.
+      memory: our peak memory and upstream's on a GPU, in bytes.
     """
 
     figures: dict[str, list[float]]
@@ -49,7 +49,7 @@ class Result:
 
 
 class Bench:
-    """A drawn model on both sides. `other` is None to measure ours alone."""
+    """A model with random weights on both sides. With `other` None, only our side is measured."""
 
     def __init__(self, config: fq.Blip2Config, folder: Path, python: str | None) -> None:
         self.config, self.folder = config, folder
@@ -64,25 +64,25 @@ class Bench:
         compiled, compile_seconds = self.forward(dtype, batch)
         theirs: dict[str, Any] = {}
 
-        def ask(mode: str) -> float:
+        def measure_upstream(mode: str) -> float:
             assert self.other is not None
-            theirs.update(self.other.ask(dtype=dtype, batch=size, compiled=mode == "compiled", repeats=repeats))
+            theirs.update(self.other.request(dtype=dtype, batch=size, compiled=mode == "compiled", repeats=repeats))
             return theirs["seconds"]
 
         multiply = product(dtype, PRODUCT_SIZE[jax.default_backend()])
         measures = {"flax": lambda: seconds(compiled, repeats), "product": lambda: seconds(multiply, repeats)}
         if self.other:
-            measures |= {mode: lambda mode=mode: ask(mode) for mode in modes}
+            measures |= {mode: lambda mode=mode: measure_upstream(mode) for mode in modes}
         figures, difference = in_turn(rounds, measures), 0.0
         if self.other:
             ours, answer = np.asarray(compiled()[0], np.float32), np.load(self.folder / "answer.npy")
             difference = float(np.abs(ours - answer).max())
-        statistics_of_memory = jax.devices()[0].memory_stats() or {}
-        memory = (statistics_of_memory.get("peak_bytes_in_use", 0), theirs.get("memory", 0))
+        memory_stats = jax.devices()[0].memory_stats() or {}
+        memory = (memory_stats.get("peak_bytes_in_use", 0), theirs.get("memory", 0))
         return Result(figures, compile_seconds, difference, memory)
 
     def forward(self, dtype: str, batch: dict[str, np.ndarray]) -> tuple[Callable[..., Any], float]:
-        """A forward pass of ours, on this batch or another like it, and the seconds to compile it."""
+        """Our forward pass for batches of this shape, and the seconds to compile it."""
         model, params = fq.from_pretrained(self.folder / "model", dtype=dtype, param_dtype=dtype)
         params, batch = jax.device_put((params, batch))
 
@@ -96,7 +96,7 @@ class Bench:
         return lambda batch=batch: compiled[0](params, batch), took
 
     def embed(self, dtype: str, size: int, rounds: int) -> float:
-        """The speed from image files on (decode, resize, run) as a share of that of the bare forward pass."""
+        """The speed from image files (decode, resize, run), as a share of the speed of the forward pass alone."""
         processor = fq.Processor.from_pretrained(self.folder / "model", config=self.config, tokenizer=DEFAULT_MODEL)
         files = [self.folder / f"{i}.jpg" for i in range(size)]
         for i, file in enumerate(files):
@@ -113,7 +113,7 @@ class Bench:
         return times_faster(figures["embed"], figures["bare"])
 
     def rate(self, result: Result, size: int) -> float:
-        """Operations in a second, as a share of those of XLA's own product."""
+        """Operations per second, as a share of those of XLA's own matrix product."""
         ours = size * operations(self.config, TEXT_TOKENS) / statistics.median(result.figures["flax"])
         return ours / (2 * PRODUCT_SIZE[jax.default_backend()] ** 3 / statistics.median(result.figures["product"]))
 

@@ -1,10 +1,10 @@
 """A forward pass in bfloat16 on a GPU, large batches, beside upstream under `torch.compile`.
 
     python benchmarks/gpu.py --upstream-python PYTHON
-    python benchmarks/gpu.py --toy                        # a small model, on whatever there is
+    python benchmarks/gpu.py --toy                        # a small model, on any device
 
-PYTHON is that of an environment of `tests/oracle/requirements.txt` with a PyTorch for the GPU; without one, ours is
-measured alone. The peak is what XLA's own product of two large matrices reaches in the same run.
+PYTHON has `tests/oracle/requirements.txt` and a PyTorch for the GPU installed; without it, only our side is measured.
+The peak is the speed of XLA's own product of two large matrices in the same run.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-# Two libraries share the GPU.
+# PyTorch shares the GPU.
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import jax
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--upstream-python", metavar="PYTHON")
     parser.add_argument("--batch-sizes", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--toy", action="store_true", help="a small model, to see the script run")
+    parser.add_argument("--toy", action="store_true", help="a small model, to try the script")
     options = parser.parse_args()
     sizes = options.batch_sizes or ([2, 4] if options.toy else [64, 256])
     print(jax.devices()[0].device_kind)

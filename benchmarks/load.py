@@ -1,10 +1,9 @@
-"""Time to load the published geometry from upstream's folder, side by side with upstream; and to convert it.
+"""Time to load the published geometry from upstream's folder, side by side with upstream, and to convert it.
 
     python benchmarks/load.py --upstream-python PYTHON
 
-PYTHON is that of an environment of `tests/oracle/requirements.txt`. Each figure is taken in a process of its own,
-without its imports; loading is run in turn with upstream's, and medians are printed. Needs 6 GB of disk in the
-temporary folder.
+PYTHON has `tests/oracle/requirements.txt` installed. Each figure is measured in its own process, without imports.
+Loading is measured in turn with upstream, and medians are printed. Needs 6 GB of disk in the temporary folder.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""How the cost of a forward pass grows with the batch, the text and the image, and a picture of it.
+"""Measure and plot how the cost of a forward pass grows with the batch, the text and the image.
 
     python benchmarks/scaling.py
 
-The published geometry with drawn weights; positions are interpolated for larger images. Each point is the median of
+The published geometry with random weights; positions are interpolated for larger images. Each point is the median of
 several runs. Writes `benchmarks/scaling.png`.
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
         model, params = fq.from_pretrained(folder, options.dtype, param_dtype=options.dtype)
 
     def measure(batch: int = BATCH, text: int = TEXT, image: int = IMAGE) -> tuple[float, float]:
-        """Seconds and operations."""
+        """Seconds and operations of a forward pass."""
         config, fitted = fq.interpolate_positions(model.config, params, image)
         sized = type(model)(config, dtype=options.dtype, param_dtype=options.dtype)
 

@@ -1,9 +1,9 @@
-"""Layers one by one or in a loop (`scan_layers`): a forward pass of the published geometry, to compile and to run.
+"""Compile and run a forward pass of the published geometry, with layers one by one and scanned (`scan_layers`).
 
     python benchmarks/scanning.py
 
-Drawn weights; both are measured in turn, and medians are printed. Needs 2 GB of disk in the temporary folder and 10 GB
-of memory.
+The weights are random. Both are measured in turn, and medians are printed. Needs 2 GB of disk in the temporary folder
+and 10 GB of memory.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def compile_forward(folder: Path, dtype: str, size: int, scans: bool) -> tuple[Callable[[], Any], float]:
-    """A forward pass on a drawn batch, and the seconds to compile it."""
+    """A forward pass on a random batch, and the seconds to compile it."""
     model, params = fq.from_pretrained(folder, dtype=dtype, param_dtype=dtype)
     if scans:
         config = dataclasses.replace(model.config, scan_layers=True)

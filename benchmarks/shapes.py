@@ -1,11 +1,12 @@
-"""What the embedded model has learned, on combinations of size, colour and shape that it never saw.
+"""Evaluate the embedded model on combinations of size, colour and shape that it was not trained on.
 
     PYTHONPATH=examples/shapes python benchmarks/shapes.py [--model DIR]
 
-Recall@1 among 100 images of two objects with 100 distinct captions, in both directions, and after ITM has reranked
-the first ten; how often a caption is nearer to its image than the same words with the objects exchanged, "b left of a";
-and how often the peak of the last layer's attention, averaged over the queries, lies inside the one object of two that
-the text names. Every object is of a held-out combination. Several draws, and medians.
+Prints medians over several draws, with objects of held-out combinations only:
+- recall@1 among 100 images of two objects with 100 distinct captions, in both directions, plain and after ITM has
+  reranked the first ten;
+- how often a caption is nearer to its image than the caption with its objects exchanged ("b left of a");
+- how often the peak of the last layer's attention, averaged over the queries, lies inside the named object.
 """
 
 import argparse
@@ -54,9 +55,9 @@ def main() -> None:
         scenes = distinct_scenes(np.random.default_rng(options.seed + draw))
         images = [scene.draw() for scene in scenes.values()]
         batch = processor(images, list(scenes), max_length=CAPTION_TOKENS)
-        found = search.evaluate(params, [({**batch, "image_id": np.arange(IMAGES)}, IMAGES)], RERANKED)
-        for name in (name for name in found if name.endswith("recall@1")):
-            figures.setdefault(name, []).append(found[name])
+        recall = search.evaluate(params, [({**batch, "image_id": np.arange(IMAGES)}, IMAGES)], RERANKED)
+        for name in (name for name in recall if name.endswith("recall@1")):
+            figures.setdefault(name, []).append(recall[name])
         false = processor(text=[exchanged(scene) for scene in scenes.values()], max_length=CAPTION_TOKENS)
         is_nearer = nearness(params, batch) > nearness(params, {**batch, **false})
         figures.setdefault("caption nearer than with its objects exchanged", []).append(float(np.mean(is_nearer)))
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def distinct_scenes(rng: np.random.Generator) -> dict[str, Scene]:
-    """Scenes of two objects by their captions, no two of which say the same: "a above b" is "b below a"."""
+    """Scenes of two objects by caption, all with different meanings: "a above b" is "b below a"."""
     scenes: dict[str, Scene] = {}
     while len(scenes) < IMAGES:
         scene = draw_scene(rng, HELD_OUT)
@@ -82,7 +83,7 @@ def distinct_scenes(rng: np.random.Generator) -> dict[str, Scene]:
 
 
 def exchanged(scene: Scene) -> str:
-    """The caption with its objects in each other's place, which is false."""
+    """The caption with its two objects exchanged, which is false."""
     first, second = (thing.describe() for thing in scene.things)
     return second + scene.caption().removeprefix(first).removesuffix(second) + first
 
@@ -93,7 +94,7 @@ def in_box(thing: Thing, x: float, y: float) -> bool:
 
 
 def attention(path: str) -> Callable[[np.ndarray, dict[str, np.ndarray]], list[tuple[float, float]]]:
-    """A function of images and texts to the peaks, x and y in pixels."""
+    """A function from images and texts to attention peaks, x and y in pixels."""
     model, params = fq.from_pretrained(path, model_class=fq.Blip2QFormerModel)
     grid = model.config.vision_config.grid_size
     patch = SIDE / grid

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a program in another Python to ask, rounds in turn, and a drawn model for both sides."""
+"""Shared by the benchmarks: programs in another Python, rounds of measurements, and a random model for both sides."""
 
 import json
 import statistics
@@ -17,20 +17,20 @@ import flax_qformer as fq
 from flax_qformer.convert.tables.qformer import parameters
 
 REST = 0.3
-"""Seconds between two measurements: threads of PyTorch's wait in a loop for a moment before they sleep."""
+"""Seconds between two measurements: PyTorch's threads spin for a moment before they sleep."""
 
 
 class Other:
-    """A program in a Python of its own, which answers questions line by line in JSON. Leave the context to end it."""
+    """A program in another Python that answers JSON requests, one a line. The end of the block ends it."""
 
     def __init__(self, python: str, program: str, *arguments: object) -> None:
         command = [python, str(Path(__file__).parent / program), *map(str, arguments)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(self, **question: object) -> Any:
+    def request(self, **request: object) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps(question), file=self.process.stdin, flush=True)
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"{self.process.args[1]} ended before it answered")
@@ -44,7 +44,7 @@ class Other:
 
 
 def in_turn(rounds: int, measures: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """The figures of each measure, taken in turn; one more round goes before, which counts for nothing."""
+    """The figures of each measure, taken in turn, after a warm-up round that does not count."""
     figures: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds + 1):
         for name, measure in measures.items():
@@ -54,7 +54,7 @@ def in_turn(rounds: int, measures: Mapping[str, Callable[[], float]]) -> dict[st
 
 
 def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
-    """How long a function of JAX takes, with its result."""
+    """Seconds that a JAX function takes until its result is ready."""
     start = time.perf_counter()
     for _ in range(repeats):
         result = function()
@@ -63,18 +63,18 @@ def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def times_faster(ours: list[float], *others: list[float]) -> float:
-    """The median over the rounds of the other's time by ours; of several others, of the one with the least median.
+    """The median over rounds of the other's time divided by ours; of several others, the one with the smallest median.
 
-    The faster in each round would be, of two equal ones, the luckier.
+    Taking the fastest of each round would favour the others by chance.
     """
     other = min(others, key=statistics.median)
     return statistics.median(theirs / own for own, theirs in zip(ours, other, strict=True))
 
 
 def product(dtype: str, size: int) -> Callable[[], jax.Array]:
-    """A product of two square matrices by XLA, with nothing around it: the measure of what the machine can do.
+    """A product of two square matrices by XLA, which measures the machine's speed.
 
-    Of drawn numbers: a GPU draws less power for constants, and is 15 % faster with them.
+    The matrices are random: with constants, a GPU draws less power and is 15 % faster.
     """
     left, right = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
     run = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)).lower(left, right).compile()
@@ -82,7 +82,7 @@ def product(dtype: str, size: int) -> Callable[[], jax.Array]:
 
 
 def operations(config: fq.Blip2Config, text_tokens: int) -> float:
-    """Floating-point operations of one image and its text, products only, as upstream does them."""
+    """Floating-point operations of the matrix products for one image and its text, as upstream computes them."""
     v, q = config.vision_config, config.qformer_config
     image, queries, tokens = v.num_positions, config.num_query_tokens, config.num_query_tokens + text_tokens
     vision = image * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size) + 2 * image**2 * v.hidden_size
@@ -101,7 +101,7 @@ def operations(config: fq.Blip2Config, text_tokens: int) -> float:
 
 
 def write_model(folder: Path, config: fq.Blip2Config) -> int:
-    """A folder of drawn weights, as upstream writes it; the size of its weights in bytes."""
+    """Write a model with random weights as upstream does; returns the size of the weights in bytes."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     tensors = {p.name: 0.02 * rng.standard_normal(p.torch_shape, np.float32) for p in parameters(config, "diffusers")}

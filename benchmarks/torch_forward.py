@@ -1,7 +1,7 @@
 """Upstream's side of `forward.py` and `gpu.py`: `torch_forward.py MODEL BATCHES ANSWERS TOKENIZER`.
 
-A question {"dtype", "batch", "compiled", "repeats"} is answered with the seconds of a forward pass, the peak of the
-GPU's memory, and the number of threads.
+Answers a request {"dtype", "batch", "compiled", "repeats"} with the seconds of a forward pass, the peak GPU memory and
+the number of threads.
 """
 
 import json
@@ -16,7 +16,7 @@ from transformers import Blip2Config
 
 
 class Upstream(torch.nn.Module):
-    """Upstream's `forward` from token ids on, which takes strings; its parts are called as it does."""
+    """Upstream's `forward` from token ids. It accepts only strings, so its parts are called in the same way."""
 
     def __init__(self, model: Blip2QFormerModel) -> None:
         super().__init__()
@@ -48,22 +48,22 @@ def main() -> None:
     config = Blip2Config.from_pretrained(folder)
     config.tokenizer = str(tokenizer)
     eager = Upstream(Blip2QFormerModel.from_pretrained(folder, config=config)).eval().to(device)
-    compiled = torch.compile(eager, dynamic=False)  # for each size anew
+    compiled = torch.compile(eager, dynamic=False)  # compiles for each size
     for line in sys.stdin:
-        question = json.loads(line)
-        dtype, size = getattr(torch, question["dtype"]), question["batch"]
+        request = json.loads(line)
+        dtype, size = getattr(torch, request["dtype"]), request["batch"]
         eager.to(dtype)
         with np.load(batches / f"{size}.npz") as file:
             batch = {name: torch.from_numpy(value).to(device) for name, value in file.items()}
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2).to(dtype).contiguous()
         batch = {name: x if x.is_floating_point() else x.long() for name, x in batch.items()}
-        run = compiled if question["compiled"] else eager
+        run = compiled if request["compiled"] else eager
         with torch.no_grad():
             start = time.perf_counter()
-            for _ in range(question["repeats"]):
+            for _ in range(request["repeats"]):
                 output = run(**batch)
             output = output.float().cpu()
-            took = (time.perf_counter() - start) / question["repeats"]
+            took = (time.perf_counter() - start) / request["repeats"]
         np.save(answers / "answer.npy", output.numpy())
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         print(json.dumps({"seconds": took, "memory": memory, "threads": torch.get_num_threads()}), flush=True)

@@ -1,6 +1,6 @@
-"""LAVIS's side of `training_step.py`: `torch_training.py CONFIG BATCH`; a question is answered by a training step.
+"""LAVIS's side of `training_step.py`: `torch_training.py CONFIG BATCH` runs a training step for each line of stdin.
 
-LAVIS trains the LayerNorm behind its frozen tower; here it is frozen as well, so that both sides do the same.
+LAVIS trains the LayerNorm after its frozen tower; here it is frozen, so that both sides do the same.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import lavis_files
 
 
 def build(config: dict) -> torch.nn.Module:
-    """LAVIS's model with weights as PyTorch draws them."""
+    """LAVIS's model with PyTorch's initial weights."""
     words = [
         *"[PAD] [UNK] [CLS] [SEP] [MASK]".split(),
         *(f"w{i}" for i in range(config["qformer_config"]["vocab_size"] - 6)),
@@ -33,7 +33,7 @@ def main() -> None:
     with np.load(sys.argv[2]) as file:
         pixels, ids = (torch.from_numpy(file[name]) for name in ("pixel_values", "input_ids"))
     pixels = pixels.permute(0, 3, 1, 2).contiguous()
-    # The tokenizer puts [CLS] and [SEP] around them again.
+    # The tokenizer adds [CLS] and [SEP] again.
     texts = [" ".join(model.tokenizer.convert_ids_to_tokens(row[1:-1])) for row in ids]
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, betas=(0.9, 0.98)

@@ -2,10 +2,10 @@
 
     python benchmarks/training_step.py --lavis-python PYTHON
 
-PYTHON is that of an environment of `tests/oracle/requirements-lavis.txt`. Weights are drawn, float32, with dropout and
-AdamW on both sides; ours runs its layers one by one, or in a loop with `--scan`. Both run in processes of their own, in
-turn; medians are printed, and the most memory that each process held during a step. That only Linux tells, and glibc is
-asked once, before the first step, to give back what is free (`malloc_trim`), such as what compiling left.
+PYTHON has `tests/oracle/requirements-lavis.txt` installed. Both sides have random float32 weights, dropout and AdamW;
+`--scan` scans our layers. The two sides run in turn, each in its own process. Prints medians, and the peak memory of
+each process during a step, which needs Linux. Before the first step, glibc returns free memory (`malloc_trim`), such as
+that of the compiler.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--lavis-python", required=True, metavar="PYTHON")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scan", action="store_true", help="our layers in a loop")
+    parser.add_argument("--scan", action="store_true", help="scan our layers")
     options = parser.parse_args()
     print("| batch | flax | LAVIS | times as fast | memory, flax | memory, LAVIS |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -54,7 +54,7 @@ def main() -> None:
 def compare(
     python: str, config: Path, batch: Path, rounds: int, scan: bool
 ) -> tuple[list[float], list[float], dict[str, list[float]]]:
-    """Seconds of ours and of LAVIS's, and the memory of both."""
+    """Seconds of our steps and of LAVIS's, and the memory of both."""
     programs = {"flax": (sys.executable, "flax_training.py"), "LAVIS": (python, "torch_training.py")}
     peaks: dict[str, list[float]] = {name: [] for name in programs}
     with (
@@ -64,7 +64,7 @@ def compare(
         sides: dict[str, Any] = {"flax": flax, "LAVIS": lavis}
 
         def step(name: str) -> float:
-            answer = sides[name].ask()
+            answer = sides[name].request()
             peaks[name].append(answer["memory"])
             return answer["seconds"]
 

@@ -1,9 +1,9 @@
-"""Run the notebooks from start to end: `python notebooks/run.py` keeps their outputs, `--check` changes nothing.
+"""Run the notebooks: `python notebooks/run.py` saves their outputs, `--check` changes nothing.
 
-Each runs alone in an empty folder, without the hub. An error fails, and more than `LIMIT` seconds for all of them.
-The outputs, fresh and kept, must be those of a whole run, with every figure drawn and nothing on stderr.
-With `--check` the package must be installed, not imported from the checkout: a notebook opened elsewhere, such as
-in Colab, has no checkout beside it.
+Each notebook runs alone in an empty folder, without the hub. It fails on an error, and if all notebooks together take
+longer than `LIMIT` seconds. The new and the saved outputs must come from a complete run, with each figure drawn and
+nothing on stderr. With `--check` the package must be installed, not imported from the checkout: a notebook opened
+elsewhere, such as in Colab, has no checkout.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
 LIMIT = 300
 LARGEST = 600_000
-"""A file's bytes, so that it opens quickly on the web."""
+"""Largest size of a notebook in bytes, so that it opens quickly on the web."""
 INSTALL = """\
 # Install the package if it is missing. For a GPU add "jax[cuda12]" or "jax[cuda13]", as its driver allows.
 import importlib.util
 
 if importlib.util.find_spec("flax_qformer") is None:
     %pip install -q "flax-qformer[train]\""""
-"""The first cell with code in each notebook."""
+"""The first code cell of each notebook."""
 
 
 def main() -> None:
@@ -47,10 +47,10 @@ def main() -> None:
         if not check:
             nbformat.write(fresh, path)
         kept = nbformat.read(path, nbformat.NO_CONVERT)
-        found = dict.fromkeys(faults(fresh) + faults(kept))
+        notebook_problems = faults(fresh) + faults(kept)
         if path.stat().st_size > LARGEST:
-            found[f"it has {path.stat().st_size} bytes; draw smaller pictures"] = None
-        problems += [f"{path.name}: {fault}" for fault in found]
+            notebook_problems.append(f"it has {path.stat().st_size} bytes; draw smaller pictures")
+        problems += [f"{path.name}: {problem}" for problem in dict.fromkeys(notebook_problems)]
     print(f"together: {total:.0f} s of {LIMIT}")
     if total > LIMIT:
         problems.append("they take too long")
@@ -58,13 +58,13 @@ def main() -> None:
 
 
 def is_installed() -> bool:
-    """Whether the package is imported from elsewhere than the checkout."""
+    """Whether the package is imported from outside the checkout."""
     package = importlib.util.find_spec("flax_qformer")
     return package is not None and not Path(str(package.origin)).is_relative_to(Path(__file__).resolve().parents[1])
 
 
 def run(path: Path) -> nbformat.NotebookNode:
-    """A notebook with the outputs of a run, and without what changes from one to the next."""
+    """A notebook with the outputs of a run, without metadata that differs between runs."""
     fresh = nbformat.read(path, nbformat.NO_CONVERT)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
@@ -80,18 +80,18 @@ def run(path: Path) -> nbformat.NotebookNode:
 
 
 def faults(notebook: nbformat.NotebookNode) -> list[str]:
-    """What is wrong with a notebook's outputs."""
+    """Problems of a notebook's outputs."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if code[0].source != INSTALL:
         return ["its first cell does not install the package; copy that of another notebook"]
     outputs = [output for cell in code for output in cell.outputs]
-    found = [f"it says {output.text.strip()}" for output in outputs if output.get("name") == "stderr"]
+    problems = [f"it says {output.text.strip()}" for output in outputs if output.get("name") == "stderr"]
     if not outputs or [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
-        found.append("its outputs are not those of a whole run; run python notebooks/run.py")
+        problems.append("its outputs are not those of a complete run; run python notebooks/run.py")
     data = [output.get("data", {}) for output in outputs]
-    if any(one.get("text/plain", "").startswith("<Figure") and "image/png" not in one for one in data):
-        found.append("a figure is not drawn")
-    return found
+    if any(item.get("text/plain", "").startswith("<Figure") and "image/png" not in item for item in data):
+        problems.append("a figure is not drawn")
+    return problems
 
 
 if __name__ == "__main__":

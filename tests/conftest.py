@@ -7,20 +7,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Nothing here may reach a hub, and pmap wants more than one device.
+# No test may reach a real hub; pmap needs more than one device.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
-# What one worker compiles, or a command that a test runs, the others find; it goes with the tests.
+# A compilation cache, shared by the workers and the commands that tests run; it is removed after the tests.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# XLA's fusion emitters take long to compile; since jaxlib 0.11 they cannot be left out, only told to be quick.
+# XLA's fusion emitters take long to compile; since jaxlib 0.11 they cannot be disabled, only be made quick.
 if version("jaxlib").startswith("0.10."):
     LOOPS, QUICK, FULL = "xla_cpu_use_fusion_emitters", "False", "True"
 else:
     LOOPS, QUICK, FULL = "xla_cpu_opt_preset", "CPU_OPT_PRESET_FAST_COMPILE", "CPU_OPT_PRESET_DEFAULT"
-# What tests compile runs once, so it is not optimized; XLA_FLAGS='' compiles as users do.
+# Tests run most programs once, so they compile without optimization; XLA_FLAGS='' compiles as users do.
 os.environ.setdefault(
     "XLA_FLAGS",
     f"--xla_backend_optimization_level=0 --{LOOPS}={QUICK} --xla_cpu_parallel_codegen_split_count=1",
@@ -36,7 +36,7 @@ import fake_hub
 import flax_qformer as fq
 from flax_qformer.convert.tables.qformer import Layout, parameters
 
-# For jax.jit(compiler_options=...) where it is to be optimized all the same.
+# For tests that need optimized programs: jax.jit(compiler_options=...).
 OPTIMIZED = {"xla_backend_optimization_level": 3, LOOPS: FULL}
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,7 +44,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
-    """What upstream answered: the file of a geometry as a flat dictionary."""
+    """Upstream's recorded answers: the file of a geometry as a flat dictionary."""
 
     def load(name: str) -> dict[str, Any]:
         with np.load(GOLDEN / f"{name}.npz") as file:
@@ -54,14 +54,14 @@ def golden() -> Callable[[str], dict[str, Any]]:
 
 
 def weights(config: fq.Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
-    """The weights of `cases` in PyTorch's form, whatever names they go by."""
+    """The weights of `cases` as PyTorch tensors, for any naming scheme."""
     names = {p.path: p.name for p in parameters(config, "diffusers")}
     return {p.name: cases.weight(names[p.path], p.torch_shape) for p in parameters(config, layout)}
 
 
 @pytest.fixture(scope="session")
 def upstream_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder as upstream writes it, of a geometry of `cases`."""
+    """Write a folder as upstream does, for a geometry of `cases`."""
     made: dict[str, Path] = {}
 
     def make(geometry: str) -> Path:
@@ -79,7 +79,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[fake_hub.Hub], dict[str, str]]]:
 
     class Served(fake_hub.Hub):
         files = tmp_path / "served"
-        asked: list[str] = []
+        requests: list[str] = []
 
     Served.files.mkdir()
     with fake_hub.served(Served) as endpoint:
@@ -92,7 +92,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[fake_hub.Hub], dict[str, str]]]:
 
 
 def write_upstream(folder: Path, config: fq.Blip2Config) -> None:
-    """A model of drawn weights, as upstream's `save_pretrained` writes it."""
+    """A model with random weights, as upstream's `save_pretrained` writes it."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     save_file(weights(config), folder / "model.safetensors", metadata={"format": "pt"})

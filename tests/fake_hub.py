@@ -1,4 +1,4 @@
-"""As much of a hub as a download and an upload need, on loopback: one repository, someone/model."""
+"""A hub on loopback with one repository, someone/model; it supports downloads and uploads."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ API = f"/api/models/{REPOSITORY}"
 
 @contextlib.contextmanager
 def served(hub: type["Hub"]) -> Iterator[str]:
-    """Serve a hub for as long as the block runs; yields its endpoint."""
+    """Serve a hub until the block ends; yields its endpoint."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -28,16 +28,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     Attributes:
       files: folder with the files of the repository.
-      asked: paths of the requests so far.
+      requests: paths of the requests so far.
       hangs_up: whether each file is cut off in the middle.
-      token: an upload needs it.
-      others: API paths of further repositories that everybody can see.
+      token: the token that an upload needs.
+      others: API paths of other public repositories.
       stored: large files by SHA-256, before a commit names them.
       commits: the number of files that each commit adds and deletes.
     """
 
     files: Path
-    asked: list[str]
+    requests: list[str]
     hangs_up = False
     token = "secret"
     others: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        self.asked.append(path)
+        self.requests.append(path)
         listed = [file.relative_to(self.files).as_posix() for file in sorted(self.files.rglob("*")) if file.is_file()]
         name = path.removeprefix(f"/{REPOSITORY}/resolve/").partition("/")[2]
         if path.startswith(f"{API}/tree/"):
@@ -68,7 +68,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, body = self.path.split("?")[0], self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(path)
+        self.requests.append(path)
         if self.headers.get("Authorization") != f"Bearer {self.token}":
             self.reply_json({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":

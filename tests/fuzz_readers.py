@@ -1,6 +1,6 @@
 """Damage files at random and read them: `python tests/fuzz_readers.py SEED COUNT FOLDER`.
 
-Each must load or end in an InputError. Limits of time and memory around it make a hang or a wild allocation fail.
+Each file must load or raise InputError. Limits on time and memory turn hangs and huge allocations into failures.
 """
 
 import json
@@ -42,7 +42,7 @@ INTERESTING = (
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """A few random changes; most of them near the ends, where headers and directories are."""
+    """A few random changes, mostly near the ends, where headers and directories are."""
     result = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
         near = min(len(result), 3000)
@@ -94,7 +94,7 @@ def main() -> None:
         except fq.InputError as error:
             outcomes[name, "refused" if str(error).strip() else f"without a word: {number}"] += 1
         (folder / name).write_bytes(originals[name])
-    # With its original files back in place, the folder loads.
+    # With its original files restored, the folder loads.
     _, params = fq.from_pretrained(folder / "index.json")
     assert len(jax.tree.leaves(params)) == len(tensors)
     print(dict(sorted(outcomes.items())))

@@ -1,6 +1,6 @@
 """Load a model placed on the mesh of a job of two processes: `python placed_loading.py MODEL FOLDER`.
 
-Prints the bytes that this process read from its own folder, by the system's count. Checks every value.
+Prints the bytes that this process read from its own folder, as the system counts them. Checks each value.
 """
 
 import sys

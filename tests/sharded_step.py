@@ -1,6 +1,6 @@
 """Loss and gradients of one batch on meshes, into a file: `python sharded_step.py FILE [PROCESS PORT] MESH...`.
 
-Of two processes, each gives half of the batch, or all of it where `tensor` joins them.
+Of two processes, each passes half of the batch, or the whole batch if `tensor` spans both.
 """
 
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 import flax_qformer as fq
-from flax_qformer.parallel.mesh import batch_part, on, parse_mesh
+from flax_qformer.parallel.mesh import batch_part, mesh_context, parse_mesh
 from flax_qformer.training import pretraining_loss
 
 CONFIG = fq.Blip2Config.from_dict(
@@ -55,10 +55,10 @@ def main(file: str, *arguments: str) -> None:
         def loss(params: dict) -> jax.Array:
             return pretraining_loss(model, params, {}, batch, jax.random.key(1))[0]
 
-        with on(mesh):
+        with mesh_context(mesh):
             return jax.value_and_grad(loss)(params)
 
-    found = {}
+    results = {}
     for text in arguments[len(numbers) :]:
         mesh = fq.make_mesh(**parse_mesh(text))
         placed = fq.shard_params(jax.device_put(params), mesh)
@@ -67,9 +67,9 @@ def main(file: str, *arguments: str) -> None:
         loss, gradients = run(placed, fq.shard_batch(part, mesh), mesh)
         split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
         gradients = jax.tree.leaves(process_allgather(gradients, tiled=True))
-        found[text] = np.concatenate([[float(loss), split], *(leaf.ravel() for leaf in gradients)])
+        results[text] = np.concatenate([[float(loss), split], *(leaf.ravel() for leaf in gradients)])
     if not jax.process_index():
-        np.savez(file, **found)
+        np.savez(file, **results)
 
 
 def make_batch() -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Models on disk: whole or absent, also after a kill and on a full disk; and on a hub."""
+"""Models on disk and on a hub. Writes are atomic, also after a kill and on a full disk."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's commands name folders where the user is."""
+    """The README's commands name folders relative to the working directory."""
     monkeypatch.chdir(tmp_path)
     main(["convert", str(DEFAULT_MODEL), "my_model"])
     main(["export", "my_model", "for_pytorch"])
@@ -98,11 +98,11 @@ def test_damaged_folders(tmp_path: Path, damage: str, caplog: pytest.LogCaptureF
     with pytest.raises(fq.InputError, match=r"damaged|not those of the config") as caught:
         fq.from_pretrained(folder)
     assert damage == "other config" or len(str(caught.value).replace(str(folder), "")) < 200
-    # Of asyncio: a task of an earlier failure, told whenever it is collected.
+    # asyncio logs the task of an earlier failure when it is collected.
     assert not [record for record in caplog.records if record.name != "asyncio"]
 
 
-def test_an_orbax_checkpoint_of_something_else(tmp_path: Path) -> None:
+def test_a_foreign_orbax_checkpoint(tmp_path: Path) -> None:
     import orbax.checkpoint.experimental.v1 as ocp
 
     (tmp_path / "config.json").write_text(json.dumps(cases.GEOMETRIES["frequency_3"]))
@@ -111,7 +111,7 @@ def test_an_orbax_checkpoint_of_something_else(tmp_path: Path) -> None:
         fq.from_pretrained(tmp_path)
 
 
-def test_overwrite_replaces_nothing_of_the_users(tmp_path: Path) -> None:
+def test_overwrite_keeps_the_users_files(tmp_path: Path) -> None:
     model = tmp_path / "models" / "model"
     shutil.copytree(DEFAULT_MODEL, model)
     shutil.copytree(DEFAULT_MODEL, model / "inside")
@@ -132,7 +132,7 @@ def test_overwrite_replaces_nothing_of_the_users(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_models(tmp_path: Path) -> None:
     for name in (tmp_path / "absent", "no/such/folder", "absent.safetensors", ""):
         with pytest.raises(fq.InputError, match="no file or folder"):
             fq.from_pretrained(name)
@@ -187,8 +187,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The moment between the two renames: the old model is out of the way, the new one is not in place."""
+def test_a_failed_replacement_restores_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames the old model is moved away and the new one is not in place."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     rename = Path.rename
@@ -205,7 +205,7 @@ def test_a_replacement_that_fails_puts_back_what_was_there(tmp_path: Path, monke
     assert entries(tmp_path / "model") == {"config.json"}
 
 
-def test_what_a_killed_write_left_belongs_to_its_target(tmp_path: Path) -> None:
+def test_remains_of_a_killed_write_belong_to_their_target(tmp_path: Path) -> None:
     left = tmp_path / ".model[1].v2.abcdefgh.partial"
     (left / "replaced").mkdir(parents=True)
     (left / ".lock").touch()
@@ -232,7 +232,7 @@ def test_a_full_disk(
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
-    """Files may not grow beyond 100 kB, which is how a full disk looks to a program."""
+    """Files cannot grow beyond 100 kB, which looks to a program like a full disk."""
     images = [str(DEFAULT_MODEL.parent / "example.png")] * 60
     arguments = ["embed", *images, "--output", str(tmp_path / "out.npz"), "--batch-size", "60"]
     limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh", *COMMAND, *arguments]  # in blocks of 512 bytes
@@ -248,7 +248,7 @@ def one_line_on_a_full_disk(printed: str, folder: Path) -> None:
 
 
 def kill_while_writing(arguments: list[str], folder: Path, delay: float) -> bool:
-    """Run a command, kill it a moment after it has begun to write; whether it was still at it."""
+    """Run a command and kill it soon after it starts to write. Returns whether it was still running."""
     process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not any(name.endswith(".partial") for name in entries(folder)):
         time.sleep(0.001)
@@ -277,14 +277,14 @@ def test_a_kill_at_any_moment(tmp_path: Path) -> None:
             assert same(fq.from_pretrained(work / "model")[1], expected)
             shutil.rmtree(work / "model")
     assert killed
-    # The next write removes what the killed ones left.
+    # The next write removes what killed writes left.
     fq.convert_checkpoint(tmp_path / "torch", work / "model", overwrite=True)
     assert entries(work) == {"model"}
 
 
 @pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
 def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
-    """A pipeline on a hub: only the Q-Former's files come, and come once."""
+    """From a pipeline on a hub, only the Q-Former's files are downloaded, and only once."""
     served, environment = hub
     shutil.copytree(DEFAULT_MODEL, served.files / "qformer")
     (served.files / "model_index.json").write_text('{"_class_name": "BlipDiffusionPipeline"}')
@@ -308,17 +308,17 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
 
     done = convert("first")
     assert done.returncode == 0, done.stderr
-    fetched = {path.partition("/resolve/")[2].partition("/")[2] for path in served.asked if "/resolve/" in path}
+    fetched = {path.partition("/resolve/")[2].partition("/")[2] for path in served.requests if "/resolve/" in path}
     weights = "qformer/model.safetensors" if kind == "safetensors" else "qformer/pytorch_model.bin"
     assert weights in fetched
     assert not any(name.startswith(("unet", "tokenizer")) or "flax" in name for name in fetched)
     assert len([name for name in fetched if "model" in name.rpartition("/")[2] and not name.endswith("json")]) == 1
     assert same(fq.from_pretrained(tmp_path / "first")[1], fq.from_pretrained(DEFAULT_MODEL)[1])
 
-    served.asked.clear()
+    served.requests.clear()
     done = convert("second", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
-    assert not served.asked
+    assert not served.requests
     done = convert("third", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
     assert done.returncode == 2
     assert "someone/model is no file or folder here" in done.stderr
@@ -327,7 +327,7 @@ def test_hub(tmp_path: Path, hub: Any, kind: str) -> None:
 
 @pytest.mark.slow
 def test_a_hub_that_hangs_up(tmp_path: Path, hub: Any) -> None:
-    """The hub's library tries again and says so; then comes our line."""
+    """The hub's library retries and logs that; our line comes last."""
     served, environment = hub
     served.hangs_up = True
     (served.files / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, and what they say when they cannot."""
+"""The commands as a user runs them, and their error messages."""
 
 import ast
 import importlib.metadata
@@ -33,7 +33,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(*arguments: Any, folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own, with further variables of the environment."""
+    """Run the installed command in its own process, with additional environment variables."""
     command = [BIN / "flax-qformer", *map(str, arguments)]
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -51,10 +51,10 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     model, params = fq.from_pretrained(DEFAULT_MODEL)
     batch = fq.Processor.from_pretrained(DEFAULT_MODEL)(EXAMPLE_IMAGE, "red circle")
     expected = model.apply({"params": params}, **batch).query_embeddings
-    found = embeddings(tmp_path / "embeddings.npz")
-    np.testing.assert_allclose(found["query_embeddings"], expected, atol=1e-5)
-    assert found["images"].tolist() == [str(EXAMPLE_IMAGE)]
-    assert found["texts"].tolist() == ["red circle"]
+    written = embeddings(tmp_path / "embeddings.npz")
+    np.testing.assert_allclose(written["query_embeddings"], expected, atol=1e-5)
+    assert written["images"].tolist() == [str(EXAMPLE_IMAGE)]
+    assert written["texts"].tolist() == ["red circle"]
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_compiled_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_pytorch_is_needed(tmp_path: Path) -> None:
-    """Nor what training and pictures need, before they are used."""
+    """Packages of training and pictures are imported only when they are used."""
     program = f"""
 import sys
 for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tyro", "tensorboardX"):
@@ -110,7 +110,7 @@ def test_many_images_and_texts(
     progress = capfd.readouterr().err
     assert "5/5" in progress
     assert "image/s" in progress
-    # One --text for each is the same, and neither the batch nor its padding matters.
+    # One --text per image gives the same; neither the batch nor its padding matters.
     main([*base, *(word for text in texts for word in ("--text", text))])
     np.testing.assert_allclose(embeddings(output)["query_embeddings"], together, atol=cases.ROUNDING)
     assert capfd.readouterr().err == ""
@@ -142,7 +142,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_search_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With what the embedded model has learned, on combinations that it never saw."""
+    """The embedded model works on combinations that it was not trained on."""
     scenes = [draw_scene(np.random.default_rng(seed), HELD_OUT) for seed in range(8)]
     images = [tmp_path / f"{i}.png" for i in range(len(scenes))]
     for scene, image in zip(scenes, images, strict=True):
@@ -154,23 +154,23 @@ def test_search_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     first = [line.split() for line in lines[1::3]]
     second = [line.split() for line in lines[2::3]]
     assert all(float(a[0]) >= float(b[0]) for a, b in zip(first, second, strict=True))
-    assert sum(found[1] == str(image) for found, image in zip(first, images, strict=True)) >= 6
+    assert sum(row[1] == str(image) for row, image in zip(first, images, strict=True)) >= 6
 
-    told = []
+    captions = []
     for options in (["--batch-size", "3"], ["--nucleus", "--seed", "3"], ["--nucleus", "--seed", "3"]):
         main(["caption", *map(str, images), *options])
-        told.append(dict(line.split(": ") for line in capsys.readouterr().out.splitlines()))
-        assert list(told[-1]) == list(map(str, images))
-    assert told[1] == told[2]
+        captions.append(dict(line.split(": ") for line in capsys.readouterr().out.splitlines()))
+        assert list(captions[-1]) == list(map(str, images))
+    assert captions[1] == captions[2]
     colours = [
         {thing.colour for thing in scene.things} & set(text.split())
-        for scene, text in zip(scenes, told[0].values(), strict=True)
+        for scene, text in zip(scenes, captions[0].values(), strict=True)
     ]
     assert sum(map(bool, colours)) >= 7
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
-def test_narrow_images_make_no_endless_picture(size: tuple[int, int], tmp_path: Path) -> None:
+def test_pictures_of_narrow_images_have_a_bounded_size(size: tuple[int, int], tmp_path: Path) -> None:
     PIL.Image.new("RGB", size).save(tmp_path / "image.png")
     main(["attend", str(tmp_path / "image.png"), "--output", str(tmp_path / "attention.png")])
     with PIL.Image.open(tmp_path / "attention.png") as image:
@@ -191,7 +191,7 @@ def test_attention_maps_are_where_the_patches_are() -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"])
     grid = config.vision_config.grid_size
     weights = np.zeros((2, 7, 3, grid * grid + 1), np.float32)
-    weights[1, :, 2, 1 + 3 * grid + 1] = np.linspace(0, 1, 7)  # row 3, column 1, half of it on average
+    weights[1, :, 2, 1 + 3 * grid + 1] = np.linspace(0, 1, 7)  # row 3, column 1, half of its brightness on average
     maps = np.asarray(fq.attention_maps([jnp.zeros_like(weights), weights], config))
     assert maps.shape == (2, 2, 3, grid, grid)
     assert maps[1, 1, 2, 3, 1] == pytest.approx(0.5)
@@ -214,7 +214,7 @@ def test_convert_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_lavis_checkpoint_end_to_end(tmp_path: Path) -> None:
-    """Neither config nor tokenizer: both are named."""
+    """A checkpoint without config and tokenizer; the options name both."""
     config = fq.Blip2Config.from_json(DEFAULT_MODEL / "config.json")
     from conftest import weights
 
@@ -238,7 +238,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of things that cannot be used."""
+    """A folder of unusable inputs."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes(EXAMPLE_IMAGE.read_bytes()[:2000])
@@ -335,7 +335,7 @@ def test_bad_input_is_one_line(
     assert caught.value.code == 2
     lines = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()
     assert message in lines[-1]
-    # Nothing but a progress bar may stand before it.
+    # Only a progress bar may come before it.
     assert all("image/s" in line or "s/image" in line for line in lines[:-1])
     assert sorted(path for path in bad.rglob("*")) == before
     assert (bad / "existing" / "kept").read_text() == "kept"
@@ -364,7 +364,7 @@ def test_the_command_line_names_options(command: str, message: str, expected: st
     assert with_options(message, cli._parser().parse_args(command.split())) == expected
 
 
-def test_bad_input_in_a_process_of_its_own(bad: Path) -> None:
+def test_bad_input_of_the_installed_command(bad: Path) -> None:
     done = run("embed", "cut.png", "--text", "dog", folder=bad)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -373,7 +373,7 @@ def test_bad_input_in_a_process_of_its_own(bad: Path) -> None:
 
 
 @pytest.mark.parametrize(("into", "printed"), [("| true", ""), ("> /dev/full", "No space left on device")])
-def test_an_output_that_nobody_takes(into: str, printed: str, tmp_path: Path) -> None:
+def test_a_closed_output_pipe(into: str, printed: str, tmp_path: Path) -> None:
     command = f"{BIN / 'flax-qformer'} embed {EXAMPLE_IMAGE} {into}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.count("\n") == bool(printed)
@@ -389,7 +389,7 @@ def test_the_first_lines_of_the_readme_run_as_printed(capsys: pytest.CaptureFixt
 
 
 def test_python_m_runs_the_commands() -> None:
-    told = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "flax_qformer", "--version"], capture_output=True, text=True, check=True
     )
-    assert told.stdout.strip() == fq.__version__ == importlib.metadata.version("flax-qformer")
+    assert completed.stdout.strip() == fq.__version__ == importlib.metadata.version("flax-qformer")

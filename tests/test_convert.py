@@ -27,7 +27,7 @@ from torch_files import torch_save
 
 @st.composite
 def configs(draw: st.DrawFn) -> fq.Blip2Config:
-    """Small models of any shape, some with pruned heads."""
+    """Random small models, some with pruned heads."""
     number = st.integers(1, 3)
     heads, image_heads, layers = draw(number), draw(number), draw(st.integers(0, 3))
     patch = draw(number)
@@ -66,7 +66,7 @@ def test_tables_name_every_parameter_of_the_modules(config: fq.Blip2Config) -> N
     size = config.vision_config.image_size
     images, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), int)
     models = [fq.Blip2QFormerModel, fq.Blip2ForPreTraining]
-    # Without a layer, text cannot see the image it is to describe.
+    # Without a layer, a text cannot see its image.
     for model_class in models if config.qformer_config.num_hidden_layers else models[:1]:
         tree = jax.eval_shape(model_class(config).init, jax.random.key(0), images, ids)["params"]
         expected = {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
@@ -94,14 +94,14 @@ def test_convert_and_export_are_inverse(
         assert again[name].tobytes() == value.tobytes()
 
 
-def test_axes_move_as_upstream_computes(upstream_folder: Any) -> None:
-    """One element of each kind of kernel, found by hand."""
+def test_axes_are_mapped_as_upstream_computes(upstream_folder: Any) -> None:
+    """One element of each kind of kernel, located by hand."""
     folder = upstream_folder("frequency_1")
     torch, (_, params) = load_file(folder / "model.safetensors"), fq.from_pretrained(folder)
     flat = flatten_dict(params, sep="/")
     heads, dim = 4, 8
     qkv = torch["visual_encoder.encoder.layers.1.self_attn.qkv.weight"]
-    # value (2) of head 3, its 5th number, from input 7
+    # value (2) of head 3, its 5th number, input 7
     assert (
         flat["visual_encoder/encoder/layers_1/self_attn/qkv/kernel"][7, 2, 3, 5]
         == qkv[2 * heads * dim + 3 * dim + 5, 7]
@@ -117,7 +117,7 @@ def test_axes_move_as_upstream_computes(upstream_folder: Any) -> None:
 def test_every_tensor_is_accounted_for(tmp_path: Path, data: st.DataObject) -> None:
     config, layout = data.draw(configs()), data.draw(LAYOUTS)
     tensors = weights(config, layout)
-    # The embeddings tell the layout: they stay as they are.
+    # The layout is recognised by the embeddings, so they stay unchanged.
     names = [name for name in tensors if "embeddings" not in name]
     missing = data.draw(st.sets(st.sampled_from(names), max_size=30))
     misshapen = data.draw(st.sets(st.sampled_from(names), max_size=30)) - missing
@@ -140,7 +140,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, data: st.DataObject) -> N
             assert f"and {len(expected) - 20} more" in str(caught.value)
 
 
-def test_what_is_left_out_is_counted_and_nothing_is_filled_twice(tmp_path: Path) -> None:
+def test_omitted_tensors_are_counted_and_no_parameter_is_filled_twice(tmp_path: Path) -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_1"])
     lavis = weights(config, "lavis")
     extra = (
@@ -248,7 +248,7 @@ def test_round_trip_through_the_disk_keeps_every_byte(tmp_path: Path, dtype: str
     assert same(params, fq.from_pretrained(tmp_path / "cast")[1])
 
 
-def test_dtypes_and_values_that_no_parameter_has(tmp_path: Path) -> None:
+def test_invalid_dtypes_and_values(tmp_path: Path) -> None:
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_3"])
     write_upstream(tmp_path, config)
     tensors = weights(config)

@@ -1,4 +1,4 @@
-"""Captioned images of every kind of source become the same batches, whoever loads them and however often it stops."""
+"""All kinds of sources give the same batches, for any number of workers and interruptions."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def image(number: int) -> PIL.Image.Image:
-    """An image that tells its number by its pixels."""
+    """An image whose pixels encode its number."""
     pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
     return PIL.Image.fromarray(pixels)
 
@@ -48,7 +48,7 @@ def png(number: int) -> bytes:
 
 
 def write_folder(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A folder with metadata.jsonl; images that the rows name are drawn, unless they are there or named absent."""
+    """A folder with metadata.jsonl. Images that the rows name are written, unless they exist or are named absent."""
     for number, row in enumerate(rows):
         path = folder / row["file_name"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +81,14 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
 
 
 def sources(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The same ten examples in every form that is read, with the settings that it needs."""
+    """The same ten examples in each supported form, with the settings that the form needs."""
     rows = plain_rows(10)
     yield write_folder(folder / "jsonl", rows), {}
     csv = write_folder(folder / "csv", rows)
     (csv / "metadata.jsonl").unlink()
     (csv / "metadata.csv").write_text("\n".join(["file_name,x,y", *(f"{r['file_name']},1,{r['text']}" for r in rows)]))
     yield csv, {"caption_column": "y"}
-    # As img2dataset writes them: beside each tar lies what says nothing, and what json says of two examples differs.
+    # As img2dataset writes them: unused files beside each tar, and json with different fields in two examples.
     files: dict[str, bytes] = {}
     for i, row in enumerate(rows):
         about = {"caption": row["text"], "error_message": None if i < 7 else "slow", "width": 60}
@@ -115,13 +115,13 @@ def sources(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     yield folder / "raw.parquet", {"image_column": "thumbnail"}
 
 
-def test_every_source_gives_what_the_processor_gives(tmp_path: Path, processor: fq.Processor) -> None:
+def test_every_source_equals_the_processor(tmp_path: Path, processor: fq.Processor) -> None:
     for data, changes in sources(tmp_path):
         chosen = settings(data, **changes)
         results = list(evaluation_batches(open_source(chosen), processor, chosen))
         captions = [caption for _, some in results for caption in some]
         assert sorted(captions) == sorted(f"a {colour} circle" for colour in COLOURS[:10]), data
-        # The last batch is filled up.
+        # The last batch is padded.
         assert [len(some) for _, some in results] == [4, 4, 2]
         numbers = [COLOURS.index(caption.split()[1]) for caption in captions]
         for start, (batch, some) in zip((0, 4, 8), results, strict=True):
@@ -137,11 +137,11 @@ def test_every_source_gives_what_the_processor_gives(tmp_path: Path, processor: 
 def test_images_have_names_and_need_no_captions(tmp_path: Path) -> None:
     def named(data: Path) -> dict[str, bytes]:
         images = open_images(settings(data))
-        found = {}
+        content = {}
         for row in map(images.__getitem__, range(len(images))):
-            assert row["id"] not in found
-            found[row["id"]] = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
-        return found
+            assert row["id"] not in content
+            content[row["id"]] = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+        return content
 
     pngs = [png(i) for i in range(3)]
     split = tmp_path / "split"
@@ -162,7 +162,7 @@ def test_images_have_names_and_need_no_captions(tmp_path: Path) -> None:
     assert named(tmp_path / "a.parquet") == {str(i): content for i, content in enumerate(pngs)}
     write_parquet(tmp_path / "b.parquet", {"image": structs, "id": [70, None, 90]})
     assert named(tmp_path / "b.parquet") == {"70": pngs[0], "1": pngs[1], "90": pngs[2]}
-    # Files that Parquet names, through a link as well.
+    # Files that Parquet names, also through a link.
     (tmp_path / "link").symlink_to(tmp_path / "real")
     write_folder(tmp_path / "real" / "x", [{"file_name": "0.png"}])
     (tmp_path / "real" / "x" / "metadata.jsonl").unlink()
@@ -208,7 +208,7 @@ def test_shuffle_and_processes(tmp_path: Path, processor: fq.Processor) -> None:
     again = Batches(source, processor, chosen)
     assert epoch_of_ids(again, 5) == epochs[0]
     assert epoch_of_ids(Batches(source, processor, replace(chosen, seed=1)), 5) != epochs[0]
-    # Two processes share each epoch, and together see what one would.
+    # Two processes share each epoch, and together see the examples of one process.
     two = [Batches(source, processor, chosen, process_index=i, process_count=2) for i in range(2)]
     for epoch in epochs:
         halves = [epoch_of_ids(one, 5) for one in two]
@@ -230,7 +230,7 @@ def test_resuming_gives_the_same_batches_with_any_number_of_workers(tmp_path: Pa
         expected.append(next(batches))
         skipped.append(batches.skipped)
     assert skipped[-1] == 3
-    # The third epoch is augmented otherwise than the first.
+    # The third epoch is augmented differently from the first.
     firsts = {batch["pixel_values"][batch["image_id"] == 0].tobytes() for batch in expected} - {b""}
     assert len(firsts) >= 2
     resumed = Batches(source, processor, replace(chosen, num_workers=2))
@@ -259,7 +259,7 @@ def test_a_dead_worker_is_an_error(tmp_path: Path, processor: fq.Processor) -> N
         for _ in range(20):
             state = batches.get_state()
             next(batches)
-    # The position is as if the last call had not been.
+    # The failed call does not change the position.
     assert batches.get_state() == state
     assert not active_children()
 
@@ -291,7 +291,7 @@ def test_broken_examples_are_skipped_and_counted(
         list(evaluation_batches(source, processor, chosen))
 
 
-def test_images_of_any_mode_and_turned_ones(tmp_path: Path, processor: fq.Processor) -> None:
+def test_images_of_any_mode_and_orientation(tmp_path: Path, processor: fq.Processor) -> None:
     files = {}
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
@@ -354,13 +354,13 @@ def test_splits_of_the_source(tmp_path: Path) -> None:
     for folder, sizes in ((data, (6, 3, 9)), (tmp_path / "tars", (1, 1, 2))):
         chosen = settings(folder, held_out=0.5)
         assert tuple(len(open_source(chosen, split)) for split in ("train", "held_out", "all")) == sizes
-    # Nor is a table left out where another's name is that of a split.
+    # A table is not skipped because another has the name of a split.
     for name, number in (("cats", 4), ("test", 2), ("validation-00000-of-00001", 1)):
         columns = {"image": [png(i) for i in range(number)], "text": ["dog"] * number}
         write_parquet(tmp_path / "tables" / f"{name}.parquet", columns)
     tables = settings(tmp_path / "tables")
     assert [len(open_source(tables, split)) for split in ("train", "held_out", "all")] == [4, 1, 7]
-    # The name of an image makes no split.
+    # The name of an image does not make a split.
     rows = [{"file_name": name, "text": name} for name in ("a.png", "a test.png", "train.png", "b/validation/1.png")]
     assert len(open_source(settings(write_folder(tmp_path / "names", rows)))) == 4
     write_folder(data, [{"file_name": "test/1.png", "text": "dog"}])
@@ -378,7 +378,7 @@ def test_images_without_a_row_are_counted(tmp_path: Path, caplog: pytest.LogCapt
     assert f"2 images in {data} have no row in the metadata and are not used" in caplog.text
 
 
-def test_data_that_is_none(tmp_path: Path) -> None:
+def test_unusable_data(tmp_path: Path) -> None:
     def refused(data: Path | str, message: str, **changes: Any) -> None:
         with pytest.raises(fq.InputError, match=message) as error:
             open_source(settings(Path(data), **changes))
@@ -387,7 +387,7 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     write_parquet(tmp_path / "empty.parquet", {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
     refused(tmp_path / "empty.parquet", "has no rows; add images")
     data = write_folder(tmp_path / "data", [{"file_name": "a.png", "label": "dog", "size": 3}])
-    refused(data, "no column that is known to hold captions, only image, label, size; name one as `caption_column`")
+    refused(data, "no column with a usual name for captions, only image, label, size; name one as `caption_column`")
     refused(data, "no column title, only image, label, size", caption_column="title")
     refused(data, "column size of .* holds no text", caption_column="size")
     refused(data, "no images in label; these hold some: image", caption_column="label", image_column="label")
@@ -419,7 +419,7 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     refused(tmp_path / "none.txt", "no file or folder here")
     (tmp_path / "none.txt").touch()
     refused(tmp_path / "none.txt", "no .tar and no .parquet")
-    refused("nobody/nothing", "no file or folder here, and the hub does not give it .*check the name")
+    refused("nobody/nothing", "no file or folder here, and cannot be loaded from the hub .*check the name")
     with pytest.raises(fq.InputError, match="`crop_scale` is 0.9 0.5"):
         settings(data, crop_scale=(0.9, 0.5))
     for held_out in (-0.1, 1.5, float("inf"), float("nan")):

@@ -1,4 +1,4 @@
-"""Whole sources become Parquet shards, the same ones wherever the program was stopped and however it is spread."""
+"""Sources become Parquet shards, the same ones after any interruption and with any number of processes."""
 
 import contextlib
 import os
@@ -61,9 +61,9 @@ def check_same(output: Path, expected: Path) -> None:
         assert pq.read_table(output / name).equals(pq.read_table(expected / name)), name
 
 
-def test_what_is_in_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_content_of_the_shards(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     assert len(list(uninterrupted.iterdir())) == SHARDS
-    # As the README reads them.
+    # As in the README.
     rows = pd.read_parquet(uninterrupted)
     good = rows.dropna(subset="embeddings")
     embeddings = np.stack(good["embeddings"]).reshape(len(good), 8, 64)
@@ -95,7 +95,7 @@ def shards(output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_with_any_number_of_processes(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "embeddings"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
         before = shards(output)
@@ -103,30 +103,30 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(data: Path, uninterr
         while shards(output) < before + 3 and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(number)
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == code, told
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == code, stderr
         assert before + 3 <= shards(output) < SHARDS
-    assert f"stopped with {SHARDS - shards(output)} shards to go; the same command goes on" in told.splitlines()[-1]
-    # What a full disk or a crash of the machine may leave.
+    assert f"stopped with {SHARDS - shards(output)} shards to go; the same command goes on" in stderr.splitlines()[-1]
+    # As a full disk or a crash of the machine may leave it.
     first = min(output.iterdir())
     first.write_bytes(first.read_bytes()[:-100])
 
     link = tmp_path / "link"
     link.symlink_to(data)
     both = [start(program(name, output, "--process", i, 2)) for i, name in enumerate((data, link))]
-    told = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert "13 shards of 26, the share of process 0 of 2: 104 rows, 1 with an error" in told[0][0]
-    assert "13 shards of 26, the share of process 1 of 2: 99 rows, 0 with an error" in told[1][0]
-    assert f"{first.name} is no whole shard" in told[0][1]
-    assert "Traceback" not in "".join(err for _, err in told)
-    assert not any("leaked" in err for _, err in told)
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "13 shards of 26, the share of process 0 of 2: 104 rows, 1 with an error" in outputs[0][0]
+    assert "13 shards of 26, the share of process 1 of 2: 99 rows, 0 with an error" in outputs[1][0]
+    assert f"{first.name} is no whole shard" in outputs[0][1]
+    assert "Traceback" not in "".join(err for _, err in outputs)
+    assert not any("leaked" in err for _, err in outputs)
     check_same(output, uninterrupted)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
-    """A terminal sends it to all of them; they must not end before the program has seen to it."""
+    """A terminal sends the signal to all processes; workers must not end before the program has handled it."""
     process = start(program(data, tmp_path / "embeddings"), start_new_session=True)
 
     def is_worker(folder: Path) -> bool:
@@ -138,11 +138,11 @@ def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
     while not any(map(is_worker, Path("/proc").glob("[0-9]*"))) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGINT, told
-    assert "Traceback" not in told
-    assert "stopping after the work so far is saved" in told
-    assert told.splitlines()[-1].endswith("shards to go; the same command goes on with them")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT, stderr
+    assert "Traceback" not in stderr
+    assert "stopping after the work so far is saved" in stderr
+    assert stderr.splitlines()[-1].endswith("shards to go; the same command goes on with them")
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path
         output, where = tmp_path / str(run), []
         for _ in range(40):
             process = start(program(data, output))
-            # While it starts, or at some moment of the work.
+            # During the start, or at a random moment of the work.
             wanted, deadline = (
                 shards(output) + rng.randrange(1, 8),
                 time.monotonic() + rng.choice([rng.random() * 9, 300]),
@@ -163,16 +163,16 @@ def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path
             time.sleep(rng.random() * 0.1)
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             process.send_signal(number)
-            _, told = process.communicate(timeout=300)
+            _, stderr = process.communicate(timeout=300)
             where.append((number.name, process.returncode, shards(output)))
             if process.returncode == 0:
                 break
-        assert process.returncode == 0, told
+        assert process.returncode == 0, stderr
         print(where)
         check_same(output, uninterrupted)
 
 
-def test_what_cannot_go_on_is_refused(
+def test_runs_that_cannot_resume_are_refused(
     data: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refused(message: str, *more: Any, data: Path = data, output: Path = uninterrupted) -> None:
@@ -193,7 +193,7 @@ def test_what_cannot_go_on_is_refused(
     refused("of other images (203 then, 202 now, by their ids)", data=fewer)
     shutil.copyfile(data / "001.png", fewer / "more" / "999.png")
     refused("of other images (203 then, 203 now, by their ids)", data=fewer)
-    # Nothing is left to do; elsewhere, and with batches of another size, it is the same source.
+    # Nothing is left to do. From another place and with another batch size, it is the same source.
     shutil.copytree(data, tmp_path / "moved")
     main(program(tmp_path / "moved", uninterrupted, "--batch-size", 9))
     assert "26 shards: 203 rows, 1 with an error" in capfd.readouterr().out
@@ -217,7 +217,7 @@ def test_what_cannot_go_on_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_half_precision_and_nothing_but_errors(
+def test_half_precision_and_only_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flax_qformer.commands.bulk_embedding.SAMPLE", 64)
@@ -233,7 +233,7 @@ def test_half_precision_and_nothing_but_errors(
     table = pq.read_table(output)
     assert table["embeddings"].null_count == 3
     assert str(table.schema.field("embeddings").type.value_type) == "halffloat"
-    # The same model is known again; then it is trained on, in the same place.
+    # The same model is recognised; then training changes it in the same place.
     main(command)
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[len(weights) // 1000 * 500] ^= 1

@@ -1,4 +1,4 @@
-"""The published geometry, 494 million parameters, against upstream; weights are drawn, nothing large is stored.
+"""The published geometry, 494 million parameters, against upstream, with random weights.
 
 `UPSTREAM_PYTHON` names the Python of an environment of `oracle/requirements.txt`; `.ci/run` makes one.
 """
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def upstream(folder: Path) -> dict[str, np.ndarray]:
-    """What upstream computes from it."""
+    """Upstream's outputs for it."""
     done = subprocess.run(
         [os.environ["UPSTREAM_PYTHON"], ORACLE / "full_size.py", folder], capture_output=True, text=True, check=False
     )
@@ -60,14 +60,14 @@ def test_outputs_and_gradients(folder: Path, upstream: dict[str, np.ndarray]) ->
     samples = {name.removeprefix("gradient "): value for name, value in upstream.items() if "gradient " in name}
     grads = export(jax.tree.map(np.asarray, grads), model.config)
     assert grads.keys() - samples.keys() == {"embeddings.position_ids"}
-    found = {name: cases.sample(name, grads[name]) for name in samples}
-    error, worst = cases.gradient_error(found, samples)
+    gradients = {name: cases.sample(name, grads[name]) for name in samples}
+    error, worst = cases.gradient_error(gradients, samples)
     print(f"gradients: {error:.1e} relative ({worst})")
     assert error < 1e-4
 
 
-def test_conversion_takes_little_more_than_the_file(folder: Path, tmp_path: Path) -> None:
-    """Peak memory of the whole process, as the system counts it (getrusage would count the parent's as well)."""
+def test_peak_memory_of_a_conversion(folder: Path, tmp_path: Path) -> None:
+    """Peak memory of the process, from the system (getrusage would include the parent's)."""
     program = f"""
 from pathlib import Path
 from flax_qformer.commands.main import main

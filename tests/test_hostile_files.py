@@ -1,4 +1,4 @@
-"""Checkpoints are data from strangers: whatever is wrong with them ends in a clear error, and nothing in them runs."""
+"""Checkpoints are untrusted: any damage ends in a clear error, and no code in them runs."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def fuzz(seed: int, count: int, folder: Path, seconds: int) -> str:
-    """Run the fuzzer in a process that may take no more than 3 GiB."""
+    """Run the fuzzer in a process limited to 3 GiB."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE / "oracle"))),
@@ -52,7 +52,7 @@ def test_many_damaged_files(tmp_path: Path, seed: int) -> None:
 
 
 class Call:
-    """Pickles to a call of `function(*arguments)`."""
+    """Pickles as a call of `function(*arguments)`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -89,7 +89,7 @@ def unicode(text: str) -> bytes:
 
 
 def tensor(start: int, shape: bytes, strides: bytes, numel: int = 4) -> bytes:
-    """The program of one tensor in storage `0`; shape and strides are programs of their own."""
+    """The pickle program of one tensor in storage `0`; shape and strides are pickle programs too."""
     reference = b"(" + unicode("storage") + b"ctorch\nFloatStorage\n" + unicode("0") + unicode("cpu") + b"J"
     reference += struct.pack("<i", numel) + b"tQ"
     arguments = (
@@ -170,7 +170,7 @@ def test_hostile_zips(tmp_path: Path) -> None:
         open_tensors(path)
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+def test_files_other_than_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     contents = {
         b"": "not a checkpoint",
@@ -221,7 +221,7 @@ def test_shards_that_do_not_fit_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[1]", "nope", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\xff", " " * (17 << 20)]
 )
-def test_json_that_is_none(tmp_path: Path, text: str) -> None:
+def test_invalid_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(fq.InputError, match=r"config\.json"):
         read_json(tmp_path / "config.json")
@@ -254,7 +254,7 @@ def test_json_that_is_none(tmp_path: Path, text: str) -> None:
         (None, "tokenizer", 3, "tokenizer"),
     ],
 )
-def test_configs_that_cannot_be(part: str | None, field: str, value: Any, message: str) -> None:
+def test_invalid_configs(part: str | None, field: str, value: Any, message: str) -> None:
     import cases
 
     config = json.loads(json.dumps(cases.GEOMETRIES["frequency_1"]))

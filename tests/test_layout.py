@@ -20,11 +20,11 @@ LEVELS = (
 """From the bottom up: a module imports from its own level and those below."""
 
 PLATFORM = {"default_backend", "device_kind", "compute_capability", "platform", "platform_dependent"}
-"""Attributes that tell which machine runs the program."""
+"""Attributes that depend on the machine that runs the program."""
 
 
 def modules() -> dict[str, Path]:
-    """The modules of the package by name, `flax_qformer` left out; those of `convert` are behind a link."""
+    """The package's modules by name, without `flax_qformer`; those of `convert` are behind a link."""
     paths = [path for folder in (ROOT, ROOT / "convert") for path in folder.rglob("*.py")]
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths if "assets" not in path.parts
@@ -37,16 +37,16 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 def level(module: str) -> int:
     top = module.split(".")[0]
-    (found,) = (number for number, names in enumerate(LEVELS) if top in names)
-    return found
+    (number,) = (number for number, names in enumerate(LEVELS) if top in names)
+    return number
 
 
 def imports(module: str) -> Iterator[str]:
-    """The modules of the package that a module imports, also within functions."""
+    """The modules of the package that a module imports, also inside functions."""
     for node in ast.walk(TREES[module]):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            # What is imported can itself be a module of the package.
+            # An imported name can itself be a module of the package.
             names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
             target = name.removeprefix("flax_qformer").lstrip(".")
@@ -64,7 +64,7 @@ def test_there_are_no_cycles() -> None:
     TopologicalSorter({name: set(imports(name)) for name in MODULES}).prepare()
 
 
-def test_only_two_modules_ask_which_platform_runs() -> None:
+def test_only_two_modules_check_the_platform() -> None:
     allowed = {"compilation", "models.kernels"}
     asking = {
         (name, node.attr)
@@ -85,7 +85,7 @@ def test_only_two_modules_ask_which_platform_runs() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.endswith("__init__")])
-def test_a_package_only_exports_names_again(name: str) -> None:
+def test_init_files_only_reexport(name: str) -> None:
     docstring, *rest = TREES[name].body
     assert isinstance(docstring, ast.Expr)
     for node in rest:
@@ -93,10 +93,10 @@ def test_a_package_only_exports_names_again(name: str) -> None:
         assert isinstance(node, ast.ImportFrom) or is_all, ast.unparse(node)
 
 
-def test_a_class_has_a_name_of_its_own() -> None:
+def test_class_names_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for name, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(name)
-    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    assert {name: owners for name, owners in places.items() if len(owners) > 1} == {}

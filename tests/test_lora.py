@@ -1,4 +1,4 @@
-"""LoRA gives the same output merged and unmerged, is trained alone, and is saved next to its base."""
+"""LoRA gives the same output merged and unmerged, is trained alone, and is saved beside its base."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ from flax_qformer.models.layers import LORA
 
 # This geometry has no qkv bias, and its cross-attention runs without keys.
 CONFIG = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_2"])
-# With fewer layers, for what is compiled.
+# With fewer layers, for tests that compile.
 SMALL = dataclasses.replace(
     CONFIG,
     vision_config=dataclasses.replace(CONFIG.vision_config, num_hidden_layers=1),
@@ -76,7 +76,7 @@ def file(lora: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_merged_and_unmerged_outputs_are_equal() -> None:
-    """With stacked layers on a mesh, too, where merged kernels stay sharded."""
+    """Also with stacked layers on a mesh, where merged kernels stay sharded."""
     pixels = cases.batch("frequency_2")["pixel_values"]
 
     def program(config: fq.Blip2Config) -> Any:
@@ -147,10 +147,10 @@ def test_lora_is_trained_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_first_stage_trains_lora_on_a_mesh() -> None:
-    """In a loop over stacked layers, with a rate for each layer."""
+    """In a loop over stacked layers, with a learning rate for each layer."""
     config, mesh = sharded_step.CONFIG, fq.make_mesh(data=1, fsdp=-1)
     base = fq.stack_layers(drawn(dataclasses.replace(config, scan_layers=False), *fq.Blip2ForPreTraining.parts))
-    before = jax.tree.map(np.array, base)  # a step gives up its state, and the base with it
+    before = jax.tree.map(np.array, base)  # a step donates its state, and with it the base
     params = training.add_lora(base, "encoder/|_proj/", 2, jax.random.key(0))
     optimizer = training.make_optimizer(config, 3e-2, layer_decay=0.9)
     state = training.TrainState.create(params, optimizer, "lora_")
@@ -177,7 +177,7 @@ def test_files_next_to_a_model(base: Any, lora: Any, file: Path, tmp_path: Path)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(params))
 
 
-def test_what_cannot_be_added(base: Any, lora: Any) -> None:
+def test_invalid_lora(base: Any, lora: Any) -> None:
     key = jax.random.key(0)
     for params, pattern, rank, message in (
         (base, "no_such_layer", 2, "'no_such_layer' fits no parameter"),

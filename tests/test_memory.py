@@ -1,4 +1,4 @@
-"""Memory is kept from one run of a program to the next, and given back."""
+"""Memory is kept between runs of a program, and returned to the system on request."""
 
 import os
 import subprocess
@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-# The least page faults of eight runs, each with a result of 256 MiB: under load one may begin before the last is freed.
-# Then the MiB that go back.
+# The fewest page faults of eight runs, each with a result of 256 MiB: under load, a run may start before the previous
+# result is freed.
+# Then the MiB that are returned.
 PROGRAM = """
 import resource
 import time
@@ -46,8 +47,8 @@ def run(first: str, then: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="it is glibc that is told")
-def test_what_is_freed_is_kept_until_it_is_given_back() -> None:
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     faults, _ = run("", "")
     assert faults > 10_000
     faults, given_back = run("share_heap()", "keep_memory()")

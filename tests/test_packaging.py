@@ -1,4 +1,4 @@
-"""The package imports however it is installed, from the repository's root and from elsewhere."""
+"""The package can be imported for each way to install it, from the repository's root and from elsewhere."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ print(fq.__file__)
 
 
 def imported(path: Path, folder: Path) -> Path:
-    """Where the package comes from, with one folder on the path and run in another, which Python looks in first."""
+    """The path of the imported package, with one folder on the path; Python first searches the folder it runs in."""
     environment = {**os.environ, "PYTHONPATH": str(path)}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -30,7 +30,7 @@ def test_a_path_is_enough(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_and_sdist(tmp_path: Path) -> None:
-    """Needs the network, to fetch setuptools. The wheel is built from the sdist."""
+    """Needs the network to download setuptools. The wheel is built from the sdist."""
     subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT], check=True)
     archives = sorted((tmp_path / "dist").iterdir(), key=lambda path: path.suffix)
     assert [path.suffix for path in archives] == [".gz", ".whl"]

@@ -1,4 +1,4 @@
-"""Each module equals upstream: the recorded answers of `golden/`, weights and inputs of `oracle/cases.py`."""
+"""Each module equals upstream's answers, recorded in `golden/` with weights and inputs of `oracle/cases.py`."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class Case:
         self.image = self.golden["vision/last_hidden_state"]
 
     def run(self, model: Any = None, params: Any = None, **inputs: Any) -> fq.QFormerOutput:
-        """Run without jit, which would compile anew for every variant."""
+        """Run without jit, which would compile for each variant."""
         model, params = model or self.model, params or self.params
         return model.apply({"params": params}, **inputs, rngs={"dropout": jax.random.key(0)})
 
@@ -34,7 +34,7 @@ class Case:
         return {name: self.batch[name] for name in ("input_ids", "attention_mask")}
 
     def expect(self, label: str, output: Any) -> None:
-        """Compare every answer of a label, and fail where one is not given; `pytest -s` shows the errors."""
+        """Compare all answers of a label, and fail if one is missing; `pytest -s` shows the errors."""
         answers = {
             key.removeprefix(f"{label}/"): value for key, value in self.golden.items() if key.startswith(f"{label}/")
         }
@@ -113,7 +113,7 @@ def test_masks(case: Case) -> None:
 
 
 def gradients(case: Case, model: fq.Blip2QFormerModel) -> tuple[jax.Array, dict[str, np.ndarray]]:
-    """The loss of the oracle, and its gradients by upstream's names."""
+    """The oracle's loss, and its gradients by upstream's names."""
 
     def loss(params: Any) -> jax.Array:
         output = model.apply({"params": params}, case.batch["pixel_values"], **case.text())
@@ -151,20 +151,20 @@ def test_dropout_is_wherever_upstream_has_it(case: Case) -> None:
 def test_pruned_heads(geometry: str, upstream_folder: Any, golden: Any) -> None:
     case = Case(geometry, upstream_folder, golden)
     heads = cases.PRUNED[geometry]
-    # In two steps, the second of which names a head that is already gone.
+    # In two steps; the second names a head that is already pruned.
     first = {layer: gone[:1] for layer, gone in heads.items()}
     config, params = fq.prune_heads(case.model.config, case.params, first)
     config, params = fq.prune_heads(config, params, heads)
     flags = {"output_attentions": True, "output_hidden_states": True}
     inputs = {"encoder_hidden_states": case.image, **case.text()}
     case.expect("pruned", case.run(type(case.model)(config), params, **inputs, **flags))
-    # A pruned head is a masked one, but for the cross-attention, which keeps it.
+    # A pruned head equals a masked one, except that cross-attention keeps it.
     size = {path: value.size for path, value in flatten_dict(params, sep="/").items()}
     for layer, gone in heads.items():
         all_heads = config.qformer_config.num_attention_heads
         kept = size[f"encoder/layer_{layer}/attention/attention/query/kernel"]
         assert kept == config.qformer_config.hidden_size * config.qformer_config.head_dim * (all_heads - len(gone))
-    # Heads keep their numbers in a mask.
+    # In a mask, heads keep their original numbers.
     full_mask = np.ones(config.qformer_config.num_attention_heads, np.float32)
     case.expect("pruned", case.run(type(case.model)(config), params, **inputs, **flags, head_mask=full_mask))
 
@@ -172,8 +172,8 @@ def test_pruned_heads(geometry: str, upstream_folder: Any, golden: Any) -> None:
 def test_positions_for_images_of_another_size(case: Case, golden: Any) -> None:
     for size in cases.IMAGE_SIZES:
         config, params = fq.interpolate_positions(case.model.config, case.params, size)
-        found = params["visual_encoder"]["embeddings"]["position_embedding"]
-        np.testing.assert_allclose(found, golden("positions")[f"{case.name}/{size}"], atol=cases.ROUNDING, rtol=0)
+        resized = params["visual_encoder"]["embeddings"]["position_embedding"]
+        np.testing.assert_allclose(resized, golden("positions")[f"{case.name}/{size}"], atol=cases.ROUNDING, rtol=0)
     output = case.run(type(case.model)(config), params, pixel_values=cases.draw("large", (1, size, size, 3)))
     assert output.query_embeddings.shape == (1, config.num_query_tokens, config.qformer_config.hidden_size)
     with pytest.raises(fq.InputError, match="larger than image_size"):

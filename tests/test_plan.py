@@ -1,4 +1,4 @@
-"""The plan of a pod. The compiler itself is in the slow tests, with `flax-qformer[tpu]`."""
+"""Plans of pods. The slow tests run the compiler, and need `flax-qformer[tpu]`."""
 
 import dataclasses
 import importlib.util
@@ -16,9 +16,10 @@ import pytest
 
 import flax_qformer as fq
 from flax_qformer.commands.main import main
+from flax_qformer.errors import InputError
 from flax_qformer.models.config import BLIP2_VIT_L
-from flax_qformer.planning.hlo import traffic
 from flax_qformer.planning.planner import CHIPS, flops
+from flax_qformer.planning.traffic import count_traffic
 
 PROGRAM = """HloModule step
 
@@ -67,16 +68,42 @@ ENTRY %main (start: (s32[], f32[8,128])) -> f32[32,128] {
 """
 
 
-def test_loops_count_as_often_as_they_run_and_slices_as_such() -> None:
-    found, size = traffic(PROGRAM), 8 * 128 * 4
-    assert found.collectives == {"all-reduce": 1, "all-gather": 2, "reduce-scatter": 1}
-    assert found.wire == {
+def test_loops_count_per_iteration_and_slices_by_their_size() -> None:
+    counted, size = count_traffic(PROGRAM), 8 * 128 * 4
+    assert counted.collectives == {"all-reduce": 1, "all-gather": 2, "reduce-scatter": 1}
+    assert counted.wire == {
         "all-reduce": 12 * 2 * size * 3 / 4,
         "all-gather": 3 * size + 7 * size,
         "reduce-scatter": size * 7 / 8,
     }
-    # The loop, the two gathers, the sum that is sliced, the slice.
-    assert found.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
+    # The loop, the two gathers, the sliced sum, the slice.
+    assert counted.memory == 12 * 2 * size + (size + 4 * size) + (size + 8 * size) + (size + size / 8) + 2 * size / 8
+
+
+@pytest.mark.parametrize(
+    ("known", "foreign"),
+    [
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = compare(%i, %limit) -> pred[]"),
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = pred[] compare(i, limit), direction=LT"),
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = pred[] compare(%j, %limit), direction=LT"),
+        ("%less = pred[] compare(%i, %limit), direction=LT", "%less = ? compare(%i, %limit), direction=LT"),
+        ("%x = f32[] parameter(0)", "%x = f32[] parameter(first)"),
+        ("%loop = (s32[], f32[8,128]) while(%start), condition=%condition, body=%body", "%loop = while {"),
+        ("while(%start), condition=%condition, body=%body", "while(%start), condition=%condition, do=%body"),
+        ("kind=kLoop, calls=%row", "kind=kLoop, calls=%rows"),
+        ("replica_groups={{0,1,2,3}}, to_apply", "replica_groups=all, to_apply"),
+        ("replica_groups=mesh['a'=4,'b'=4] {'b'}", "replica_groups=mesh['a'=4,'b'=4] {'c'}"),
+        ("%body (state.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {", "computation %body {"),
+        ("%body (state.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {", "computation %body:"),
+        ("ENTRY %main", "%main"),
+    ],
+)
+def test_a_program_text_of_another_xla_is_not_understood(known: str, foreign: str) -> None:
+    assert known in PROGRAM
+    line = r"the program text of this XLA version \(jax \S+, .*libtpu.*\) is not understood: ['\"].+['\"]"
+    with pytest.raises(InputError, match=rf"^{line}; run pip install 'jax\[tpu\]==[\d.]+'$") as caught:
+        count_traffic(PROGRAM.replace(known, foreign))
+    assert len(str(caught.value)) < 300
 
 
 def test_products_count_if_they_are_used() -> None:
@@ -128,7 +155,7 @@ def test_the_full_step_fits_pods_and_its_collectives_do_not_grow(tmp_path: Path)
         assert plans[topology]["fits"]
     small, large = (sum(plans[name]["collectives"].values()) for name in ("v5e:4x4", "v5e:16x16"))
     assert large <= small
-    # Neither does what a chip needs: of other chips' images it holds a few tokens at a time.
+    # A chip's memory does not grow either: it holds only a few tokens of other chips' images at a time.
     assert plans["v5e:16x16"]["temporaries"] < 1.3 * plans["v5e:4x4"]["temporaries"]
 
 
@@ -142,7 +169,7 @@ def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
     assert advised
     plan = json.loads(run(tmp_path, "--topology", "v5e:2x2", "--json", *advised[0].split(), config=SHALLOW).stdout)
     assert plan["fits"]
-    # It is three quarters of what would seem to fit.
+    # The advice is three quarters of the batch that seems to fit.
     room = CHIPS["v5e"].memory - plan["parameters"] - plan["optimizer"]
     assert 0.6 * room < plan["temporaries"] < room
 
@@ -152,7 +179,7 @@ def test_out_of_memory_is_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("topology", "mesh"), [("v5e:4x4", "data=-1,fsdp=4,tensor=2"), ("v5p:4x4x4", "data=-1,fsdp=8")]
 )
-def test_axes_of_a_mesh_need_not_be_those_of_the_pod(topology: str, mesh: str, tmp_path: Path) -> None:
+def test_mesh_axes_may_differ_from_pod_axes(topology: str, mesh: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", topology, "--batch", "64", "--mesh", mesh, config=SHALLOW)
     assert done.returncode == 0, done.stderr
 
@@ -160,7 +187,7 @@ def test_axes_of_a_mesh_need_not_be_those_of_the_pod(topology: str, mesh: str, t
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:4x4x4", "v5e:5x5", "v5p:0x4x4", "v4:4x4x4", "v5e:16x32"])
-def test_pods_that_there_are_not(topology: str, tmp_path: Path) -> None:
+def test_unknown_pods(topology: str, tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", topology, "--batch", "64", config=SHALLOW)
     assert done.returncode == 2
     assert re.search("take one such as|the largest is v5e:16x16", done.stderr.splitlines()[-1])
@@ -168,7 +195,7 @@ def test_pods_that_there_are_not(topology: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-def test_texts_that_the_model_cannot_read(tmp_path: Path) -> None:
+def test_texts_too_long_for_the_model(tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", "v5e:4x4", "--batch", "64", "--text-length", "513", config=SHALLOW)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--text-length is 513; the model has 512 positions")

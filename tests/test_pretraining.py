@@ -1,4 +1,4 @@
-"""The stage-1 model equals LAVIS's: losses, gradients, features, captions; its checkpoints come and go whole."""
+"""The stage-1 model equals LAVIS's: losses, gradients, features, captions and checkpoints."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ class Case:
         return {name.removeprefix(prefix): value for name, value in golden.items() if name.startswith(prefix)}
 
     def losses(self, params: Any) -> fq.PreTrainingOutput:
-        """As in training, where the images are read once for all three losses, but without dropout."""
+        """As in training, which reads the images once for all three losses, but without dropout."""
         none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config = dataclasses.replace(
             self.model.config, qformer_config=dataclasses.replace(self.model.config.qformer_config, **none)
@@ -64,7 +64,7 @@ def case(request: pytest.FixtureRequest, golden: Any, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def one(golden: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """For what does not depend on the geometry."""
+    """One geometry, for tests that do not depend on it."""
     return Case(golden("pretraining_frequency_1"), tmp_path_factory.mktemp("one"))
 
 
@@ -85,23 +85,23 @@ def test_losses_and_gradients(case: Case) -> None:
     for name in ("loss", "loss_itc", "loss_itm", "loss_itg", "image_features", "text_features", "itm_logits"):
         close(getattr(output, name), case.outputs[name], name)
     close(output.itg_logits, case.outputs["itg_logits"], "itg_logits")
-    # Over a temperature of 0.125, eight times as large.
+    # Divided by a temperature of 0.125, so eight times as large.
     close(output.logits_per_image / 8, case.outputs["sim_i2t"] / 8, "logits_per_image")
     close(output.logits_per_text / 8, case.outputs["sim_t2i"] / 8, "logits_per_text")
     ours = export(gradients, case.model.config, "lavis")
     errors = {}
     for name, expected in case.gradients.items():
-        # LAVIS's two names for one bias are one parameter.
+        # LAVIS has two names for one bias.
         value = ours["Qformer.cls.predictions.decoder.bias" if name == "Qformer.cls.predictions.bias" else name]
         error, norm = np.linalg.norm(value - expected), np.linalg.norm(expected)
         assert error < 1e-4 * norm + 1e-6, (name, error)
-        if norm > 1e-2:  # the others are sums that vanish but for rounding
+        if norm > 1e-2:  # the others are 0 up to rounding
             errors[name] = error / norm
     print(f"gradients: {max(errors.values()):.1e}, {max(errors, key=errors.__getitem__)}; {len(errors)} of {len(ours)}")
 
 
 def test_negatives_are_drawn_as_lavis_weighs_them(case: Case) -> None:
-    """The shares of many draws are the probabilities that LAVIS would draw with."""
+    """The frequencies of many draws are LAVIS's probabilities."""
     text = (case.inputs["input_ids"], case.inputs["attention_mask"])
 
     @jax.jit
@@ -146,13 +146,13 @@ def test_features_and_match(case: Case) -> None:
 
 
 def test_captions(case: Case) -> None:
-    """The same words, greedily and by beam search, with limits and penalties."""
+    """The same words, by greedy and by beam search, with limits and penalties."""
     names = {name.split("/")[0] for name in case.captions} - {"nucleus"}
     assert len(names) == 8
     # The search does not depend on the geometry.
     for name in sorted(names)[: None if case.config["qformer_config"]["cross_attention_frequency"] == 2 else 2]:
-        told = case.part(case.captions, f"{name}/")
-        settings = {key: value.item() for key, value in told.items() if key not in ("ids", "scores")}
+        recorded = case.part(case.captions, f"{name}/")
+        settings = {key: value.item() for key, value in recorded.items() if key not in ("ids", "scores")}
 
         @jax.jit
         def write(pixels: jax.Array, settings: dict = settings) -> jax.Array:
@@ -160,27 +160,27 @@ def test_captions(case: Case) -> None:
 
         ids = np.asarray(write(case.pixels))
         expected = np.zeros_like(ids)
-        expected[:, : told["ids"].shape[1]] = told["ids"]
+        expected[:, : recorded["ids"].shape[1]] = recorded["ids"]
         np.testing.assert_array_equal(ids, expected, err_msg=name)
 
 
 def test_nucleus_keeps_what_transformers_keeps(golden: Any, one: Case) -> None:
-    told = golden("pretraining_nucleus")
-    kept = jax.nn.softmax(nucleus(jnp.asarray(told["logits"]), 0.9))
-    np.testing.assert_allclose(kept, told["probabilities"], atol=1e-6)
-    told = one.part(one.captions, "nucleus/")
-    settings = {"top_p": 0.9, "max_length": told["ids"].shape[1], "min_length": told["min_length"].item()}
+    recorded = golden("pretraining_nucleus")
+    kept = jax.nn.softmax(nucleus(jnp.asarray(recorded["logits"]), 0.9))
+    np.testing.assert_allclose(kept, recorded["probabilities"], atol=1e-6)
+    recorded = one.part(one.captions, "nucleus/")
+    settings = {"top_p": 0.9, "max_length": recorded["ids"].shape[1], "min_length": recorded["min_length"].item()}
 
     def write(key: jax.Array) -> jax.Array:
         rules = {"eos_token_id": END, "use_nucleus_sampling": True, **settings}
         return one.model.apply(one.variables, one.pixels, method="caption", rngs={"sampling": key}, **rules)
 
     drawn = np.asarray(jax.jit(lambda keys: jax.lax.map(write, keys))(jax.random.split(jax.random.key(1), 300)))
-    shares = jax.nn.one_hot(drawn[:, :, 1], told["probabilities"].shape[-1]).mean(axis=0)
-    np.testing.assert_allclose(shares, told["probabilities"][:, 0], atol=0.12)
+    shares = jax.nn.one_hot(drawn[:, :, 1], recorded["probabilities"].shape[-1]).mean(axis=0)
+    np.testing.assert_allclose(shares, recorded["probabilities"][:, 0], atol=0.12)
 
 
-def test_checkpoints_come_back_whole(case: Case, tmp_path: Path) -> None:
+def test_checkpoints_round_trip(case: Case, tmp_path: Path) -> None:
     fq.convert_checkpoint(case.file, tmp_path / "flax")
     fq.export_checkpoint(tmp_path / "flax", tmp_path / "torch")
     again = load_file(tmp_path / "torch" / "model.safetensors")
@@ -191,7 +191,7 @@ def test_checkpoints_come_back_whole(case: Case, tmp_path: Path) -> None:
 
 
 def test_a_frozen_tower_comes_from_its_own_file(one: Case, tmp_path: Path) -> None:
-    """LAVIS saves only what it trained; the tower that it downloads has a block more, and a projection."""
+    """LAVIS saves only trained parameters; the tower that it downloads also has another block and a projection."""
     tower = {name: value for name, value in one.state.items() if name.startswith("visual_encoder.")}
     torch_save({"model": {name: one.state[name] for name in one.state.keys() - tower.keys()}}, tmp_path / "trained.pth")
     (tmp_path / "config.json").write_text(json.dumps(one.config))
@@ -218,7 +218,7 @@ def test_what_a_class_lacks_is_initialised_and_named(
     assert dict(model.config.newly_initialised) == {"temp": "constant 0.07", **heads}
     assert "itm_head: randomly initialised, lm_head: randomly initialised, temp: constant 0.07" in caplog.text
     assert float(params["temp"]) == pytest.approx(0.07)
-    # The next program sees it, until training has changed the module.
+    # Later programs see it until training changes the module.
     moved = {"kernel": params["itm_head"]["kernel"], "bias": params["itm_head"]["bias"] + 1e-4}
     fq.save_pretrained(tmp_path / "stage1", model, params | {"itm_head": moved})
     again, same = fq.from_pretrained(tmp_path / "stage1")
@@ -239,7 +239,7 @@ def test_an_export_names_what_it_adds(one: Case, tmp_path: Path, caplog: pytest.
 
 
 def test_cached_keys_and_values_continue_a_text(one: Case) -> None:
-    """Text in two pieces, each seeing what is before it, is the text in one piece under a causal mask."""
+    """Two pieces of a text, each seeing the tokens before it, give the same as the text under a causal mask."""
     model, params = fq.from_pretrained(one.file, model_class=fq.Blip2QFormerModel)
     variables, ids = {"params": params}, one.inputs["input_ids"][:, :6]
     batch, num_queries = len(ids), model.config.num_query_tokens
@@ -287,7 +287,7 @@ def test_a_grown_vocabulary_changes_no_logit(one: Case) -> None:
 
 
 def test_texts_are_read_as_if_alone(one: Case) -> None:
-    """Beside queries and captions, also where nothing of a text counts."""
+    """With queries and captions, also for a text that is all padding."""
     ids, mask = one.inputs["input_ids"], np.array(one.inputs["attention_mask"])
     mask[0] = 0
     indices = {name: one.inputs[name] for name in ("negative_image_index", "negative_text_index")}
@@ -297,32 +297,32 @@ def test_texts_are_read_as_if_alone(one: Case) -> None:
 
 
 def test_parameters_of_the_other_class(one: Case) -> None:
-    """Each class names what it lacks; what needs no part of its own runs."""
+    """Each class names the parts it lacks; calls that need none of these run."""
     ids, index = one.inputs["input_ids"], np.arange(len(one.pixels))
     other = fq.Blip2QFormerModel(one.model.config)
     shapes = jax.eval_shape(other.init, jax.random.key(0), one.pixels, ids)
     heads = {"params": {"proj_layer": shapes["params"]["proj_layer"], **one.params}}
 
-    def shape(model: Any, variables: Any, *given: Any, **details: Any) -> Any:
-        return jax.eval_shape(partial(model.apply, **details), variables, *given)
+    def shape(model: Any, variables: Any, *arguments: Any, **details: Any) -> Any:
+        return jax.eval_shape(partial(model.apply, **details), variables, *arguments)
 
     with pytest.raises(
         fq.InputError, match="no proj_layer: .* Blip2QFormerModel, perhaps those of Blip2ForPreTraining"
     ):
         shape(other, one.variables, one.pixels, ids)
-    for method, given in (("__call__", (ids, None, index, index)), ("match", (ids,)), ("image_features", ())):
+    for method, arguments in (("__call__", (ids, None, index, index)), ("match", (ids,)), ("image_features", ())):
         with pytest.raises(fq.InputError, match="no .*: .* Blip2ForPreTraining, perhaps those of Blip2QFormerModel"):
-            shape(one.model, shapes, one.pixels, *given, method=method)
+            shape(one.model, shapes, one.pixels, *arguments, method=method)
     shape(one.model, heads, one.pixels, ids, None, index, index)
     shape(other, heads, one.pixels, ids)
     shape(other, one.variables, None, ids)
     shape(one.model, shapes, one.pixels, method="encode_image")
 
 
-def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
+def test_the_output_of_the_tower_is_accepted_as_its_states(one: Case) -> None:
     ids, index = one.inputs["input_ids"], np.arange(len(one.pixels))
     whole = jax.eval_shape(partial(one.model.apply, method="encode_image"), one.variables, one.pixels)
-    for method, given in (
+    for method, arguments in (
         ("__call__", {"input_ids": ids, "negative_image_index": index, "negative_text_index": index}),
         ("image_features", {}),
         ("match", {"input_ids": ids}),
@@ -330,7 +330,7 @@ def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
     ):
         run = partial(one.model.apply, method=method)
         shapes = [
-            jax.eval_shape(run, one.variables, encoder_hidden_states=states, **given)
+            jax.eval_shape(run, one.variables, encoder_hidden_states=states, **arguments)
             for states in (whole, whole.last_hidden_state)
         ]
         assert shapes[0] == shapes[1]
@@ -338,7 +338,7 @@ def test_all_that_the_tower_returns_stands_for_its_states(one: Case) -> None:
     assert jax.eval_shape(write, one.variables, encoder_hidden_states=whole).shape == (len(index), 4)
 
 
-def test_inputs_that_make_no_pairs(one: Case) -> None:
+def test_inputs_without_pairs(one: Case) -> None:
     ids = one.inputs["input_ids"]
     for arguments, message in (
         ((one.pixels, ids), "negatives are drawn"),

@@ -1,4 +1,4 @@
-"""Images and text become arrays with upstream's arithmetic; what cannot is refused."""
+"""Images and text become arrays with upstream's arithmetic; unusable input raises an error."""
 
 import io
 import json
@@ -95,7 +95,7 @@ def test_padding_to_a_multiple(processor: fq.Processor) -> None:
     for name, value in short.items():
         np.testing.assert_array_equal(padded[name][:, :length], value)
         assert not padded[name][:, length:].any()
-    # The model's positions are the end of it.
+    # The model's positions are the limit.
     assert processor(text="dog " * 60, pad_to_multiple_of=40)["input_ids"].shape == (1, 64)
 
 
@@ -134,12 +134,12 @@ def test_pairing(processor: fq.Processor) -> None:
         (PIL.Image.new("RGB", (0, 4)), "at least one pixel"),
     ],
 )
-def test_images_that_are_none(processor: fq.Processor, images: Any, message: str) -> None:
+def test_invalid_images(processor: fq.Processor, images: Any, message: str) -> None:
     with pytest.raises(fq.InputError, match=message):
         processor(images)
 
 
-def test_image_files_that_are_none(tmp_path: Path, processor: fq.Processor) -> None:
+def test_invalid_image_files(tmp_path: Path, processor: fq.Processor) -> None:
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(fq.InputError, match=r"text\.png is not an image"):
         processor(tmp_path / "text.png")
@@ -155,7 +155,7 @@ def test_image_files_that_are_none(tmp_path: Path, processor: fq.Processor) -> N
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, MemoryError, struct.error])
 @pytest.mark.parametrize("step", ["PIL.Image.open", "PIL.ImageOps.exif_transpose"])
-def test_whatever_pillow_raises_is_damage(
+def test_any_error_of_pillow_means_a_damaged_image(
     error: Any, step: str, processor: fq.Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(image: Any) -> None:
@@ -166,7 +166,7 @@ def test_whatever_pillow_raises_is_damage(
         processor(EXAMPLE_IMAGE)
 
 
-def test_an_image_that_may_not_be_read_is_not_damaged(processor: fq.Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_image_is_not_damaged(processor: fq.Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -177,14 +177,14 @@ def test_an_image_that_may_not_be_read_is_not_damaged(processor: fq.Processor, m
 
 def test_arguments_of_transformers(processor: fq.Processor) -> None:
     texts = ["a dog", "dog " * 100]
-    for given, own in (
+    for theirs, ours in (
         ({"return_tensors": "np", "padding": True, "truncation": True}, {"truncate": True}),
         ({"padding": "longest", "truncation": True}, {"truncate": True}),
         ({"padding": "max_length", "max_length": 8, "truncation": True}, {"max_length": 8}),
     ):
-        one, other = (processor(text=texts, **arguments) for arguments in (given, own))
+        one, other = (processor(text=texts, **arguments) for arguments in (theirs, ours))
         assert same(one, other)
-    for given, message in (
+    for arguments, message in (
         ({"return_tensors": "pt"}, "`return_tensors` is 'pt'; give 'np'"),
         ({"padding": False}, "`padding` is False without `max_length`"),
         ({"padding": "max_length"}, "give `max_length`"),
@@ -193,16 +193,16 @@ def test_arguments_of_transformers(processor: fq.Processor) -> None:
         ({"do_resize": False}, "`do_resize` is not supported; .*`return_tensors`"),
     ):
         with pytest.raises(fq.InputError, match=message):
-            processor(text="a dog", **given)
+            processor(text="a dog", **arguments)
 
 
 @pytest.mark.parametrize("text", [[], [3], [None], 3.5])
-def test_text_that_is_none(processor: fq.Processor, text: Any) -> None:
+def test_invalid_text(processor: fq.Processor, text: Any) -> None:
     with pytest.raises(fq.InputError, match="`text` must be"):
         processor(text=text)
 
 
-def test_lengths_that_are_none(processor: fq.Processor) -> None:
+def test_invalid_lengths(processor: fq.Processor) -> None:
     for name in ("pad_to_multiple_of", "max_length"):
         for length in (-8, 0):
             with pytest.raises(fq.InputError, match=f"`{name}` is {length}"):
@@ -223,7 +223,7 @@ def test_settings_of_a_checkpoint(tmp_path: Path) -> None:
     settings.write_text(json.dumps({**values, "image_mean": [0.5, 0.4, 0.3], "resample": 2}))
     loaded = fq.Processor.from_pretrained(folder).image_processor
     assert (loaded.image_mean, loaded.resample) == ((0.5, 0.4, 0.3), 2)
-    # A pipeline's own mean and std win, as upstream passes them on.
+    # A pipeline's own mean and std have priority, as in upstream.
     (folder / "model_index.json").write_text('{"mean": [0.1, 0.2, 0.3], "std": null}')
     loaded = fq.Processor.from_pretrained(folder).image_processor
     assert (loaded.image_mean, loaded.image_std) == ((0.1, 0.2, 0.3), SMALL.image_std)
@@ -263,7 +263,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     processor(text="a red circle", max_length=3)
     processor.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"] is None
-    # What upstream's BertTokenizer reads.
+    # The files that upstream's BertTokenizer reads.
     assert (tmp_path / "saved" / "vocab.txt").read_bytes() == (DEFAULT_MODEL / "vocab.txt").read_bytes()
     for file in folder.iterdir():
         if file.name.startswith(("vocab", "tokenizer")):
@@ -271,7 +271,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     expected = processor(text=list(cases.TEXTS))["input_ids"]
     again = fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "saved")
     np.testing.assert_array_equal(again(text=list(cases.TEXTS))["input_ids"], expected)
-    # Neither here nor, offline, on the hub; images do without.
+    # No tokenizer, neither local nor, offline, on the hub; images do not need one.
     alone = fq.Processor.from_pretrained(folder)
     assert alone(cases.image("RGB")).keys() == {"pixel_values"}
     with pytest.raises(fq.InputError, match="bert-base-uncased"):
@@ -284,7 +284,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "empty" / "tokenizer.json").write_text("{")
     with pytest.raises(fq.InputError, match="cannot be used"):
         fq.Processor.from_pretrained(folder, tokenizer=tmp_path / "empty")
-    # A vocabulary that is larger than the model's.
+    # A vocabulary larger than the model's.
     config = json.loads((folder / "config.json").read_text())
     config["qformer_config"]["vocab_size"] = 100
     (folder / "config.json").write_text(json.dumps(config))

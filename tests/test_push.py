@@ -1,4 +1,4 @@
-"""Uploads to a hub, which a server on loopback plays."""
+"""Uploads to a fake hub on loopback."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
-    """A run is pushed and loaded again; another model replaces it in one commit; nothing is pushed without a token."""
+    """A pushed run can be loaded; another model replaces it in one commit; without a token nothing is pushed."""
     served, environment = hub
     served.others = ("/api/models/someone/base",)
     served.commits = []
@@ -85,7 +85,7 @@ def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
     assert f"{other} has a README.md; name the license there" in licensed
     assert "401" in refused
     assert refused.endswith("run `hf auth login`, or set HF_TOKEN to a token that may write to someone/model")
-    assert "/someone/model.git/info/lfs/objects/batch" in served.asked
+    assert "/someone/model.git/info/lfs/objects/batch" in served.requests
     assert [deleted > 0 for _, deleted in served.commits] == [False, True]
     left = {path.relative_to(served.files).as_posix() for path in served.files.rglob("*") if path.is_file()}
     assert left == {path.name for path in other.iterdir()} | {"figure.png"}
@@ -93,7 +93,7 @@ def test_push(tmp_path: Path, hub: Any, run: Path) -> None:
 
 
 def test_the_model_card(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It shows what the model is, settings and metrics, and no paths."""
+    """The card shows the model, settings and metrics, and no paths."""
     monkeypatch.setattr(
         "flax_qformer.training.push._if_public", lambda name, kind: name if name == "someone/base" else None
     )
@@ -114,7 +114,7 @@ def test_the_model_card(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPat
     assert "datasets" not in card
 
 
-def test_what_cannot_be_pushed(tmp_path: Path, run: Path) -> None:
+def test_invalid_pushes(tmp_path: Path, run: Path) -> None:
     for model, repo_id, message in (
         ("nothing", "someone/model", "there is no folder .*nothing"),
         (".", "someone/model", "is not the folder of a model or of a training run"),

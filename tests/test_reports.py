@@ -1,4 +1,4 @@
-"""What a run reports: progress, samples of an evaluation, Weights & Biases."""
+"""Reports of a run: progress, samples of an evaluation, Weights & Biases."""
 
 import importlib
 import io
@@ -71,8 +71,8 @@ def test_results_and_a_bar_on_one_terminal_do_not_mix(log: Any, monkeypatch: Any
             shown.advance()
     logging.getLogger().removeHandler(handler)
     lines = [line.strip() for line in re.split(r"[\r\n]", both.getvalue())]
-    told = [line for line in lines if "a caption" in line or "warning" in line]
-    assert told == [
+    reported = [line for line in lines if "a caption" in line or "warning" in line]
+    assert reported == [
         f"{number}.png: a caption" if is_caption else f"a warning {number}"
         for number in range(3)
         for is_caption in (True, False)
@@ -81,7 +81,7 @@ def test_results_and_a_bar_on_one_terminal_do_not_mix(log: Any, monkeypatch: Any
 
 
 @pytest.mark.parametrize(
-    ("count", "told"),
+    ("count", "warning"),
     [
         (3, "recall@10 of 3 images is always 1; hold out at least 100 images"),
         (10, "recall@10 of 10 images is always 1"),
@@ -89,15 +89,15 @@ def test_results_and_a_bar_on_one_terminal_do_not_mix(log: Any, monkeypatch: Any
         (100, ""),
     ],
 )
-def test_a_small_split_is_named(count: int, told: str, log: Any) -> None:
+def test_a_small_split_is_named(count: int, warning: str, log: Any) -> None:
     evaluation.warn_of_few_images(count)
-    assert told in log.text
-    assert bool(told) == bool(log.text)
+    assert warning in log.text
+    assert bool(warning) == bool(log.text)
 
 
 @pytest.fixture
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
-    """The calls of a package `wandb` that only notes them."""
+    """The calls to a fake package `wandb`, which only records them."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "wandb.py").write_text(
         """
@@ -121,7 +121,7 @@ def init(**details):
     del sys.modules["wandb"]
 
 
-def test_a_resumed_run_goes_on_in_weights_and_biases(fake_wandb: list[Any], tmp_path: Path) -> None:
+def test_a_resumed_run_continues_in_weights_and_biases(fake_wandb: list[Any], tmp_path: Path) -> None:
     metrics.check_reporters(["wandb"])
     run = tmp_path / "run"
     run.mkdir()
@@ -136,12 +136,12 @@ def test_a_resumed_run_goes_on_in_weights_and_biases(fake_wandb: list[Any], tmp_
     assert {"step": 2, "loss": 0.5} in fake_wandb
     assert {"step": 2, "samples/captions": [("a|b", "c")], "samples/retrieved": (4, 6, 3)} in fake_wandb
     assert not (run / "tensorboard").exists()
-    with pytest.raises(fq.InputError, match=r"does not take the run \(no key\); run `wandb login`"):
+    with pytest.raises(fq.InputError, match=r"cannot start the run \(no key\); run `wandb login`"):
         MetricsLogger(run, 2, ["wandb"], {"fails": True})
 
 
-def test_weights_and_biases_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # The folder that wandb leaves where it runs is not the package.
+def test_weights_and_biases_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The folder that wandb makes where it runs is not the package.
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     metrics.check_reporters(["tensorboard"])

@@ -1,4 +1,4 @@
-"""Layers in a loop give what layers one by one give."""
+"""Scanned layers give the same as layers one by one."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ GEOMETRIES = ("frequency_1", "frequency_2")
 
 
 def models(geometry: str, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
-    """The model with and without the loop, and the parameters without."""
+    """The model without and with scanned layers, and the parameters without."""
     config = dataclasses.replace(fq.Blip2Config.from_dict(cases.GEOMETRIES[geometry]), **changes)
     write_upstream(folder, config)
     model, params = fq.from_pretrained(folder)
@@ -26,17 +26,17 @@ def models(geometry: str, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
 
 
 def inputs(geometry: str) -> dict[str, np.ndarray]:
-    found = cases.batch(geometry)
+    batch = cases.batch(geometry)
     return {
-        "pixel_values": found["pixel_values"],
-        "input_ids": found["input_ids"],
-        "attention_mask": found["attention_mask"],
-        "head_mask": found["head_mask_2d"],
+        "pixel_values": batch["pixel_values"],
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "head_mask": batch["head_mask_2d"],
     }
 
 
 def used(gradients: Any) -> dict[str, np.ndarray]:
-    """Those that are not all zeros, by name: not every parameter has a part in a forward pass."""
+    """The gradients that are not all zero, by name: some parameters take no part in a forward pass."""
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(gradients, sep=".").items()}
     return {name: leaf for name, leaf in flat.items() if leaf.any()}
 
@@ -64,7 +64,7 @@ def test_values_attentions_states_and_gradients(geometry: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_dropout_in_the_loop(tmp_path: Path) -> None:
-    """It follows its key, and layers that are computed again drop what they dropped before."""
+    """Dropout depends on its key, and recomputed layers drop the same elements again."""
     config = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_1"])
     dropping = dataclasses.replace(config.qformer_config, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
     _, model, params = models("frequency_1", tmp_path, qformer_config=dropping)
@@ -73,8 +73,8 @@ def test_dropout_in_the_loop(tmp_path: Path) -> None:
     def run(model: fq.Blip2QFormerModel, seed: int) -> tuple[Any, Any]:
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             key = jax.random.key(seed)
-            found = model.apply({"params": params}, **batch, deterministic=False, rngs={"dropout": key})
-            return (found.query_embeddings**2).sum(), found.query_embeddings
+            output = model.apply({"params": params}, **batch, deterministic=False, rngs={"dropout": key})
+            return (output.query_embeddings**2).sum(), output.query_embeddings
 
         return jax.jit(jax.grad(loss, has_aux=True))(fq.stack_layers(params))
 
@@ -87,7 +87,7 @@ def test_dropout_in_the_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_trees_go_there_and_back(geometry: str, tmp_path: Path) -> None:
+def test_stacking_round_trip(geometry: str, tmp_path: Path) -> None:
     plain, scanned, params = models(geometry, tmp_path)
     stacked = fq.stack_layers(params)
     jax.tree.map(np.testing.assert_array_equal, fq.unstack_layers(stacked), params)

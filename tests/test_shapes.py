@@ -1,4 +1,4 @@
-"""The data that the default model learns from."""
+"""The training data of the default model."""
 
 import itertools
 import sys
@@ -16,7 +16,7 @@ from flax_qformer.data.sources import open_source
     ("options", "captions"),
     [("--objects 1 --pairs 3", 4), ("--objects 2 --pairs 3", 9), ("--pairs 12", 18), ("--pairs 8 --bare", 18)],
 )
-def test_a_drawn_folder_is_read_and_drawn_alike(options, captions, tmp_path, monkeypatch):
+def test_a_drawn_folder_is_readable_and_reproducible(options, captions, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
@@ -40,7 +40,7 @@ def test_held_out_combinations_are_not_drawn():
     assert not [combination for combination in shapes.HELD_OUT if " ".join(combination) in captions]
 
 
-def test_colours_without_a_name_are_no_named_ones():
+def test_unnamed_colours_differ_from_named_ones():
     rng = np.random.default_rng(2)
     for scene in (shapes.draw_scene(rng, unnamed=1.0) for _ in range(100)):
         assert not any(word in caption.split() for word in shapes.COLOURS for caption in scene.captions(rng))

@@ -1,4 +1,4 @@
-"""Many devices give what one gives."""
+"""Many devices give the same numbers as one."""
 
 import json
 import os
@@ -45,24 +45,24 @@ def finish(*processes: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    file = tmp_path_factory.mktemp("one") / "found.npz"
+    file = tmp_path_factory.mktemp("one") / "results.npz"
     finish(start(1, file, "data=1"))
     return np.load(file)["data=1"]
 
 
-def check(found: np.ndarray, expected: np.ndarray, split: bool = True) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert (found[1] > 20) == split
-    assert np.linalg.norm(found[2:] - expected[2:]) <= 1e-5 * np.linalg.norm(expected[2:])
+def check(results: np.ndarray, expected: np.ndarray, split: bool = True) -> None:
+    assert results[0] == pytest.approx(expected[0], rel=1e-5)
+    assert (results[1] > 20) == split
+    assert np.linalg.norm(results[2:] - expected[2:]) <= 1e-5 * np.linalg.norm(expected[2:])
 
 
 @pytest.mark.parametrize("splits", [("data=2,fsdp=2,tensor=2",), pytest.param(SPLITS, marks=pytest.mark.slow)])
 def test_splits_of_eight_devices(splits: Sequence[str], one_device: np.ndarray, tmp_path: Path) -> None:
-    finish(start(8, tmp_path / "found.npz", *splits))
-    found = np.load(tmp_path / "found.npz")
-    assert set(found) == set(splits)
+    finish(start(8, tmp_path / "results.npz", *splits))
+    results = np.load(tmp_path / "results.npz")
+    assert set(results) == set(splits)
     for split in splits:
-        check(found[split], one_device, split != "data=8,fsdp=1,tensor=1")
+        check(results[split], one_device, split != "data=8,fsdp=1,tensor=1")
 
 
 def free_port() -> str:
@@ -72,7 +72,7 @@ def free_port() -> str:
 
 
 def job(*command: object, devices: int = 2, output: int = subprocess.PIPE) -> list[subprocess.Popen[str]]:
-    """Two processes that find one another, each with devices of its own."""
+    """Two processes that find each other, each with its own devices."""
     common = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
     common["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
     return [
@@ -90,29 +90,29 @@ def job(*command: object, devices: int = 2, output: int = subprocess.PIPE) -> li
 @pytest.mark.slow
 def test_two_processes(one_device: np.ndarray, tmp_path: Path) -> None:
     port, splits = free_port(), ("data=8", "data=2,fsdp=2,tensor=2", "tensor=8")
-    finish(*(start(4, tmp_path / "found.npz", str(process), port, *splits) for process in range(2)))
-    found = np.load(tmp_path / "found.npz")
-    assert set(found) == set(splits)
+    finish(*(start(4, tmp_path / "results.npz", str(process), port, *splits) for process in range(2)))
+    results = np.load(tmp_path / "results.npz")
+    assert set(results) == set(splits)
     for split in splits:
-        check(found[split], one_device, split != "data=8")
+        check(results[split], one_device, split != "data=8")
 
 
-def test_a_process_reads_what_its_devices_hold(tmp_path: Path) -> None:
+def test_a_process_reads_only_the_shards_of_its_devices(tmp_path: Path) -> None:
     processes = job(sys.executable, LOADING, DEFAULT_MODEL, tmp_path / "model")
     for process in processes:
-        told, errors = process.communicate(timeout=300)
+        stdout, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        # Gloo speaks on standard output as well, also in the midst of a line.
-        line = re.search(r"read (\d+) bytes for (\d+) of (\d+)", told)
-        assert line, told
+        # Gloo also writes to standard output, even in the middle of a line.
+        line = re.search(r"read (\d+) bytes for (\d+) of (\d+)", stdout)
+        assert line, stdout
         print(line[0])
         read, here, whole = map(int, line.groups())
-        # The index of the files, and the ends of chunks.
+        # Allowance for the files' index and the ends of chunks.
         assert read < here + 0.15 * whole
 
 
 @pytest.mark.slow
-def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_loses_a_process_ends_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
@@ -132,23 +132,23 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
     first, second = train(lost)
     wait_for(4)
     second.terminate()
-    told = [process.communicate(timeout=300)[1] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [128 + signal.SIGTERM] * 2, told
-    stopped = re.search(r"stopped after step (\d+)", told[0])
-    assert stopped, told[0]
-    assert stopped[0] in told[1]
+    errors = [process.communicate(timeout=300)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [128 + signal.SIGTERM] * 2, errors
+    stopped = re.search(r"stopped after step (\d+)", errors[0])
+    assert stopped, errors[0]
+    assert stopped[0] in errors[1]
     first, second = train(lost)
     wait_for(int(stopped[1]) + 1)
     second.kill()
     second.communicate()
-    _, told = first.communicate(timeout=300)
-    # It sees a broken connection at once, or waits until JAX misses the other's heartbeats and aborts it.
+    _, stderr = first.communicate(timeout=300)
+    # The process sees a broken connection at once, or JAX aborts it when the other's heartbeats are missing.
     ways = {2: "another process of the job has ended", -signal.SIGABRT: "another task died"}
-    assert ways.get(first.returncode, "no such end") in told
+    assert ways.get(first.returncode, "no such end") in stderr
     for run in (lost, whole):
         for process in train(run):
-            _, told = process.communicate(timeout=600)
-            assert process.returncode == 0, told
+            _, stderr = process.communicate(timeout=600)
+            assert process.returncode == 0, stderr
     steps = [json.loads(line)["step"] for line in (lost / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     (_, one), (_, other) = (fq.from_pretrained(run / "model") for run in (lost, whole))
@@ -156,8 +156,8 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations and their samples too, which all processes compute."""
+def test_only_the_first_process_of_a_job_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also evaluations and their samples, which all processes compute."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
@@ -165,28 +165,28 @@ def test_a_job_reports_by_its_first_process(tmp_path: Path, monkeypatch: pytest.
     program, run = Path(sys.executable).with_name("flax-qformer"), tmp_path / "run"
     command = [program, "train", "--data", tmp_path / "data", "--output", run, *sizes.split()]
     processes = job(*command, "--distributed", "--mesh", "data=-1,fsdp=2")
-    told = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert "step 2: images 8" in told[0]
-    assert "step" not in told[1].replace("train_step", "")  # the compiler may say that it is slow
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "step 2: images 8" in errors[0]
+    assert "step" not in errors[1].replace("train_step", "")  # the compiler may say that it is slow
     (events,) = (run / "tensorboard").iterdir()
     assert b"samples/attention" in events.read_bytes()
 
 
 @pytest.mark.slow
-def test_a_job_embeds_what_one_process_does(tmp_path: Path) -> None:
+def test_a_job_embeds_as_one_process_does(tmp_path: Path) -> None:
     drawing = [sys.executable, scenes.__file__, tmp_path / "data", "--images", "40"]
     subprocess.run(drawing, check=True)
     program = Path(sys.executable).with_name("flax-qformer")
     command = [program, "embed", "--data", tmp_path / "data", "--shard-size", "8", "--batch-size", "4", "--output"]
     for process in job(*command, tmp_path / "job", "--distributed", "--mesh", "fsdp=2"):
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == 0, told
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
     subprocess.run([*command, tmp_path / "one"], check=True)
-    found, expected = (
+    results, expected = (
         np.stack(pd.read_parquet(tmp_path / name).sort_values("row")["embeddings"]) for name in ("job", "one")
     )
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(results, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_job_embeds_what_one_process_does(tmp_path: Path) -> None:
         ("encoder/layer_0/output/LayerNorm/scale", (64,), (None,)),
     ],
 )
-def test_heads_lie_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[str | None, ...]) -> None:
+def test_heads_are_sharded_along_tensor(path: str, shape: tuple[int, ...], spec: tuple[str | None, ...]) -> None:
     assert tuple(sharding_of(path, shape, fq.make_mesh()).spec) == spec
 
 

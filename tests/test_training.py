@@ -1,4 +1,4 @@
-"""The training program: what it trains, that it goes on bit for bit wherever it was stopped, and what it refuses."""
+"""The training program: what it trains, that it resumes bit for bit after any interruption, and what it refuses."""
 
 import dataclasses
 import fcntl
@@ -75,7 +75,7 @@ TIMES = ("images_per_second", "step_time")
 
 @pytest.fixture(scope="module")
 def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`words`, a model of settings and words alone, `model` with weights as well, and `data`, images with captions."""
+    """`words`, a model of config and vocabulary, `model`, which also has weights, and `data`, captioned images."""
     folder = tmp_path_factory.mktemp("training")
     model, data = folder / "words", folder / "data"
     model.mkdir()
@@ -101,7 +101,7 @@ def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[fq.Blip2ForPreTraining, dict[str, Any]]:
-    """The model and parameters in numpy; to draw them as the program does would take long to compile."""
+    """The model, and random parameters in numpy; initialising them with Flax would take long to compile."""
     config, rng = fq.Blip2Config.from_dict(CONFIG), np.random.default_rng(0)
     rows = parameters(config, "diffusers", fq.Blip2ForPreTraining.parts)
     values = {p.path: np.float32(rng.normal(size=p.shape) * 0.1) for p in rows}
@@ -124,11 +124,11 @@ def batches(size: int, number: int = 1) -> list[dict[str, jax.Array]]:
     ]
 
 
-# What is trained
+# Trained parameters
 
 
 def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
-    """All parameters of a model of three layers in each tower, ones."""
+    """All parameters of a model with three layers in each tower, filled with ones."""
     parts = {part: {**CONFIG[part], "num_hidden_layers": 3} for part in ("vision_config", "qformer_config")}
     config = fq.Blip2Config.from_dict({**CONFIG, **parts})
     return config, unflatten_dict(
@@ -136,7 +136,7 @@ def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
     )
 
 
-def test_dropout_is_drawn_as_from_independent_coins() -> None:
+def test_hashed_dropout_is_independent() -> None:
     key = hashed(jax.random.key(0))
     kept = np.asarray(jax.random.bernoulli(key, 0.9, (1000, 1000)))
     assert kept.mean() == pytest.approx(0.9, abs=0.001)
@@ -183,12 +183,12 @@ def test_selections_of_parameters() -> None:
         (labels, {"query_tokens"}),
         (labels | {"encoder": {f"layer_{i}": i == 1 for i in range(3)}, "query_tokens": None}, "encoder/layer_1/"),
         ("all", paths),
-        # Beside heads, it is another model's.
+        # With heads, proj_layer belongs to another model.
         ("qformer", {path for path in paths if path.split("/")[0] in ("query_tokens", "embeddings", "encoder")}),
     ):
         trained, _ = training.partition(params, selection)
-        found = set(flatten_dict(trained, sep="/"))
-        assert found == ({p for p in paths if p.startswith(expected)} if isinstance(expected, str) else expected)
+        selected = set(flatten_dict(trained, sep="/"))
+        assert selected == ({p for p in paths if p.startswith(expected)} if isinstance(expected, str) else expected)
     del params["vision_proj"], params["text_proj"], params["itm_head"], params["temp"], params["lm_head"]
     assert "proj_layer" in training.partition(params, "qformer")[0]
     for wrong, message in (
@@ -218,7 +218,7 @@ def test_learning_rates_of_groups_and_other_optimizers() -> None:
     for wrong, message in (
         ({"vision": 1.0}, "have no learning rate"),
         ({"visoin": 1.0, "all": 1.0}, "'visoin' fits no parameter"),
-        ({"all": 1.0, "crossattention": 1.0}, "of crossattention is for no trained parameter"),
+        ({"all": 1.0, "crossattention": 1.0}, "of crossattention matches no trained parameter"),
     ):
         with pytest.raises(fq.InputError, match=message):
             training.make_optimizer(config, wrong).init(params)
@@ -241,14 +241,14 @@ def test_a_frozen_tower_has_no_backward_pass(tiny: Any) -> None:
     tower = flops(
         jax.jit(lambda v, x: model.apply(v, x, method="encode_image")), {"params": params}, batch["pixel_values"]
     )
-    # Backwards costs twice as much; the tower's own input needs no gradient.
+    # The backward pass costs twice as much, less the gradient of the tower's input.
     assert of_step("all") - of_step("qformer", "heads") > 1.5 * tower
 
 
 # The optimizer
 
 
-def test_what_does_not_decay_and_how_rates_fall_with_depth() -> None:
+def test_weight_decay_and_layer_decay() -> None:
     config, params = tree()
     zero = jax.tree.map(jnp.zeros_like, params)
 
@@ -278,9 +278,9 @@ def test_what_does_not_decay_and_how_rates_fall_with_depth() -> None:
     for i in range(3):
         expected |= {f"encoder/layer_{i}/": 3 - i, f"visual_encoder/encoder/layers_{i}/": 3 - i}
     for prefix, height in expected.items():
-        found = {path: h for path, h in heights.items() if path.startswith(prefix)}
-        assert found, prefix
-        assert all(round(h, 3) == height for h in found.values()), found
+        matching = {path: h for path, h in heights.items() if path.startswith(prefix)}
+        assert matching, prefix
+        assert all(round(h, 3) == height for h in matching.values()), matching
 
 
 def test_warm_up_and_cosine() -> None:
@@ -288,7 +288,7 @@ def test_warm_up_and_cosine() -> None:
     for step, rate in ((0, 0), (5, 1), (10, 2), (60, 1.1), (110, 0.2), (200, 0.2)):
         assert float(schedule(step)) == pytest.approx(rate), step
     assert float(training.make_schedule(2.0, steps=10, warmup=0)(0)) == 2
-    # Fewer steps than the warm-up takes.
+    # Fewer steps than the warm-up.
     short = training.make_schedule(2.0, steps=4, warmup=100)
     assert [float(short(i)) for i in range(5)] == [0, 0.5, 1, 1.5, 2]
 
@@ -360,7 +360,7 @@ def test_moving_average() -> None:
 # A loop of one's own
 
 
-def test_a_loop_of_ones_own(tiny: Any) -> None:
+def test_a_custom_loop(tiny: Any) -> None:
     model, params = tiny
     params = jax.tree.map(jnp.array, params)
     tower = jax.tree.map(np.array, params["visual_encoder"])
@@ -377,8 +377,8 @@ def test_a_loop_of_ones_own(tiny: Any) -> None:
     assert not same(jax.tree.map(np.array, state.params["vision_proj"]), tiny[1]["vision_proj"])
 
 
-def test_a_loss_of_ones_own(tiny: Any) -> None:
-    """Subject vectors drawn to a target, sharded, accumulated and averaged; what the loss does not read stays."""
+def test_a_custom_loss(tiny: Any) -> None:
+    """Train vectors towards a target, sharded, accumulated, averaged; parameters that the loss does not read stay."""
     config, mesh = tiny[0].config, fq.make_mesh(data=1, fsdp=2)
     model, rng = fq.Blip2QFormerModel(config), np.random.default_rng(0)
     rows = parameters(config, "diffusers", ["proj_layer", "temp"])
@@ -446,7 +446,7 @@ class Features:
 
 
 def brute_force(scores: np.ndarray, belongs: np.ndarray, k: int) -> float:
-    """The share of rows where fewer than k others score above the best that belongs."""
+    """The share of rows in which fewer than k other scores exceed the best matching one."""
     hits = 0
     for row, own in zip(scores, belongs, strict=True):
         best = max(row[own])
@@ -454,7 +454,7 @@ def brute_force(scores: np.ndarray, belongs: np.ndarray, k: int) -> float:
     return hits / len(scores)
 
 
-def test_recall_is_what_brute_force_finds() -> None:
+def test_recall_equals_brute_force() -> None:
     rng = np.random.default_rng(0)
     owner = np.repeat(np.arange(20), 2)[1:-1]
     images, texts = rng.normal(size=(20, 3, 4)), rng.normal(size=(len(owner), 4))
@@ -497,15 +497,15 @@ def test_recall_is_what_brute_force_finds() -> None:
     assert not any("reranked" in name for name in retrieval.evaluate({}, examples(), rerank=0))
     with pytest.raises(fq.InputError, match="1 images are too few"):
         retrieval.evaluate({}, [(batch, 1) for batch, _ in list(examples())[:1]])
-    found = retrieval.search({}, examples(), rerank=6)
-    best = found.best_images(103, 4)  # its first text is the sixth
+    result = retrieval.search({}, examples(), rerank=6)
+    best = result.best_images(103, 4)  # its first text is the sixth
     assert best == [100 + image for image in np.argsort(-reranked["text_to_image"][5])[:4]]
 
 
 # Samples
 
 
-def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tiny: Any, tmp_path: Path) -> None:
+def test_samples_are_the_same_with_scanned_layers(folder: Path, tiny: Any, tmp_path: Path) -> None:
     shutil.copytree(folder / "data", tmp_path / "data")
     model, params = tiny
     processor, mesh = fq.Processor.from_pretrained(folder / "model"), fq.make_mesh(data=1, fsdp=2)
@@ -524,7 +524,7 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
     assert samples.captions == other.captions
     for name, picture in samples.pictures.items():
         assert np.abs(picture - other.pictures[name].astype(int)).max() <= 1, name
-    # One image is broken; the others are in order, and of two captions the first counts.
+    # One image is broken; the others keep their order, and the first of two captions counts.
     assert [true for true, _ in samples.captions] == ["a red", "a blue", "a black"]
     # The image, the mean of the three queries, and each of them.
     assert samples.pictures["attention"].shape == (3 * SIDE, 5 * SIDE, 3)
@@ -532,7 +532,7 @@ def test_samples_are_those_of_the_model_however_its_layers_run(folder: Path, tin
     np.testing.assert_array_equal(samples.pictures["attention"][SIDE : 2 * SIDE, :SIDE], shown)
 
 
-# What the program reads
+# Reading batches
 
 
 def test_a_prefetched_batch_counts_when_it_is_taken() -> None:
@@ -566,8 +566,8 @@ def test_a_prefetched_batch_counts_when_it_is_taken() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """The settings that a command would run with."""
+def parsed_settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that returns the settings that a command would run with."""
     seen: list[Any] = []
     monkeypatch.setattr("flax_qformer.training.loop.train", lambda settings: seen.append(settings))
     monkeypatch.setattr("flax_qformer.training.evaluation.evaluate", lambda settings: seen.append(settings) or {})
@@ -580,11 +580,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one line that a command says."""
+    """The one-line error of a command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, arguments)))
-    # A warning of what is newly initialised, and of what is not evaluated, may stand before.
+    # Warnings, of newly initialised modules or a missing evaluation, may come before.
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert [line.startswith(f"flax-qformer {arguments[0]}: ") for line in lines] == [False] * (len(lines) - 1) + [True]
@@ -592,7 +592,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return lines[-1]
 
 
-def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
+def test_settings_of_a_file(tmp_path: Path, parsed_settings: Any, capsys: Any) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
         "data: my data\noutput: -out\nsteps: 7\nlearning_rate: 1e-4\ntrain: [vision]\nflip: true\ndropout: null\n"
@@ -609,15 +609,15 @@ def test_settings_of_a_file(tmp_path: Path, told: Any, capsys: Any) -> None:
         optimizer="lion",
         group_learning_rates={"vision": 1e-5, "query_tokens": 1.0},
     )
-    assert told("train", "--settings", file) == expected
-    changed = told("train", f"--settings={file}", "--steps", 9, "--no-flip", "--train", "qformer", "heads")
+    assert parsed_settings("train", "--settings", file) == expected
+    changed = parsed_settings("train", f"--settings={file}", "--steps", 9, "--no-flip", "--train", "qformer", "heads")
     assert changed == dataclasses.replace(expected, steps=9, flip=False, train=("qformer", "heads"))
-    # What a run writes down is read again, for an evaluation as well.
+    # The settings that a run writes can be read, also by an evaluation.
     written = dataclasses.replace(expected, scan_layers=False)
     file.write_text(to_yaml(written))
-    assert told("train", "--settings", file) == written
+    assert parsed_settings("train", "--settings", file) == written
     wanted = EvaluateSettings("my data", model="m", crop_scale=(0.2, 1.0), flip=True, seed=3, dtype="bfloat16")
-    assert told("evaluate", "--settings", file, "--model", "m") == wanted
+    assert parsed_settings("evaluate", "--settings", file, "--model", "m") == wanted
 
     for text, message in (
         ("bach_size: 3", "names unknown settings: bach_size"),
@@ -680,9 +680,9 @@ def test_help_names_every_setting_and_its_default(capsys: Any) -> None:
         (["stray"], "stray"),
     ],
 )
-def test_a_command_line_that_is_wrong(arguments: list[str], message: str, capsys: Any) -> None:
-    given = arguments if not arguments or "--data" in arguments else [*arguments, "--data", "d", "--output", "o"]
-    line = refused(capsys, "train", *given)
+def test_invalid_command_lines(arguments: list[str], message: str, capsys: Any) -> None:
+    complete = arguments if not arguments or "--data" in arguments else [*arguments, "--data", "d", "--output", "o"]
+    line = refused(capsys, "train", *complete)
     assert message in line
     assert line.endswith("(see flax-qformer train --help)")
 
@@ -691,7 +691,7 @@ def test_a_command_line_that_is_wrong(arguments: list[str], message: str, capsys
 
 
 def program(folder: Path, run: str | Path, *more: Any) -> list[str]:
-    """All that makes a stop hard to hide: workers, dropout, augmentation, a moving average, accumulation."""
+    """Settings that a wrong resume would show: workers, dropout, augmentation, moving average, accumulation."""
     arguments = {
         "data": folder / "data",
         "model": folder / "model",
@@ -728,7 +728,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the installed command; in the end nothing of it may be left, its workers neither."""
+    """Starts the installed command. At the end, neither it nor its workers may still run."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(arguments: list[str]) -> subprocess.Popen[str]:
@@ -741,7 +741,7 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
                 text=True,
                 start_new_session=True,
             )
-        process.told = tmp_path / f"{len(started)}.txt"  # type: ignore[attr-defined]
+        process.stderr_file = tmp_path / f"{len(started)}.txt"  # type: ignore[attr-defined]
         started.append(process)
         return process
 
@@ -771,12 +771,12 @@ def _group_lives(group: int) -> bool:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What a command said on stderr."""
+    """Wait for a command; its stderr."""
     process.wait(timeout=300)
-    told = process.told.read_text()  # type: ignore[attr-defined]
-    assert process.returncode == code, told
-    assert "Traceback" not in told
-    return told
+    stderr = process.stderr_file.read_text()  # type: ignore[attr-defined]
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    return stderr
 
 
 def last_step(run: Path) -> int:
@@ -789,7 +789,7 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
 
 
 def result(run: Path) -> tuple[list[dict[str, float]], Any]:
-    """The figures of every step but the times, and the parameters that were kept."""
+    """The metrics of each step without times, and the saved parameters."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
     _, params = fq.from_pretrained(run / "model")
@@ -804,14 +804,14 @@ def check_same(run: Path, expected: tuple[Any, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path, environment: dict[str, str]) -> tuple[Any, Any]:
-    """What a run comes to that nothing stops, nor is it spread over workers; its paths are relative."""
+    """The result of an uninterrupted run without workers; its paths are relative."""
     command = [BIN / "flax-qformer", *program(Path(), "whole", "--num-workers", 0)]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     return result(folder / "whole")
 
 
 def shown_steps(run: Path, prefix: str) -> dict[str, list[int]]:
-    """The steps of each tag that TensorBoard shows: a resumed run discards what is later than its start."""
+    """The steps of each tag that TensorBoard shows; a resumed run discards entries after its start."""
     steps: dict[str, list[int]] = {}
     for path in sorted((run / "tensorboard").iterdir(), key=lambda path: path.stat().st_ctime):
         content = path.read_bytes()
@@ -837,7 +837,7 @@ def largest_file(checkpoint: Path) -> Path:
     return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupted: Any, tiny: Any) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(folder: Path, start: Any, uninterrupted: Any, tiny: Any) -> None:
     run, command = folder / "stopped", program(folder, "stopped")
     process = start(command)
     wait_for(process, lambda: last_step(run) >= 2)
@@ -851,14 +851,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     process.terminate()
     message = finish(process, 128 + signal.SIGTERM).splitlines()[-1]
     saved = last_step(run)
-    assert f"flax-qformer train: stopped after step {saved}, which is saved; the same command goes on" in message
+    assert f"flax-qformer train: stopped after step {saved}, which is saved; the same command resumes it" in message
     assert killed_at < saved < 8
 
-    # The newest checkpoint is damaged as well.
+    # The newest checkpoint is also damaged.
     flip_a_byte(largest_file(run / "checkpoints" / str(saved)))
     process = start(command)
-    told = finish(process)
-    assert f"the checkpoint of step {saved} is damaged" in told
+    stderr = finish(process)
+    assert f"the checkpoint of step {saved} is damaged" in stderr
     check_same(run, uninterrupted)
     figures, params = result(run)
     assert [line["step"] for line in figures] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 8]
@@ -868,16 +868,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, start: Any, uninterrupt
     assert shown_steps(run, "loss") == {"loss": [1, 2, 3, 4, 5, 6, 7, 8]} | {
         f"loss_{name}": [1, 2, 3, 4, 5, 6, 7, 8] for name in ("itc", "itm", "itg")
     }
-    assert "8/8 steps: loss" in told
-    assert "step 8: images 3, texts" in told
-    assert "recall@10 of 3 images is always 1; hold out at least 100 images" in told
-    assert "\r" not in told
+    assert "8/8 steps: loss" in stderr
+    assert "step 8: images 3, texts" in stderr
+    assert "recall@10 of 3 images is always 1; hold out at least 100 images" in stderr
+    assert "\r" not in stderr
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"6", "6.json", "8", "8.json"}
     assert same(params["visual_encoder"], tiny[1]["visual_encoder"])
     assert not same(params["itm_head"], tiny[1]["itm_head"])
 
 
-def test_checkpoints_are_whole_or_passed_over(
+def test_damaged_checkpoints_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def state(value: int) -> dict[str, Any]:
@@ -927,7 +927,7 @@ def test_checkpoints_are_whole_or_passed_over(
         with pytest.raises(fq.InputError, match="step 4 cannot be written .* are needed.*goes on from step 3"):
             checkpoints.save(4, state(4), {})
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "2.json", "3", "3.json"}
-    # What a kill leaves of a save goes.
+    # The remains of a killed save are removed.
     for name in ("4.orbax-checkpoint-tmp", "5"):
         (tmp_path / "whole" / name).mkdir()
     (tmp_path / "whole" / "5.json.partial").touch()
@@ -935,7 +935,7 @@ def test_checkpoints_are_whole_or_passed_over(
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "2.json", "3", "3.json"}
 
 
-def test_a_run_that_cannot_be(
+def test_runs_that_cannot_start(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def line(*more: Any) -> str:
@@ -943,7 +943,7 @@ def test_a_run_that_cannot_be(
 
     assert "--batch-size: 5 does not divide into 2 parts (data x fsdp); 4 does" in line("--batch-size", 5)
     assert "no file or folder none" in line("--model", "none/of/these")
-    assert "no column that is known" in line("--data", captionless(tmp_path / "captionless"))
+    assert "no column with a usual name" in line("--data", captionless(tmp_path / "captionless"))
     assert "no file or folder here" in line("--data", tmp_path / "nothing")
     assert "float64 is none" in line("--dtype", "float64")
     assert "at most 16" in line("--max-text-length", 17)
@@ -951,14 +951,14 @@ def test_a_run_that_cannot_be(
     unreadable = tmp_path / "unreadable"
     unreadable.mkdir(mode=0)
     with monkeypatch.context() as patch:
-        # Root may read everything.
+        # Root can read every folder.
         patch.setattr(os, "access", lambda *_: False)
         assert "may not be read; change its permissions" in line("--data", unreadable)
 
     other = tmp_path / "other"
     other.mkdir()
     (other / "work.txt").touch()
-    assert "holds something else than a run" in line("--output", other, "--overwrite")
+    assert "holds something other than a run" in line("--output", other, "--overwrite")
     assert "is not a folder" in line("--output", other / "work.txt")
     assert "cannot write" in line("--output", other / "work.txt" / "run")
     assert [path.name for path in other.iterdir()] == ["work.txt"]
@@ -971,7 +971,7 @@ def captionless(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_is_not_lost(
+def test_a_refused_command_changes_no_run(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -993,7 +993,7 @@ def test_a_run_is_not_lost(
         (["--accumulation", 1, "--seed", 4], "--accumulation was 2 and is now 1. Set them back"),
         (["--overwrite", "--data", tmp_path / "nothing"], "no file or folder here"),
         (["--overwrite", "--model", tmp_path / "nothing"], "no file or folder"),
-        (["--overwrite", "--model", kept], "kept lies in the run that --overwrite removes"),
+        (["--overwrite", "--model", kept], "kept is inside the run that --overwrite removes"),
         (["--data", tmp_path / "fewer"], "the number of examples (--data, --held-out) was"),
     ):
         assert message in refused(capsys, *program(folder, run, *more))
@@ -1009,13 +1009,13 @@ def test_a_run_is_not_lost(
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another program trains in" in refused(capsys, *program(folder, run))
         assert files() == before
-    # What a run writes down does not start it anew.
+    # The settings that a run writes do not overwrite it again.
     refused(capsys, *program(folder, run, "--overwrite", "--num-workers", 0))
     assert yaml.safe_load((run / "settings.yaml").read_text())["overwrite"] is False
 
 
 def fail_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    """Put a step into the program that computes nothing; its loss is not a number in one batch."""
+    """Replace the step by one that computes nothing, and whose loss is NaN in one batch."""
 
     def make_step(*_: Any, **__: Any) -> Any:
         def step(state: Any, _: Any) -> Any:
@@ -1041,8 +1041,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert not (run / "model").exists()
 
 
-def test_a_signal_is_heeded_before_an_evaluation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that comes while the step before it is waited for."""
+def test_a_signal_before_an_evaluation_skips_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a signal that comes while the program waits for the last step."""
     fail_in(monkeypatch, 0)
     monkeypatch.setattr(StepLogger, "is_delayed", True)
     monkeypatch.setattr(
@@ -1072,47 +1072,47 @@ def test_a_step_is_logged_while_the_next_one_runs(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_an_evaluation_by_itself_finds_what_the_run_wrote_down(folder: Path, start: Any, uninterrupted: Any) -> None:
+def test_evaluate_reproduces_the_metrics_of_a_run(folder: Path, start: Any, uninterrupted: Any) -> None:
     figures, _ = uninterrupted
     settings, model = folder / "whole" / "settings.yaml", folder / "whole" / "model"
     process = start(["evaluate", "--settings", settings, "--model", model, "--data", folder / "data"])
     finish(process)
-    told = dict(line.split(": ") for line in process.stdout.read().splitlines())
-    assert {name: float(value) for name, value in told.items()} == pytest.approx(
+    printed = dict(line.split(": ") for line in process.stdout.read().splitlines())
+    assert {name: float(value) for name, value in printed.items()} == pytest.approx(
         {name: value for name, value in figures[-1].items() if name != "step"}, rel=1e-4
     )
-    assert (told["images"], int(told["texts"]) >= 3) == ("3", True)
+    assert (printed["images"], int(printed["texts"]) >= 3) == ("3", True)
 
 
 @pytest.mark.slow
-def test_a_rate_too_high_stops_the_run(folder: Path, start: Any) -> None:
+def test_a_diverged_run_stops(folder: Path, start: Any) -> None:
     run = folder / "hot"
     more = ["--learning-rate", 1e30, "--save-every", 1, "--evaluate-every", 0, "--warmup", 2, "--num-workers", 0]
-    told = finish(start(program(folder, "hot", *more)), 2).splitlines()[-1]
-    assert "flax-qformer train: parameter_norm is not finite at step 2; the last good checkpoint is of step 1" in told
+    stderr = finish(start(program(folder, "hot", *more)), 2).splitlines()[-1]
+    assert "flax-qformer train: parameter_norm is not finite at step 2; the last good checkpoint is of step 1" in stderr
     assert last_step(run) == 1
     assert not (run / "model").exists()
 
 
 @pytest.mark.slow
-def test_a_model_of_words_alone_and_nothing_held_out(folder: Path, start: Any) -> None:
+def test_a_model_without_weights_and_no_held_out_images(folder: Path, start: Any) -> None:
     more = ["--model", folder / "words", "--held-out", 0, "--steps", 1, "--num-workers", 0]
-    told = finish(start(program(folder, "fresh", *more)))
-    assert "words has no weights: all are randomly initialised" in told
-    assert "no evaluation" in told
+    stderr = finish(start(program(folder, "fresh", *more)))
+    assert "words has no weights: all are randomly initialised" in stderr
+    assert "no evaluation" in stderr
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
-    # A run that is done is done: its model is written again.
+    # A finished run takes no further steps: only its model is written again.
     shutil.rmtree(folder / "fresh" / "model")
     settings = (folder / "fresh" / "settings.yaml").read_bytes()
-    told = finish(start(program(folder, "fresh", *more, "--learning-rate", 1)))
-    assert "the run has 1 steps already" in told
+    stderr = finish(start(program(folder, "fresh", *more, "--learning-rate", 1)))
+    assert "the run has 1 steps already" in stderr
     assert (folder / "fresh" / "settings.yaml").read_bytes() == settings
     fq.from_pretrained(folder / "fresh" / "model", model_class=fq.Blip2ForPreTraining)
 
 
 @pytest.mark.slow
 def test_kills_at_random_moments(folder: Path, tmp_path: Path, start: Any, uninterrupted: Any) -> None:
-    """Wherever it is: while it starts or compiles, between steps, within a save or an evaluation."""
+    """At any time: during start, compilation, a step, a save or an evaluation."""
     print("seed", seed := time.time_ns())
     rng = random.Random(seed)
     command, run = program(folder, tmp_path / "run"), tmp_path / "run"
@@ -1133,9 +1133,9 @@ def test_kills_at_random_moments(folder: Path, tmp_path: Path, start: Any, unint
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             process.send_signal(number)
             code = process.wait(timeout=300)
-            told = process.told.read_text()
-            assert "Traceback" not in told, told
-            assert code in (0, -number, 128 + number), told
+            stderr = process.stderr_file.read_text()
+            assert "Traceback" not in stderr, stderr
+            assert code in (0, -number, 128 + number), stderr
             left = sorted(path.name for path in (run / "checkpoints").glob("*"))
             where.append(f"{number.name}{' in a save' if saving else ''}: {code}, {left}")
             if code == 0:
@@ -1164,9 +1164,10 @@ def test_a_damaged_checkpoint_of_a_run(folder: Path, tmp_path: Path, start: Any,
         run = tmp_path / str(i)
         shutil.copytree(begun, run)
         damage(run / path.relative_to(begun))
-        told = finish(start(program(folder, run)))
+        stderr = finish(start(program(folder, run)))
         assert (
-            f"the checkpoint of step {newest} is damaged" in told or f"checkpoints/{newest}, which is damaged" in told
+            f"the checkpoint of step {newest} is damaged" in stderr
+            or f"checkpoints/{newest}, which is damaged" in stderr
         )
         check_same(run, uninterrupted)
     for path in (begun / "checkpoints").glob("*.json"):

@@ -1,4 +1,4 @@
-"""Every function under JAX's transformations and dtypes; memory, dropout and errors of the modules."""
+"""All functions under JAX's transformations and dtypes; memory, dropout and errors of the modules."""
 
 import dataclasses
 import warnings
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 import cases
 import flax_qformer as fq
@@ -104,7 +103,7 @@ def test_parameters_keep_their_dtype(batch: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class", [fq.Blip2QFormerModel, Blip2ForPreTraining])
 def test_gradient_checkpointing_changes_nothing_with_dropout(model_class: Any, batch: Any) -> None:
-    """Each dropout drops the same, in both runs, also where a layer is called several times."""
+    """Both runs drop the same elements, also if a layer is called several times."""
     params = jax.jit(model_class(CONFIG).init)(jax.random.key(0), **batch)["params"]
 
     def value_and_grad(on: bool) -> Any:
@@ -144,10 +143,13 @@ def test_attention_to_some_images_at_a_time(images: int, dtype: str, monkeypatch
 
 @pytest.mark.slow
 def test_gradient_checkpointing_saves_memory() -> None:
-    """From the compiled program: the activations of several layers, large against the parameters."""
+    """From the compiled program: the activations of several layers, large against the parameters.
+
+    XLA's CPU compiler drops the barriers of `jax.checkpoint`, so only a loop over the layers saves memory there.
+    """
 
     def temporary_bytes(on: bool) -> int:
-        config = checkpointing(CONFIG, on, num_hidden_layers=3)
+        config = checkpointing(CONFIG, on, num_hidden_layers=4).scanned()
         config = dataclasses.replace(config, vision_config=dataclasses.replace(config.vision_config, image_size=140))
         model = fq.Blip2QFormerModel(config)
         images, ids = jnp.zeros((8, 140, 140, 3)), jnp.zeros((8, 16), jnp.int32)
@@ -162,6 +164,15 @@ def test_gradient_checkpointing_saves_memory() -> None:
     assert temporary_bytes(True) < 0.6 * temporary_bytes(False)
 
 
+def test_forward_mode_derivatives_through_gradient_checkpointing(params: Any, batch: Any) -> None:
+    def derivative(on: bool) -> jax.Array:
+        model = fq.Blip2QFormerModel(checkpointing(CONFIG, on))
+        call = jax.jit(lambda params: model.apply({"params": params}, **batch).query_embeddings)
+        return jax.jvp(call, (params,), (params,))[1]
+
+    np.testing.assert_allclose(derivative(True), derivative(False), rtol=1e-4, atol=1e-5)
+
+
 def test_layer_norm_keeps_nothing_of_float32() -> None:
     x, layer = jnp.ones((2, 5, 16), jnp.bfloat16), layers.LayerNorm(1e-12, dtype=jnp.bfloat16)
     params = layer.init(jax.random.key(0), x)
@@ -169,14 +180,14 @@ def test_layer_norm_keeps_nothing_of_float32() -> None:
     assert [leaf.dtype for leaf in kept if jnp.size(leaf) >= x.size] == [x.dtype]
 
 
-def test_a_gradient_of_the_queries_leaves_the_last_text_out(params: Any, batch: Any) -> None:
+def test_a_gradient_of_the_queries_skips_the_last_text_layer(params: Any, batch: Any) -> None:
     model = fq.Blip2QFormerModel(CONFIG)
 
     def operations(last: Callable[[fq.QFormerOutput], Any]) -> float:
         gradient = jax.grad(lambda params: last(model.apply({"params": params}, **batch, method="read")).sum())
         return jax.jit(gradient).lower(params).compile().cost_analysis()["flops"]
 
-    # Of a text's two products in the feed-forward, there and back, with gradients of both.
+    # A text's two matrix products in the feed-forward, forward and backward, with gradients of both.
     c, tokens = CONFIG.qformer_config, batch["input_ids"].size
     text = 3 * 2 * 2 * tokens * c.hidden_size * c.intermediate_size
     whole = operations(lambda output: output.last_hidden_state[:, : CONFIG.num_query_tokens])
@@ -196,7 +207,7 @@ def test_dropout_does_not_depend_on_what_ran_before(batch: Any) -> None:
     programs = set()
     for _ in range(8):
         lowered(fq.Blip2QFormerModel)
-        jax.clear_caches()  # so that its classes go, and their places in memory are used again
+        jax.clear_caches()  # so that its classes are freed, and their memory is reused
         programs.add(lowered(Blip2ForPreTraining))
         jax.clear_caches()
     assert len(programs) == 1
@@ -214,7 +225,7 @@ def test_dropout_needs_a_rng_and_follows_it(params: Any, batch: Any) -> None:
     np.testing.assert_array_equal(first.query_embeddings, again.query_embeddings)
     np.testing.assert_allclose(first.query_embeddings, apart(0).query_embeddings, atol=2e-6)
     assert not np.allclose(first.query_embeddings, other.query_embeddings, atol=1e-3)
-    # The last dropout, before the residual of proj_layer: a tenth of its results is the residual alone.
+    # The last dropout, before the residual of proj_layer: a tenth of the results are the residual alone.
     kept = first.last_hidden_state[:, : CONFIG.num_query_tokens]
     assert 0.03 < float((first.query_embeddings == kept).mean()) < 0.2
     with pytest.raises(Exception, match="dropout"):
@@ -264,7 +275,7 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("batch", "message"),
     [
         ({}, "nothing to read"),
         ({"pixel_values": jnp.zeros((1, 3, 28, 28))}, "channels last"),
@@ -286,9 +297,9 @@ def test_embeddings_are_read_replaced_and_grown(params: Any, batch: Any) -> None
         ),
     ],
 )
-def test_inputs_that_do_not_fit(params: Any, given: Any, message: str) -> None:
+def test_inputs_that_do_not_fit(params: Any, batch: Any, message: str) -> None:
     with pytest.raises(fq.InputError, match=message):
-        apply()(params, given)
+        apply()(params, batch)
 
 
 def test_raw_pixels(params: Any) -> None:
@@ -309,12 +320,12 @@ def test_raw_pixels(params: Any) -> None:
         jax.eval_shape(run, {"params": params}, raw.astype(np.uint8))
 
 
-def test_ids_outside_the_vocabulary_are_no_other_words(params: Any) -> None:
+def test_ids_outside_the_vocabulary_give_nan(params: Any) -> None:
     states = apply()(params, {"input_ids": [[2, 9, -1], [2, 50, 3]]}).last_hidden_state
     assert jnp.isnan(states).all()
     lists = {"input_ids": [[2, 9, 3]], "attention_mask": [[1, 1, 0]], "head_mask": [1, 0, 1]}
     arrays = {name: np.array(value) for name, value in lists.items()}
-    np.testing.assert_array_equal(*(apply()(params, given).last_hidden_state for given in (lists, arrays)))
+    np.testing.assert_array_equal(*(apply()(params, batch).last_hidden_state for batch in (lists, arrays)))
 
 
 def test_numbers_of_numpy_and_plain_mappings(params: Any, tmp_path: Any) -> None:
@@ -335,7 +346,7 @@ def test_numbers_of_numpy_and_plain_mappings(params: Any, tmp_path: Any) -> None
             fq.resize_token_embeddings(CONFIG, params, size, jax.random.key(0))
 
 
-def test_heads_that_are_not_there(params: Any) -> None:
+def test_missing_heads(params: Any) -> None:
     for heads, message in (
         ({1: [0]}, "layers 0 to 0"),
         ({0: [3]}, "heads are 0 to 2"),

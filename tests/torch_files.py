@@ -1,4 +1,4 @@
-"""Files as `torch.save` writes them, made without PyTorch; `golden/torch` holds real ones."""
+"""Write files as `torch.save` does, without PyTorch; `golden/torch` holds real ones."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ class _Storage:
 
 
 def torch_save(value: Any, path: Path) -> None:
-    """Write nested dictionaries of numpy arrays as PyTorch would write the same of tensors."""
+    """Write nested dictionaries of numpy arrays as PyTorch writes those of tensors."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in _STORAGES.values():
         setattr(torch, name, type(name, (), {"__module__": "torch"}))

@@ -1,7 +1,7 @@
 """Draw the data that the default model learns from: `python examples/shapes/scenes.py DIR`.
 
 Coloured shapes of two sizes at random places, with captions. The combinations of size, colour and shape in `HELD_OUT`
-are never drawn unless asked for, so that they can be asked of a model that never saw them.
+are drawn only on request, so that a model can be tested on combinations that it never saw.
 """
 
 import argparse
@@ -52,17 +52,17 @@ HELD_OUT = frozenset(
     for k, shape in enumerate(SHAPES)
     if (5 * i + j + 3 * k) % 10 < 3
 )
-"""Three of ten: of each colour two or three, no shape in both sizes."""
+"""Three in ten: two or three of each colour, and no coloured shape in both sizes."""
 SEEN = ALL - HELD_OUT
 UNNAMED = 0.3
-"""How many things have a colour without a name: shapes and sizes are then learned for themselves."""
+"""Share of things whose colour has no name, so that shapes and sizes are learned independently of colours."""
 
 BACKGROUND = ((215, 215, 215), (255, 255, 255))
 SIDE = 80
-"""Of an image, in pixels."""
+"""Width and height of an image in pixels."""
 STEP = 5
-"""Boxes begin at multiples of this many pixels, and are no nearer to each other. A small model soon knows a shape that
-it meets in few positions relative to its patches."""
+"""Boxes start at multiples of this many pixels, and are at least as far apart. A small model learns a shape faster in
+few positions relative to its patches."""
 SUPERSAMPLING = 4
 PARTS = ((True, True, True), (False, True, True), (True, False, True), (True, True, False))
 """Which of size, colour and shape a description names."""
@@ -142,13 +142,13 @@ class Scene:
         return self._say(first, others[0]) if others else first.describe()
 
     def captions(self, rng: np.random.Generator, num_pairs: int = 3, bare: bool = False) -> list[str]:
-        """What training draws from: names of each thing, where it is, and of two, where one is, seen from the other.
+        """The captions for training: names of each thing, its place in the image, and the relation of two things.
 
-        Descriptions are partial: where they leave the colour out, only shapes, sizes and places tell images apart.
+        Some descriptions omit the colour; then only shapes, sizes and places distinguish images.
 
         Args:
-          num_pairs: captions of two things together.
-          bare: names also come without their article.
+          num_pairs: number of captions of two things together.
+          bare: also add names without their article.
         """
 
         def parts() -> tuple[bool, bool, bool]:
@@ -160,9 +160,12 @@ class Scene:
         if len(self.things) == 1:
             return names + places
         first, second = self.things
-        telling = [named for named in PARTS if first.describe(*named) != second.describe(*named)]
+        distinguishing = [named for named in PARTS if first.describe(*named) != second.describe(*named)]
         orders = (rng.permutation(2) for _ in range(num_pairs))
-        pairs = [self._say(self.things[i], self.things[j], telling[rng.integers(len(telling))]) for i, j in orders]
+        pairs = [
+            self._say(self.things[i], self.things[j], distinguishing[rng.integers(len(distinguishing))])
+            for i, j in orders
+        ]
         return names + places + pairs
 
     @staticmethod
@@ -184,10 +187,10 @@ def draw_scene(
     """A random scene.
 
     Args:
-      combinations: what to choose from.
+      combinations: the combinations to choose from.
       num_things: one or two. Two differ in colour or shape and do not touch; one lies clearly beside or above the
         other.
-      unnamed: how many things have a colour without a name.
+      unnamed: share of things whose colour has no name.
     """
     background = _between(rng, BACKGROUND)
     pool = sorted(combinations)
@@ -207,7 +210,7 @@ def _thing(rng: np.random.Generator, combination: Combination, unnamed: float) -
 
 
 def _unnamed_colour(rng: np.random.Generator) -> tuple[int, ...]:
-    """Far from all colours with a name, and from the background."""
+    """A colour far from all named colours and from the background."""
     while True:
         rgb = _between(rng, ((0, 0, 0), (255, 255, 255)))
         if all(
@@ -218,7 +221,7 @@ def _unnamed_colour(rng: np.random.Generator) -> tuple[int, ...]:
 
 
 def _offset(a: Thing, b: Thing) -> tuple[float, float]:
-    """How far right of and below the centre of b that of a is."""
+    """How far the centre of a is to the right of and below the centre of b."""
     return a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
 
 

@@ -1,6 +1,6 @@
-"""Make the package's example images, and what the default model's training starts from: `start.py DIR`.
+"""Write the package's example images, and the initial model of `train_default.sh`: `start.py DIR`.
 
-The folder gets a vocabulary, a config and random weights from a seed. `train_default.sh` does the rest.
+The folder gets a vocabulary, a config and random weights from a seed.
 """
 
 import argparse
@@ -98,9 +98,9 @@ def _config(vocab_size: int) -> Blip2Config:
 
 
 def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
-    """Random weights by upstream's names; the patches' positions begin as sines and cosines.
+    """Random weights by upstream's names; the patch positions start as sines and cosines.
 
-    At this width the usual deviation, 0.02, would let signals fade.
+    At this width, signals would fade with the usual standard deviation of 0.02.
     """
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
@@ -125,7 +125,7 @@ def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
 
 
 def _waves(places: int, width: int) -> np.ndarray:
-    """Sines and cosines, (places, width): the nearer two places, the more alike their rows."""
+    """Sines and cosines, (places, width); nearby places have similar rows."""
     angles = np.arange(places)[:, None] * np.pi / 2 * places ** (-np.arange(width // 2) / (width // 2))
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 

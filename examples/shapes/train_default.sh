@@ -3,10 +3,10 @@
 # installed. DIR keeps the data and the runs. `PYTHONPATH=examples/shapes python benchmarks/shapes.py` then prints what
 # the model has learned.
 #
-# The first run sees images of one object, which a word can only mean; the second sees two, and has to look at the one
-# that is named. Both take many steps with small batches. The other runs read more captions of two objects, in larger
-# batches: pairs of images that differ little are rare, and they teach shapes and sizes. The last run also reads names as
-# users type them, "red circle".
+# The first run sees images of one object, so that each word is unambiguous; the second sees two objects, and has to look
+# at the named one. Both take many steps with small batches. The other runs read more captions of two objects, in larger
+# batches: similar images teach shapes and sizes, and are rare in small batches. The last run also reads names as users
+# type them: "red circle".
 set -euo pipefail
 
 folder=${1:?usage: bash train_default.sh DIR}

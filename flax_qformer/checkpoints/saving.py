@@ -35,7 +35,7 @@ from flax_qformer.models.config import Blip2Config
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.models.qformer import Blip2QFormerModel
 from flax_qformer.models.surgery import check_merged, unstack_layers
-from flax_qformer.parallel.processes import from_first, is_first, tells_of_lost_process, wait_for_all
+from flax_qformer.parallel.processes import from_first, is_first, is_lost_process_error, wait_for_all
 from flax_qformer.processing.processor import ImageProcessor, Processor, image_settings_file, tokenizer_of
 
 CHUNK_BYTES = 1 << 20
@@ -204,7 +204,7 @@ def _saving(folder: Path, arrays: Iterable[Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if tells_of_lost_process(error):
+        if is_lost_process_error(error):
             raise
         raise OSError(str(error)) from error
 

@@ -32,9 +32,9 @@ from flax_qformer.data.batches import Images, image_batches, open_images
 from flax_qformer.data.sources import DataSettings
 from flax_qformer.errors import InputError, first_line
 from flax_qformer.models.qformer import Blip2QFormerModel
-from flax_qformer.parallel.mesh import BATCH, named_mesh, on
+from flax_qformer.parallel.mesh import BATCH, mesh_context, named_mesh
 from flax_qformer.parallel.processes import any_process
-from flax_qformer.parallel.stopping import Stopped, noted_signals
+from flax_qformer.parallel.stopping import Stopped, stop_signals
 from flax_qformer.processing.processor import Processor
 from flax_qformer.progress import Progress
 
@@ -228,7 +228,7 @@ def _make(
     every = [rows for some in batches.values() for rows in some]
     written: dict[Path, Future[int]] = {}
     with (
-        noted_signals() as signals,
+        stop_signals() as signals,
         contextlib.closing(_embed(images, every, size, settings, mesh)) as parts,
         ThreadPoolExecutor(1) as writer,
         Progress(_total(shards), "image") as progress,
@@ -265,7 +265,7 @@ def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedS
 
     @partial(jax.jit, compiler_options=compiler_options())
     def run(params: Any, pixel_values: jax.Array, tokens: dict[str, jax.Array]) -> jax.Array:
-        with on(mesh):
+        with mesh_context(mesh):
             output = apply({"params": params}, pixel_values, **tokens)
         return output.query_embeddings.astype(settings.embedding_dtype)
 

@@ -6,7 +6,7 @@ import jax
 
 from flax_qformer.commands.options import add_quiet
 from flax_qformer.errors import InputError, first_line
-from flax_qformer.parallel.processes import is_first, join_processes, tells_of_lost_process
+from flax_qformer.parallel.processes import is_first, is_lost_process_error, join_processes
 from flax_qformer.training.settings import TrainSettings
 
 
@@ -26,7 +26,7 @@ def run(settings: TrainSettings) -> None:
         if is_first():
             print(summary)
     except jax.errors.JaxRuntimeError as error:
-        if not tells_of_lost_process(error):
+        if not is_lost_process_error(error):
             raise
         raise InputError(
             f"another process of the job has ended ({first_line(error)}); start all of them again: the run goes on "

@@ -7,9 +7,9 @@ Example::
     with Batches(train, processor, settings) as batches:
         batch = next(batches)
 
-Hugging Face `datasets` keeps the rows in memory-mapped files. grain shuffles them, distributes them over processes and
-decodes them in workers. An element depends only on the seed, the epoch and the row, and not on the number of workers or
-on a resume.
+Hugging Face `datasets` keeps the rows in memory-mapped files. grain shuffles the rows, distributes them over processes
+and decodes them in workers. An example depends only on the seed, the epoch and the row: not on the number of workers,
+nor on whether the run was resumed.
 """
 
 import gc
@@ -32,7 +32,7 @@ import PIL.Image
 
 from flax_qformer.data.sources import DataSettings, Images, Source, open_images, open_source
 from flax_qformer.errors import InputError
-from flax_qformer.parallel.stopping import signals_held
+from flax_qformer.parallel.stopping import signals_blocked
 from flax_qformer.processing.processor import ImageProcessor, Processor, open_image
 
 __all__ = [
@@ -49,18 +49,18 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LOGGED_SKIPS = 10
-"""Number of skipped examples that are logged by name; further ones are only counted."""
+"""Skipped examples that are logged by name; further ones are only counted."""
 
 
 class Batches:
-    """An endless iterator over full batches, shuffled in each epoch, with a position that can be saved.
+    """An endless iterator over full batches, shuffled in each epoch; its position can be saved.
 
     A batch has pixel_values (B, height, width, 3) float32, input_ids and attention_mask (B, T) int32 and image_id (B,)
     int32, where B is this process's share of the batch and T is `max_text_length`. Examples with a broken image or
     without a caption are skipped and counted.
 
-    Close it, or use it in a `with` block, to end its workers. They start with the first batch and import the main
-    module again, so a script that trains needs `if __name__ == "__main__":`.
+    Close it, or use it in a `with` block, to end its workers. The workers start with the first batch and import the
+    main module again, so a script that trains needs `if __name__ == "__main__":`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Batches:
             _prepare, image_processor=processor.image_processor, crop_scale=settings.crop_scale, flip=settings.flip
         )
         self._running: list[Any] = []
-        # Also if nobody closes it: grain's own clean-up runs too late at the end of the program.
+        # For iterators that nobody closes: grain's own clean-up runs too late at the end of the program.
         weakref.finalize(self, _close, self._running)
         self._position = self._skipped = 0
 
@@ -122,7 +122,7 @@ class Batches:
           InputError: a worker died, or a whole epoch of examples in a row cannot be used.
         """
         examples: list[dict[str, Any]] = []
-        read, skipped, fruitless = 0, self._skipped, 0
+        read, skipped, failed_in_a_row = 0, self._skipped, 0
         if not self._running:
             self._running.append(self._open())
         try:
@@ -131,12 +131,12 @@ class Batches:
                 read += 1
                 if "error" not in element:
                     examples.append(element)
-                    fruitless = 0
+                    failed_in_a_row = 0
                     continue
-                skipped, fruitless = skipped + 1, fruitless + 1
+                skipped, failed_in_a_row = skipped + 1, failed_in_a_row + 1
                 if skipped <= LOGGED_SKIPS:
                     logger.warning("skipped: %s", element["error"])
-                if fruitless >= len(self._source):
+                if failed_in_a_row >= len(self._source):
                     raise InputError(f"no example of {self._source.name} can be used; the last: {element['error']}")
             batch = _collate(examples, self._tokenize)
         except BaseException:
@@ -146,7 +146,7 @@ class Batches:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The position, in a form that `json` writes. It differs between processes, since each skips examples."""
+        """The position, as `json` can write it. It differs between processes, since each skips its own examples."""
         return {"position": self._position, "skipped": self._skipped, **self._must_match()}
 
     def set_state(self, state: Mapping[str, int]) -> None:
@@ -155,16 +155,18 @@ class Batches:
         Raises:
           InputError: the data, the seed or the number of processes differs.
         """
-        meaning = {"rows": "the number of examples (`data`, `held_out`)", "seed": "`seed`"}
+        descriptions = {"rows": "the number of examples (`data`, `held_out`)", "seed": "`seed`"}
         for name, value in self._must_match().items():
             if state[name] != value:
-                what = meaning.get(name, name)
-                raise InputError(f"{what} was {state[name]} and is now {value}; set it back to go on, or start anew")
+                raise InputError(
+                    f"{descriptions.get(name, name)} was {state[name]} and is now {value}; set it back to resume, or "
+                    "start anew"
+                )
         self.close()
         self._position, self._skipped = state["position"], state["skipped"]
 
     def close(self) -> None:
-        """End the workers; the next batch would start new ones."""
+        """End the workers; the next batch starts new ones."""
         _close(self._running)
 
     def __enter__(self) -> Self:
@@ -179,8 +181,8 @@ class Batches:
 
     def _open(self) -> Any:
         index, count = self._share
-        # One endless order for all processes; each takes every count-th element. Grain's own state depends on the
-        # number of workers; a count of elements does not.
+        # All processes share one endless order; each takes every count-th element. Grain's own state depends on the
+        # number of workers; a number of elements does not.
         elements = (
             self._grain.MapDataset.source(self._source)
             .seed(self._settings.seed)
@@ -194,13 +196,13 @@ class Batches:
 def evaluation_batches(
     source: Source, processor: Processor, settings: DataSettings
 ) -> Generator[tuple[dict[str, np.ndarray], list[str]]]:
-    """Every example once, in order and without augmentation.
+    """Each example once, in order and without augmentation.
 
-    Of several captions the first is used. Examples that cannot be used are skipped and logged.
+    The first of several captions is used. Examples that cannot be used are skipped and logged.
 
     Yields:
       A batch as in `Batches`, always of `batch_size` rows, and the captions of its n <= batch_size examples. The last
-      batch is padded with its last example; only its first n rows count.
+      batch is padded with copies of its last example; only its first n rows count.
 
     Raises:
       InputError: a worker died, or no example can be used.
@@ -218,7 +220,7 @@ def evaluation_batches(
             if "error" in element:
                 skipped += 1
                 if skipped <= LOGGED_SKIPS:
-                    logger.warning("left out: %s", element["error"])
+                    logger.warning("skipped: %s", element["error"])
                 continue
             used += 1
             examples.append(element)
@@ -228,12 +230,12 @@ def evaluation_batches(
         if used == 0:
             raise InputError(f"no example of {source.name} can be used; the last: {element['error']}")
         if examples:
-            filled = examples + examples[-1:] * (settings.batch_size - len(examples))
-            yield _collate(filled, tokenize), [example["caption"] for example in examples]
+            padded = examples + examples[-1:] * (settings.batch_size - len(examples))
+            yield _collate(padded, tokenize), [example["caption"] for example in examples]
     finally:
         _close(running)
     if skipped:
-        logger.warning("%d of %d examples of %s were left out", skipped, len(source), source.name)
+        logger.warning("%d of %d examples of %s were skipped", skipped, len(source), source.name)
 
 
 def image_batches(
@@ -242,8 +244,8 @@ def image_batches(
     """The images of these rows, batch by batch; workers decode a batch or two ahead.
 
     Yields:
-      For each of n <= size rows `id`, and `error`, which is None or says why there is no image; pixel_values (size,
-      height, width, 3) float32, zeros where there is none.
+      `id` and `error` of each of n <= size rows; `error` is None, or says why there is no image. pixel_values (size,
+      height, width, 3) float32, with zeros for rows without an image.
 
     Raises:
       InputError: a worker died, or grain is not installed.
@@ -253,14 +255,14 @@ def image_batches(
     step = math.ceil(size / max(num_workers, 1))
     pieces = [[rows[i : i + step] for i in range(0, len(rows), step)] for rows in batches]
     decode = partial(_decode, images=images, image_processor=image_processor)
-    elements = grain.MapDataset.source([rows for some in pieces for rows in some]).map(decode)
+    elements = grain.MapDataset.source([rows for batch_pieces in pieces for rows in batch_pieces]).map(decode)
     running = [_run(grain, elements, num_workers, 1)]
     try:
-        for some in pieces:
-            # Not in shared memory, which JAX may still use when the program ends.
+        for batch_pieces in pieces:
+            # A copy outside shared memory: JAX may still read the array when the program ends.
             pixels = np.zeros((size, image_processor.height, image_processor.width, 3), np.float32)
             batch: dict[str, Any] = {"pixel_values": pixels, "id": [], "error": []}
-            for rows in some:
+            for rows in batch_pieces:
                 element = _next_element(running[0])
                 pixels[len(batch["id"]) :][: len(rows)] = element.pop("pixel_values")
                 for name, values in element.items():
@@ -283,13 +285,13 @@ def _grain() -> ModuleType:
 
 
 def _run(grain: ModuleType, elements: Any, num_workers: int, batch_size: int) -> Any:
-    """Grain's iterator over a MapDataset, which decodes about one batch ahead if it has workers."""
-    # A worker takes seconds to start, too long for a single batch.
+    """Grain's iterator over a MapDataset. With workers, it decodes about one batch ahead."""
+    # A worker takes seconds to start, which a single batch does not repay.
     num_workers = min(num_workers, max(len(elements) - 1, 0) // batch_size)
     if num_workers:
-        # If the resource tracker started with the first worker, it would let through signals that are held for workers.
+        # If the resource tracker started with the first worker, it would unblock the signals that workers block.
         multiprocessing.resource_tracker.ensure_running()
-    # By default each worker decodes 500 elements ahead, in 16 threads.
+    # Without these options, each worker decodes 500 elements ahead, in 16 threads.
     elements = elements.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=math.ceil(batch_size / max(num_workers, 1))
@@ -305,8 +307,8 @@ def _close(running: list[Any]) -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach all processes. The parent may need data until it has saved, and ends its
-    # workers itself. If the parent is killed, they must not wait for it forever.
+    # Ctrl-C and a scheduler's SIGTERM reach all processes. The parent may need data until it has saved, so it ends its
+    # workers itself. If the parent is killed, the workers must end too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -321,7 +323,7 @@ def _end_with_parent() -> None:
 
 def _next_element(elements: Any) -> dict[str, Any]:
     try:
-        with signals_held():  # the first call starts the workers; the others do not wait for it
+        with signals_blocked():  # the first call starts the workers
             return next(elements)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
@@ -341,7 +343,7 @@ def _prepare(
     crop_scale: tuple[float, float] = (1, 1),
     flip: bool = False,
 ) -> dict[str, Any]:
-    """A row to pixel_values, caption and image_id, or to an error; without rng nothing is random."""
+    """Turn a row into pixel_values, caption and image_id, or into an error; without `rng` nothing is random."""
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"] or []
     captions = [caption.strip() for caption in captions if caption and caption.strip()]
     if not captions:
@@ -353,7 +355,7 @@ def _prepare(
             image = _random_crop(image, rng, crop_scale)
         pixels = image_processor(image)
     except Exception as error:
-        # Pillow's decoders raise whatever they meet in a broken file.
+        # On broken files Pillow's decoders raise exceptions of any type.
         return {"error": str(error) or repr(error)}
     if rng and flip and rng.random() < 0.5:
         pixels = np.ascontiguousarray(pixels[:, ::-1])
@@ -368,7 +370,7 @@ def _decode(rows: range, *, images: Images, image_processor: ImageProcessor) -> 
         try:
             pixels[place] = image_processor(open_row(row["image"], row["name"]))
         except Exception as caught:
-            # Pillow's decoders raise whatever they meet in a broken file.
+            # On broken files Pillow's decoders raise exceptions of any type.
             error = str(caught) or repr(caught)
         ids.append(row["id"])
         errors.append(error)
@@ -385,7 +387,7 @@ def open_row(image: Any, name: str) -> PIL.Image.Image:
 
 
 def _random_crop(image: PIL.Image.Image, rng: np.random.Generator, scale: tuple[float, float]) -> PIL.Image.Image:
-    """A random crop with an aspect from 3:4 to 4:3, as torchvision's RandomResizedCrop; narrow images stay whole."""
+    """A random crop with an aspect ratio from 3:4 to 4:3, as torchvision's RandomResizedCrop; a narrow image stays."""
     for _ in range(10):
         area = image.width * image.height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

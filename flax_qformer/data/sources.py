@@ -1,4 +1,4 @@
-"""Captioned images in folders, tars, Parquet or on the hub, as rows with random access."""
+"""Captioned images from folders, tars, Parquet files or the hub, as rows with random access."""
 
 import dataclasses
 import errno
@@ -31,20 +31,20 @@ HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "test")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to read, and how to make examples of it.
+    """Which data to read, and how to make examples from it.
 
     Attributes:
       data: a folder with `metadata.jsonl` or `metadata.csv`, a folder of WebDataset tars or of Parquet files, one such
         file, or a hub id.
-      caption_column: the column with the captions; by default found by its name.
-      image_column: the column with the images; by default found by its type and name.
+      caption_column: the column with the captions; by default recognised by its name.
+      image_column: the column with the images; by default recognised by its type and name.
       held_out: images held out from training if the data has no `validation` or `test` split: a fraction if below 1,
         else a number of images.
       batch_size: examples in a batch, over all processes.
       max_text_length: tokens to which captions are padded and cut.
-      crop_scale: least and largest part of the image's area that a random crop keeps; 1 1 switches it off.
+      crop_scale: smallest and largest part of the image's area that a random crop keeps; 1 1 turns cropping off.
       flip: mirror half of the images, which makes captions with "left" and "right" wrong.
-      num_workers: processes that decode; 0 decodes in the process itself.
+      num_workers: processes that decode; 0 decodes in the main process.
       seed: seed of the shuffle, the augmentation and the choice of held-out images.
     """
 
@@ -61,19 +61,22 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        for fits, wanted in (
+        for is_valid, message in (
             (
                 0 <= self.held_out < 1 or (self.held_out >= 1 and self.held_out % 1 == 0),
                 f"`held_out` is {self.held_out}; it must be a fraction below 1, or a whole number of images",
             ),
             (self.batch_size > 0, f"`batch_size` is {self.batch_size}; it must be above 0"),
             (self.max_text_length > 1, f"`max_text_length` is {self.max_text_length}; it must be above 1"),
-            (0 < low <= high <= 1, f"`crop_scale` is {low} {high}; it must be two numbers in (0, 1], the lesser first"),
+            (
+                0 < low <= high <= 1,
+                f"`crop_scale` is {low} {high}; it must be two numbers in (0, 1], the smaller first",
+            ),
             (self.num_workers >= 0, f"`num_workers` is {self.num_workers}; it must not be below 0"),
             (0 <= self.seed < 2**32, f"`seed` is {self.seed}; it must be from 0 to {2**32 - 1}"),
         ):
-            if not fits:
-                raise InputError(wanted)
+            if not is_valid:
+                raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,10 @@ class Source:
     """Rows with images and captions, read on access.
 
     Attributes:
-      name: the name that the caller gave.
+      name: folder, file or hub id of the data.
       rows: a `datasets.Dataset`; images are not decoded.
       image_column, caption_column: names of columns of the rows.
-      chosen: (N,) numbers of the rows that are its examples.
+      chosen: (N,) numbers of the rows that are examples of this source.
       image_ids: (N,) int32, the same for rows that show the same image.
     """
 
@@ -118,7 +121,7 @@ class Images:
     """Rows with images, with or without captions, read on access.
 
     Attributes:
-      name: the name that the caller gave.
+      name: folder, file or hub id of the data.
       rows: a `datasets.Dataset`; images are not decoded.
       image_column: name of a column of the rows.
       id_column: name of a column of the rows, or None.
@@ -138,7 +141,7 @@ class Images:
         key = row[self.id_column] if self.id_column else None
         if key is None and isinstance(image, Mapping) and image["bytes"] is None:
             key = image.get("path") or ""
-            # datasets names files by the real path; Parquet files may use the other.
+            # datasets names files by their real path; Parquet files may use another one.
             for folder in (os.path.realpath(self.name), os.path.abspath(self.name)):
                 _, _, key = key.rpartition(os.path.join(folder, ""))
         return {"name": f"row {number} of {self.name}", "id": str(number if key in (None, "") else key), "image": image}
@@ -147,7 +150,8 @@ class Images:
 def open_images(settings: DataSettings) -> Images:
     """Open the images of all splits for random access, as `open_source` does; captions are not needed.
 
-    The id of a row is its column `id` or `__key__`, else its file's path below the folder, else its number.
+    The id of a row is its value in the column `id`, `__key__` or `file_name`, else its file's path below the folder,
+    else its number.
 
     Raises:
       InputError: there is no such data, it cannot be read, or it has no images.
@@ -161,10 +165,10 @@ def open_images(settings: DataSettings) -> Images:
 
 
 def open_source(settings: DataSettings, split: Literal["train", "held_out", "all"] = "train") -> Source:
-    """Open data for random access; the first time, `datasets` copies tars and Parquet files into its cache.
+    """Open data for random access. The first time, `datasets` copies tars and Parquet files into its cache.
 
-    Rows share an `image_id` if they have the same value in the data's column of that name, or, without that column, the
-    same image file. All rows of an image are on the same side of the split.
+    Rows share an `image_id` if they have the same value in the column of that name, or, without that column, the same
+    image file. All rows of an image are on the same side of the split.
 
     Args:
       settings: `data`, the columns, `held_out` and `seed` are used.
@@ -193,9 +197,9 @@ def open_source(settings: DataSettings, split: Literal["train", "held_out", "all
     if split != "all" and (held_out is None or held_out is train):
         chosen = np.flatnonzero(_is_held_out(image_ids, settings) == (split == "held_out"))
     if len(chosen) == 0:
-        what = split.replace("_", " ")
         raise InputError(
-            f"{settings.data} leaves no example for {what}, of {len(rows)} rows; change `held_out`, or add images"
+            f"{settings.data} leaves no example for {split.replace('_', ' ')}, of {len(rows)} rows; change `held_out`, "
+            "or add images"
         )
     rows = rows.select_columns([image_column, caption_column])
     return Source(settings.data, rows, image_column, caption_column, chosen, image_ids[chosen])
@@ -210,7 +214,7 @@ def _datasets() -> ModuleType:
 
 
 def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
-    """The splits of the data by name. With `captions`, data without captions is refused."""
+    """The splits of the data by name. With `captions`, data without captions raises InputError."""
     datasets = _datasets()
     path = Path(settings.data)
     try:
@@ -227,7 +231,7 @@ def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:
-        # datasets wraps the errors of its readers in ones that say nothing.
+        # datasets hides the errors of its readers behind uninformative ones.
         cause = error.__cause__ or error
         if isinstance(cause, InputError):
             raise cause from None
@@ -242,10 +246,10 @@ def _load(settings: DataSettings, captions: bool) -> dict[str, Any]:
             ) from None
         if path.exists():
             file = path if path.is_file() else _metadata(path) or _damaged_parquet(path) or path
-            raise InputError(f"{file} cannot be read ({reason}); mend or remove it") from None
+            raise InputError(f"{file} cannot be read ({reason}); fix or remove it") from None
         raise InputError(
-            f"{settings.data} is no file or folder here, and the hub does not give it ({reason}); check the name and "
-            "the connection, or give a folder"
+            f"{settings.data} is no file or folder here, and cannot be loaded from the hub ({reason}); check the "
+            "name and the connection, or name a folder"
         ) from None
     splits = {name: _undecoded(rows) for name, rows in splits.items() if len(rows)}
     if not splits:
@@ -262,7 +266,7 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
             raise InputError(f"{metadata} is empty; write a row for each image, with file_name and a caption")
         splits = datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=_patterns(folder))
         if captions:
-            _tell_unused(folder, splits)
+            _warn_of_unused_images(folder, splits)
         return splits
     # img2dataset puts Parquet files without images beside its tars.
     if tars := _by_split(folder, "*.tar"):
@@ -279,7 +283,7 @@ def _load_folder(folder: Path, settings: DataSettings, captions: bool) -> dict[s
 
 
 def _load_tables(paths: Mapping[str, Sequence[Path]]) -> Any:
-    """Rows of Parquet files, by split. datasets alone skips files outside of splits, and fails on empty ones."""
+    """Rows of Parquet files by split. On its own, datasets skips files outside of splits and fails on empty files."""
     import pyarrow.parquet as pq
 
     def has_rows(path: Path) -> bool:
@@ -288,8 +292,8 @@ def _load_tables(paths: Mapping[str, Sequence[Path]]) -> Any:
         except Exception:  # datasets reports it
             return True
 
-    files = {name: [str(path) for path in some if has_rows(path)] for name, some in paths.items()}
-    files = {name: some for name, some in files.items() if some}
+    files = {split: [str(path) for path in files if has_rows(path)] for split, files in paths.items()}
+    files = {split: names for split, names in files.items() if names}
     return _datasets().load_dataset("parquet", data_files=files) if files else {}
 
 
@@ -303,7 +307,7 @@ def _by_split(folder: Path, pattern: str) -> dict[str, list[Path]]:
     return splits
 
 
-def _tell_unused(folder: Path, splits: Mapping[str, Any]) -> None:
+def _warn_of_unused_images(folder: Path, splits: Mapping[str, Any]) -> None:
     import pyarrow.compute as pc
 
     # Count files: several files may share an image_id.
@@ -329,13 +333,13 @@ def _metadata(folder: Path) -> Path | None:
 
 
 def _patterns(folder: Path) -> dict[str, str]:
-    """The files of each split. datasets alone takes `my test.png` for a test split and skips other files."""
+    """The files of each split. On its own, datasets takes `my test.png` for a test split and skips other files."""
     splits = [name for name in ("train", *HELD_OUT_SPLITS) if (folder / name).is_dir()]
     without = [name for name in splits if _metadata(folder / name) is None]
     if without and any((folder / name).is_file() for name in METADATA_FILES):
         raise InputError(
-            f"{folder} has metadata for the folders {', '.join(without)} together; put each one's rows into a metadata "
-            "file of its own inside it"
+            f"{folder} has metadata for the folders {', '.join(without)} together; put a metadata file with its own "
+            "rows into each folder"
         )
     return {name: f"{name}/**" for name in splits} if "train" in splits else {"train": "**"}
 
@@ -344,7 +348,7 @@ def _image_files(folder: Path) -> list[str]:
     """Image files in a folder and below it, sorted, without hidden ones."""
     suffixes = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
     files = []
-    for place, folders, names in os.walk(folder.resolve()):  # as datasets names files
+    for place, folders, names in os.walk(folder.resolve()):  # datasets names files by their real path
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in names if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
         files += [os.path.join(place, name) for name in names]
@@ -352,7 +356,7 @@ def _image_files(folder: Path) -> list[str]:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Rows with undecoded images, so that workers decode them."""
+    """Rows whose images stay undecoded, so that workers decode them."""
     image = _datasets().Image
     for name, feature in rows.features.items():
         if isinstance(feature, image):
@@ -361,10 +365,10 @@ def _undecoded(rows: Any) -> Any:
 
 
 def _load_tars(paths: Sequence[Path], settings: DataSettings, captions: bool) -> Any:
-    """Rows of WebDataset tars: files that differ only in the suffix are one example, as `1.jpg`, `1.txt`, `1.json`.
+    """Rows of WebDataset tars: files whose names differ only in the suffix are one example: `1.jpg`, `1.txt`, `1.json`.
 
-    The reader of datasets infers the columns' types from the first five examples and fails on others, such as a png
-    among jpgs or an error message in the json.
+    datasets' own reader infers the columns' types from the first five examples, and fails on other types: a png among
+    jpgs, or an error message in the json.
     """
     datasets = _datasets()
     columns = {name: None for example in islice(_examples_of_tars(paths), 10) for name in example}
@@ -379,9 +383,9 @@ def _load_tars(paths: Sequence[Path], settings: DataSettings, captions: bool) ->
             **({caption: datasets.List(datasets.Value("string"))} if caption else {}),
         }
     )
-    # datasets caches by the arguments, so changed files need changed arguments.
+    # datasets caches by the arguments; `stamps` changes them when a file changes.
     arguments = {"paths": [str(path) for path in paths], "stamps": stamps, "caption": caption}
-    # By default it holds 1000 images before it writes.
+    # By default, datasets holds 1000 images in memory before it writes them.
     return datasets.Dataset.from_generator(
         _rows_of_tars, features=features, gen_kwargs=arguments, writer_batch_size=100
     )
@@ -409,8 +413,10 @@ def _examples_of_tars(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
             with tarfile.open(path) as tar:
                 yield from _examples_of_tar(tar)
         except tarfile.TarError:
-            # The error's text may be a list of what was tried.
-            raise InputError(f"{path} cannot be read (it is no tar, or damaged); fetch it again or remove it") from None
+            # tarfile's message may be a list of the formats that it tried.
+            raise InputError(
+                f"{path} cannot be read (it is no tar, or damaged); download it again or remove it"
+            ) from None
 
 
 def _examples_of_tar(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
@@ -448,11 +454,11 @@ def _json(content: bytes) -> Any:
 
 
 def _caption_column(columns: Mapping[str, Any], settings: DataSettings) -> str:
-    """The column with captions. columns: from a name to its type, or to None if the type is unknown."""
+    """The column with captions. columns: name -> type, or None if the type is unknown."""
     named = settings.caption_column
     column = named or next((name for name in CAPTION_COLUMNS if name in columns), None)
     if column is None or column not in columns:
-        missing = f"no column {named}" if named else "no column that is known to hold captions"
+        missing = f"no column {named}" if named else "no column with a usual name for captions"
         raise InputError(f"{settings.data} has {missing}, only {', '.join(columns)}; name one as `caption_column`")
     feature = columns[column]
     text = getattr(feature, "feature", feature)
@@ -472,8 +478,8 @@ def _image_column(features: Mapping[str, Any], settings: DataSettings) -> str:
         raise InputError(f"{settings.data} has no images in {named}; these hold some: {', '.join(holding) or 'none'}")
     usual = [name for name in IMAGE_COLUMNS if name in holding]
     if not usual and len(holding) != 1:
-        found = f"several columns of images ({', '.join(holding)})" if holding else "no column of images"
-        raise InputError(f"{settings.data} has {found} among {', '.join(features)}; name one as `image_column`")
+        problem = f"several columns of images ({', '.join(holding)})" if holding else "no column of images"
+        raise InputError(f"{settings.data} has {problem} among {', '.join(features)}; name one as `image_column`")
     return (usual or holding)[0]
 
 

@@ -1,7 +1,7 @@
-"""The mesh of chips, batches split over it, and activations that stay split.
+"""The device mesh, and how batches and activations are sharded over it.
 
-Three axes: `data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor` splits heads and inner
-widths. The program stays that of one chip: XLA inserts the collectives, and the losses see the whole batch.
+Three axes: `data` shards the batch and replicates the parameters, `fsdp` shards both, `tensor` shards heads and inner
+widths. The program is written for one device: XLA inserts the collectives, and the losses see the global batch.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ TOKENS_AT_ONCE = 16
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices as a mesh; one of the sizes may be -1, for all remaining devices.
+    """A mesh of all devices; one of the sizes may be -1, which takes the remaining devices.
 
     Raises:
       InputError: the product of the sizes is not the number of devices.
     """
-    return _mesh(dict(zip(AXES, (data, fsdp, tensor), strict=True)), jax.devices())
+    return _build(dict(zip(AXES, (data, fsdp, tensor), strict=True)), jax.devices())
 
 
 def named_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
-    """The devices as a mesh with sizes such as `data=-1,fsdp=4,tensor=2`."""
-    return _mesh(parse_mesh(text), devices)
+    """A mesh of the devices with sizes such as `data=-1,fsdp=4,tensor=2`."""
+    return _build(parse_mesh(text), devices)
 
 
-def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
+def _build(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
     fitting = _fit_mesh(sizes, len(devices))
     # Unlike `jax.make_mesh`, this allows splitting physical axes on every TPU version.
     placed = mesh_utils.create_device_mesh(fitting, devices, allow_split_physical_axes=True)
@@ -55,12 +55,12 @@ def parse_mesh(text: str) -> dict[str, int]:
     except ValueError:
         sizes = {"": 0}
     if not sizes.keys() <= set(AXES) or len(sizes) < len(parts):
-        raise InputError(f"the mesh is {text!r}; write it as data=-1,fsdp=4,tensor=2, leaving out what is 1")
+        raise InputError(f"the mesh is {text!r}; write it as data=-1,fsdp=4,tensor=2; sizes of 1 can be left out")
     return dict.fromkeys(AXES, 1) | sizes
 
 
-def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """A context for tracing, in which `keep_batch` and the like shard activations over the mesh."""
+def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """A context for tracing, in which functions such as `keep_batch` shard activations over the mesh."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
@@ -91,8 +91,8 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     """
     held: dict[int, set[int]] = {}
     number = mesh.shape["data"] * mesh.shape["fsdp"]
-    where: dict[Any, tuple[slice, ...]] = dict(NamedSharding(mesh, BATCH).devices_indices_map((number,)))
-    for device, (rows,) in where.items():
+    device_rows: dict[Any, tuple[slice, ...]] = dict(NamedSharding(mesh, BATCH).devices_indices_map((number,)))
+    for device, (rows,) in device_rows.items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     if sum(map(len, parts)) != number or len(set(map(len, parts))) > 1:
@@ -100,16 +100,16 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
-def check_divides(size: int, mesh: Mesh, what: str) -> None:
+def check_divides(size: int, mesh: Mesh, name: str) -> None:
     """Raise InputError with the nearest size that fits if a batch does not divide among the devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % parts:
         nearest = max(1, round(size / parts)) * parts
-        raise InputError(f"{what}: {size} does not divide into {parts} parts (data x fsdp); {nearest} does")
+        raise InputError(f"{name}: {size} does not divide into {parts} parts (data x fsdp); {nearest} does")
 
 
 def keep_batch(x: jax.Array) -> jax.Array:
-    """Keep the first axis split over the current mesh: otherwise XLA may split widths, which needs an all-reduce."""
+    """Keep the first axis sharded over the current mesh: otherwise XLA may shard widths, which needs an all-reduce."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH[0] if axis in mesh.auto_axes)
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
@@ -118,7 +118,7 @@ def keep_batch(x: jax.Array) -> jax.Array:
 
 
 def is_batch_split() -> bool:
-    """Whether the current mesh, if any, splits the batch."""
+    """Whether there is a current mesh that shards the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(mesh.shape[axis] > 1 for axis in BATCH[0] if axis in mesh.auto_axes)
 
@@ -154,6 +154,7 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def check_axes(mesh: Mesh) -> None:
+    """Raise InputError if a mesh was not made by `make_mesh`."""
     if mesh.axis_names != AXES:
         raise InputError(f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with fq.make_mesh")
 

@@ -1,4 +1,4 @@
-"""Which axis of a parameter lies along which axis of the mesh."""
+"""Partition rules: which axis of a parameter is sharded over which axis of the mesh."""
 
 import re
 from typing import Any, TypeVar
@@ -25,8 +25,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"position_embedding", (None, None, "fsdp")),
     (r"(vision_proj|text_proj|itm_head|lm_head/.*)/kernel", ("fsdp", None)),
 )
-"""Partition rules: pattern of a path's end -> mesh axis of each axis of the parameter. The first match applies, also to
-optimizer state. Parameters without a match (biases of the width, LayerNorms) are replicated."""
+"""Pattern of a path's end -> mesh axis of each axis of the parameter. The first match applies, also to optimizer state.
+Parameters without a match (biases of the width, LayerNorms) are replicated."""
 
 
 def shard_params(params: Tree, mesh: Mesh) -> Tree:
@@ -54,19 +54,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array by the first match in `RULES`; an axis whose size does not divide is not split."""
+    """The sharding of an array by the first match in `RULES`. An axis is sharded only if its size divides."""
     check_axes(mesh)
     axes = next((axes for pattern, axes in RULES if re.search(f"(^|/){pattern}$", path)), ())
     if len(axes) > len(shape):  # state of a factored optimizer
         axes = ()
-    # Stacked layers have a leading axis of depth.
+    # Stacked layers have a leading depth axis.
     axes = (None,) * (len(shape) - len(axes)) + axes
-    whole = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
-    return NamedSharding(mesh, PartitionSpec(*whole))
+    dividing = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*dividing))
 
 
 def held_bytes(params: Any) -> tuple[int, int]:
-    """Bytes of a tree on this process's devices, replicas counted once, and bytes of the whole tree."""
+    """Bytes of a tree on this process's devices, with replicas counted once, and bytes of the whole tree."""
     leaves = jax.tree.leaves(params)
     parts = ({str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves)
     return sum(sum(sizes.values()) for sizes in parts), sum(leaf.nbytes for leaf in leaves)

@@ -1,4 +1,4 @@
-"""Jobs of several processes, each with its own devices: join, agree, gather."""
+"""Jobs of several processes, each with its own devices: join, synchronise, gather."""
 
 import logging
 import os
@@ -17,14 +17,14 @@ VARIABLES = {
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
-"""Arguments of `jax.distributed.initialize`, and the variables that set them where JAX does not detect a cluster."""
+"""Arguments of `jax.distributed.initialize`, and the environment variables that set them if JAX detects no cluster."""
 
-PATIENCE = 7 * 24 * 3600
+SHUTDOWN_TIMEOUT = 7 * 24 * 3600
 """Seconds that a finished process waits for the others; JAX detects a dead process much sooner."""
 
 
 def join_processes() -> None:
-    """Join the job's other processes. Call it before any other function of JAX.
+    """Join the job's other processes. Call this before any other function of JAX.
 
     Raises:
       InputError: no address of the other processes is known, or they do not answer.
@@ -34,7 +34,7 @@ def join_processes() -> None:
         values |= {name: int(values[name]) for name in ("num_processes", "process_id") if name in values}
         if ":" not in values.get("coordinator_address", ":"):
             raise ValueError(f"{values['coordinator_address']} has no port")
-        jax.distributed.initialize(**values, shutdown_timeout_seconds=PATIENCE)
+        jax.distributed.initialize(**values, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the job's other processes cannot be found ({first_line(error)}); JAX finds them on Cloud TPU, GKE and "
@@ -45,8 +45,8 @@ def join_processes() -> None:
         logging.getLogger("flax_qformer").setLevel(logging.ERROR)
 
 
-def tells_of_lost_process(error: Exception) -> bool:
-    """Whether an error may be caused by the end of another process of the job."""
+def is_lost_process_error(error: Exception) -> bool:
+    """Whether an error may mean that another process of the job has ended."""
     is_own = str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
     return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and not is_own
 
@@ -57,7 +57,7 @@ def is_first() -> bool:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is true in any process. All processes call it together."""
+    """Whether the flag is true in any process. All processes must call this together."""
     return bool(any_process_async(flag))
 
 
@@ -72,7 +72,7 @@ def any_process_async(flag: bool) -> Any:
 
 
 def wait_for_all(name: str) -> None:
-    """Wait until all processes call it with the same name."""
+    """Wait until all processes call this with the same name."""
     multihost_utils.sync_global_devices(name)
 
 

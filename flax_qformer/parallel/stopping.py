@@ -26,10 +26,10 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, for the program to stop when it is ready; a second signal stops it at once.
+def stop_signals() -> Iterator[list[int]]:
+    """Record SIGTERM and SIGINT in a list, so that the program saves before it stops; a second signal stops it at once.
 
-    Python's own handling can lose a Ctrl-C: KeyboardInterrupt vanishes if it is raised in a garbage collection callback
+    Python's own handler can lose a Ctrl-C: KeyboardInterrupt vanishes if it is raised in a garbage collection callback
     of JAX. Only the main thread receives signals; in other threads the list stays empty.
     """
     received: list[int] = []
@@ -56,10 +56,10 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Block SIGTERM and SIGINT in processes that start in this block, until they install their own handlers.
+def signals_blocked() -> Iterator[None]:
+    """Block SIGTERM and SIGINT in processes that start inside the block, until they install their own handlers.
 
-    This process still receives them, in another of its threads or after the block.
+    This process still receives the signals, in another thread or after the block.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

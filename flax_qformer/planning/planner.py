@@ -1,4 +1,4 @@
-"""What a training step needs of a TPU pod, according to the TPU's compiler, which runs on any machine."""
+"""Plan a training step on a TPU pod: the TPU's compiler, which runs on any machine, reports what the step needs."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.models.selection import Selection
 from flax_qformer.parallel.mesh import BATCH, check_divides, named_mesh
 from flax_qformer.parallel.partition_rules import shardings
-from flax_qformer.planning.hlo import traffic
+from flax_qformer.planning.traffic import count_traffic
 from flax_qformer.training.optimizer import make_optimizer
 from flax_qformer.training.step import TrainState, make_train_step
 
@@ -44,8 +44,8 @@ CHIPS = {
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 600e9, "4x4x4", (16, 20, 28)),
     "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 400e9, "4x4", (16, 16)),
 }
-"""By the first part of a topology's name. Source: the page on each version at cloud.google.com/tpu/docs; the links'
-rate is half of the bidirectional rate given there. The memory is libtpu 0.0.42's limit for a program."""
+"""By the first part of a topology's name. Source: the page on each version at cloud.google.com/tpu/docs; the link
+rate is half of the bidirectional rate there. The memory is libtpu 0.0.42's limit for a program."""
 
 
 LIBTPU = {
@@ -57,12 +57,12 @@ LIBTPU = {
 """Environment in which libtpu does not look for chips, warn about missing ones, or refuse to be loaded twice."""
 
 COMPILER: dict[str, Any] = {
-    "optimization_level": 9,  # XLA's EFFORT_O0, which JAX 0.10 knows by its number alone
+    "optimization_level": 9,  # XLA's EFFORT_O0; JAX 0.10 accepts only its number
     "xla_tpu_enable_windowed_einsum_for_all_gather": False,
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
-"""Lowest effort, and no products split to overlap with communication: a third of the compile time. Schedules are worse;
-sizes and sent bytes are the same."""
+"""Lowest effort, and no matrix products split to overlap with communication: a third of the compile time. The schedule
+is worse; sizes and sent bytes are the same."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Plan:
       parameters, optimizer: memory that is kept from step to step.
       temporaries: peak memory of a step besides these.
       headroom: free memory of the chip; the missing memory if negative.
-      flops: FLOPs of the products of a step, including recomputed ones.
+      flops: FLOPs of the matrix products of a step, including recomputed ones.
       memory_traffic: bytes read from and written to the chip's memory.
       wire: bytes sent, by kind of collective; `collectives` is their number in the program.
       seconds: lower bounds of this program by compute, memory and interconnect; a step takes at least the longest.
@@ -99,17 +99,16 @@ class Plan:
     def __str__(self) -> str:
         mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
         rows = [
-            ("parameters", _short(self.parameters, "B")),
-            ("optimizer", _short(self.optimizer, "B")),
-            ("temporaries", _short(self.temporaries, "B")),
-            ("headroom" if self.fits else "missing", _short(abs(self.headroom), "B")),
-            ("products", _short(self.flops, "FLOP")),
+            ("parameters", _with_unit(self.parameters, "B")),
+            ("optimizer", _with_unit(self.optimizer, "B")),
+            ("temporaries", _with_unit(self.temporaries, "B")),
+            ("headroom" if self.fits else "missing", _with_unit(abs(self.headroom), "B")),
+            ("products", _with_unit(self.flops, "FLOP")),
         ]
         if self.fits:
-            rows.append(("to and from memory", _short(self.memory_traffic or 0, "B")))
-            rows += [
-                (f"{self.collectives[kind]} {kind}", _short(self.wire[kind], "B sent")) for kind in sorted(self.wire)
-            ]
+            rows.append(("to and from memory", _with_unit(self.memory_traffic or 0, "B")))
+            for kind, sent in sorted(self.wire.items()):
+                rows.append((f"{self.collectives[kind]} {kind}", _with_unit(sent, "B sent")))
             rows += [(f"time for {name}", f"{1e3 * least:.3g} ms") for name, least in self.seconds.items()]
         lines = [f"{self.topology}, {self.chips} chips as {mesh}; {self.batch} images a step; on each chip:"]
         lines += [f"  {name:24} {value:>14}" for name, value in rows]
@@ -148,7 +147,7 @@ def plan(
       text_length: tokens of a caption, padding included.
 
     Raises:
-      InputError: libtpu is not installed, or an argument is unfit.
+      InputError: libtpu is not installed, an argument is unfit, or the text of the compiled program is not understood.
     """
     chip = _chip(topology)
     pod = _pod(topology, mesh)
@@ -164,7 +163,7 @@ def plan(
     state, inputs = _state(module, optimizer, train, pod), _inputs(module, batch, text_length, pod)
     step: Any = make_train_step(module, optimizer, mesh=pod)
     traced = step.trace(state, inputs)
-    kept = _bytes((state.trained, state.frozen)), _bytes(state.opt_state)
+    kept = _shard_bytes((state.trained, state.frozen)), _shard_bytes(state.opt_state)
     described: dict[str, Any] = {
         "topology": topology,
         "chips": pod.size,
@@ -181,29 +180,29 @@ def plan(
         if needed is None:
             raise InputError(f"the step does not compile for {topology}: {first_line(error)}") from None
         temporaries, headroom = needed - sum(kept), chip.memory - needed
-        advice = tuple(_advice(chip.memory, sum(kept), temporaries, _bytes(state.trained), batch, pod, remat))
-        nothing: dict[str, Any] = {"memory_traffic": None, "wire": {}, "collectives": {}, "seconds": {}}
-        return Plan(**described, **nothing, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
+        advice = tuple(_advice(chip.memory, sum(kept), temporaries, _shard_bytes(state.trained), batch, pod, remat))
+        unknown: dict[str, Any] = {"memory_traffic": None, "wire": {}, "collectives": {}, "seconds": {}}
+        return Plan(**described, **unknown, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
     # The peak includes the arguments; `temp_size_in_bytes` exceeds the peak.
-    height, moved = compiled.memory_analysis().peak_memory_in_bytes, traffic(compiled.as_text())
+    peak, traffic = compiled.memory_analysis().peak_memory_in_bytes, count_traffic(compiled.as_text())
     seconds = {
         "compute": described["flops"] / chip.flops,
-        "memory": moved.memory / chip.memory_rate,
-        "interconnect": sum(moved.wire.values()) / chip.link_rate,
+        "memory": traffic.memory / chip.memory_rate,
+        "interconnect": sum(traffic.wire.values()) / chip.link_rate,
     }
     return Plan(
         **described,
-        temporaries=height - sum(kept),
-        headroom=chip.memory - height,
-        memory_traffic=moved.memory,
-        wire=moved.wire,
-        collectives=moved.collectives,
+        temporaries=peak - sum(kept),
+        headroom=chip.memory - peak,
+        memory_traffic=traffic.memory,
+        wire=traffic.wire,
+        collectives=traffic.collectives,
         seconds=seconds,
     )
 
 
 def flops(jaxpr: Any) -> float:
-    """FLOPs of the used products in a program, once per iteration of a loop; of branches, the largest.
+    """FLOPs of the matrix products that a program uses, once per iteration of a loop; of branches, the largest.
 
     XLA's own analysis counts a loop's body once.
     """
@@ -215,24 +214,24 @@ def flops(jaxpr: Any) -> float:
             sides = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(sides[axis] for axis in contracted)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        inner = list(map(flops, _inner(equation.params)))
+        inner = [flops(jaxpr) for jaxpr in _inner(equation.params)]
         total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
     return total
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, core.ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, core.Jaxpr):
-                yield one
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
 
 
 def _chip(topology: str) -> Chip:
     name = topology.split(":")[0]
     if name not in CHIPS or not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*)+", topology):
-        raise InputError(f"{topology!r} is no topology; take one such as v5e:16x16, of {', '.join(CHIPS)}")
+        raise InputError(f"{topology!r} is not a topology; take one such as v5e:16x16, of {', '.join(CHIPS)}")
     if topology.count("x") != CHIPS[name].pod.count("x"):
         raise InputError(f"{name} has no pods such as {topology}; take one such as {name}:{CHIPS[name].pod}")
     sides = sorted(map(int, topology.split(":")[1].split("x")))
@@ -279,14 +278,14 @@ def _inputs(module: Blip2ForPreTraining, batch: int, text_length: int, pod: Mesh
     return {name: jax.ShapeDtypeStruct(*shape, sharding=place) for name, shape in shapes.items()}
 
 
-def _bytes(tree: Any) -> float:
+def _shard_bytes(tree: Any) -> float:
     """Bytes of a tree's shards on one chip."""
     return float(
         sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     )
 
 
-def _short(value: float, unit: str) -> str:
+def _with_unit(value: float, unit: str) -> str:
     power = min(max(int(math.log10(value)) // 3, 0), 5) if value >= 1 else 0
     return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"
 
@@ -295,7 +294,7 @@ UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def _needed(error: str, memory: float) -> float | None:
-    """Memory that a step needs which does not fit, from the compiler's error; None if the error is another one.
+    """Memory needed by a step that does not fit, from the compiler's error; None if that is another error.
 
     The compiler's temporaries include the arguments.
     """
@@ -309,7 +308,7 @@ def _needed(error: str, memory: float) -> float | None:
 def _advice(
     memory: float, kept: float, temporaries: float, gradients: float, batch: int, pod: Mesh, remat: bool
 ) -> Iterator[str]:
-    """What to try. Temporaries grow with the batch, except the gradients."""
+    """Changes that may make the step fit. Temporaries grow with the batch, except the gradients."""
     parts = pod.shape["data"] * pod.shape["fsdp"]
     room, activations = memory - kept - gradients, max(temporaries - gradients, 1)
     if room > 0:

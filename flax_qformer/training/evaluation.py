@@ -15,7 +15,7 @@ from flax_qformer.data.sources import DataSettings, Source
 from flax_qformer.errors import InputError
 from flax_qformer.models.losses import similarities
 from flax_qformer.models.pretraining import Blip2ForPreTraining
-from flax_qformer.parallel.mesh import BATCH, on
+from flax_qformer.parallel.mesh import BATCH, mesh_context
 from flax_qformer.processing.processor import Processor
 from flax_qformer.progress import Progress
 from flax_qformer.training.settings import EvaluateSettings
@@ -30,7 +30,7 @@ is at most a tenth, and the standard error of a measured recall is at most 0.05.
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:
-    """Recall of images and texts; see `Retrieval.evaluate`.
+    """Measure image-text retrieval with a model and data; the result is that of `Retrieval.evaluate`.
 
     Raises:
       InputError: a setting, the data or the model is unfit.
@@ -49,7 +49,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
 def read_examples(
     source: Source, processor: Processor, settings: DataSettings
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Batches for `Retrieval`, each with the number of its rows that count, while progress is shown."""
+    """Batches for `Retrieval`, each with the number of its rows that count. Shows progress."""
     with Progress(len(source), "example", "evaluating") as progress:
         for batch, captions in evaluation_batches(source, processor, settings):
             yield batch, len(captions)
@@ -57,11 +57,11 @@ def read_examples(
 
 
 def warn_of_few_images(count: int) -> None:
-    """Warn if recall among this many images says little about the model."""
+    """Warn if recall among so few images says little about the model."""
     if count < ENOUGH_IMAGES:
         rank = max(RANKS)
         logger.warning(
-            "recall@%d of %d images is %s; hold out at least %d images, and evaluate on them all",
+            "recall@%d of %d images is %s; hold out at least %d images, and evaluate on all of them",
             rank,
             count,
             "always 1" if count <= rank else f"{rank / count:.2f} by chance",
@@ -75,8 +75,8 @@ class RetrievalResult:
 
     Attributes:
       figures: recall by name, see `Retrieval.evaluate`.
-      image_ids: of the images, in the order of the scores.
-      text_ids: of each text, the id of its image.
+      image_ids: ids of the images, in the order of the scores.
+      text_ids: the id of each text's image.
       text_to_image: (texts, images) scores, reranked if the evaluation reranks.
     """
 
@@ -86,7 +86,7 @@ class RetrievalResult:
     text_to_image: np.ndarray
 
     def best_images(self, image_id: int, count: int) -> list[int]:
-        """Ids of the images with the highest scores for the first text of an image, the best first."""
+        """Ids of the images with the highest scores for an image's first text, best first."""
         scores = self.text_to_image[self.text_ids.index(image_id)]
         return [self.image_ids[column] for column in np.argsort(-scores, kind="stable")[:count]]
 
@@ -96,8 +96,8 @@ class _Encoded:
     """Features of the images and texts of an evaluation.
 
     Attributes:
-      image_ids: of the images.
-      text_ids: of each text, the id of its image.
+      image_ids: ids of the images.
+      text_ids: the id of each text's image.
       images: (images, queries, width) features.
       texts: (texts, width) features.
       states: (images, tokens, width) outputs of the vision tower, for ITM; empty without reranking.
@@ -113,16 +113,16 @@ class _Encoded:
 
 
 class Retrieval:
-    """Scores images against texts with a model, in compiled functions."""
+    """Score images against texts with a model; its functions are compiled once."""
 
     def __init__(self, model: Blip2ForPreTraining, batch_size: int = 64, mesh: Mesh | None = None) -> None:
-        """With a mesh, batches are split over it; all processes of a job then make the same calls together."""
+        """With a mesh, batches are sharded over it, and all processes of a job must make the same calls together."""
         self._batch_size = batch_size
-        self._split = None if mesh is None else NamedSharding(mesh, BATCH)
-        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._sharding = None if mesh is None else NamedSharding(mesh, BATCH)
+        replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
         def apply(*arguments: Any, **details: Any) -> Any:
-            with on(mesh):
+            with mesh_context(mesh):
                 return model.apply(*arguments, **details)
 
         def image(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,7 +136,7 @@ class Retrieval:
             return apply({"params": params}, None, ids, mask, encoder_hidden_states=states, method="match")
 
         self._image, self._text, self._match = (
-            jax.jit(function, out_shardings=whole) for function in (image, text, match)
+            jax.jit(function, out_shardings=replicated) for function in (image, text, match)
         )
         self._similarities = jax.jit(similarities)
 
@@ -146,9 +146,9 @@ class Retrieval:
         """Recall at 1, 5 and 10 in both directions.
 
         Args:
-          batches: a batch with pixel_values, input_ids, attention_mask and image_id, and the number of its rows that
-            count; the rest are padding.
-          rerank: candidates of each query that similarity plus ITM score reorders; 0 for none.
+          batches: pairs of a batch with pixel_values, input_ids, attention_mask and image_id, and the number of its
+            rows that count; the rest are padding.
+          rerank: candidates of each query that are reordered by similarity plus ITM score; 0 for none.
 
         Returns:
           Recall from 0 to 1 by name, such as `text_to_image/recall@1` and `image_to_text/reranked_recall@5`, and the
@@ -162,7 +162,7 @@ class Retrieval:
     def search(
         self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16
     ) -> RetrievalResult:
-        """As `evaluate`, and the scores."""
+        """As `evaluate`, with the scores."""
         data = self._encode(params, batches, bool(rerank))
         scores = self._all_similarities(data.images, data.texts)
         belongs = np.array(data.image_ids)[:, None] == np.array(data.text_ids)
@@ -179,7 +179,7 @@ class Retrieval:
     def _encode(
         self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], keeps_states: bool
     ) -> _Encoded:
-        """The features of all images and texts; each image is encoded once, however many captions it has."""
+        """The features of all images and texts. An image with several captions is encoded once."""
         states, images, texts, tokens = [], [], [], []
         image_ids: dict[int, None] = {}  # in the order of `images`
         text_ids: list[int] = []
@@ -210,8 +210,8 @@ class Retrieval:
             encode_waiting()
         if len(image_ids) < 2:
             raise InputError(
-                f"{len(image_ids)} images are too few to search among; add images, hold out more by `held_out`, or "
-                "take those for training as well by `everything=True`"
+                f"{len(image_ids)} images are too few for retrieval; add images, hold out more with `held_out`, or "
+                "include the training images with `everything=True`"
             )
         return _Encoded(
             list(image_ids),
@@ -223,9 +223,9 @@ class Retrieval:
         )
 
     def _place(self, *arrays: np.ndarray) -> Sequence[Any]:
-        if self._split is None:
+        if self._sharding is None:
             return arrays
-        return [jax.make_array_from_callback(array.shape, self._split, array.__getitem__) for array in arrays]
+        return [jax.make_array_from_callback(array.shape, self._sharding, array.__getitem__) for array in arrays]
 
     def _all_similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
         rows = [self._similarities(images[i : i + 256], texts) for i in range(0, len(images), 256)]
@@ -240,14 +240,14 @@ class Retrieval:
         rerank: int,
         by_text: bool = False,
     ) -> np.ndarray:
-        """Add the ITM score to the `rerank` best candidates of each query and lower the rest below them.
+        """Add the ITM score to the `rerank` best candidates of each query, and move the rest below them.
 
         scores: (queries, candidates) -> (queries, candidates) float64.
         """
         best = np.argsort(-scores, axis=1, kind="stable")[:, : min(rerank, scores.shape[1])]
         rows, columns = np.repeat(np.arange(len(scores)), best.shape[1]), best.reshape(-1)
         image, text = (columns, rows) if by_text else (rows, columns)
-        # In float32 the subtraction would round away the order of the rest.
+        # In float32, rounding after the subtraction would lose the order of the rest.
         result = scores.astype(np.float64) - 1e6
         with Progress(len(rows), "pair", "reranking images" if by_text else "reranking texts") as progress:
             for start in range(0, len(rows), self._batch_size):

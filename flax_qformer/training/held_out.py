@@ -1,4 +1,4 @@
-"""Evaluate a run on held-out examples: recall, and samples for the reporters."""
+"""Evaluate a run on held-out examples: log recall, and samples if there is a reporter."""
 
 import logging
 from typing import Any
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_held_out(settings: TrainSettings) -> Source | None:
-    """The held-out examples, at most `evaluate_on`; None, with a warning, if no evaluation is possible."""
+    """At most `evaluate_on` held-out examples; None, after a warning, if no evaluation is possible."""
     try:
         source = open_source(settings, "held_out").select(slice(settings.evaluate_on))
     except InputError as error:
@@ -39,7 +39,7 @@ def open_held_out(settings: TrainSettings) -> Source | None:
 
 
 class HeldOutEvaluation:
-    """Measures recall on the held-out examples, and draws samples of them where a reporter shows them."""
+    """Measures recall on the held-out examples, and draws samples of them if a reporter shows samples."""
 
     def __init__(
         self, model: Blip2ForPreTraining, processor: Processor, source: Source, settings: TrainSettings, mesh: Mesh
@@ -51,7 +51,7 @@ class HeldOutEvaluation:
             self._sampler = Sampler(model, processor, source, settings.samples, settings.max_text_length, mesh)
 
     def evaluate(self, params: Any, log: MetricsLogger, step: int) -> None:
-        """Evaluate parameters and log the result; where no example can be used, log a warning.
+        """Evaluate parameters and log the result. If no example can be used, log a warning.
 
         Raises:
           InputError: an example cannot be used in a job of several processes, or metrics cannot be written.

@@ -11,18 +11,18 @@ from flax_qformer.training.settings import TrainSettings
 
 
 def train(settings: TrainSettings) -> str:
-    """Train as the settings say, from the start or from the newest checkpoint in the folder.
+    """Train with these settings, from the start or from the newest checkpoint in the output folder.
 
     Returns:
-      A line on what was done.
+      A line that says what was done.
 
     Raises:
       InputError: a setting, the data or the model is unfit, a metric is not finite, or a file cannot be written.
-      Stopped: SIGTERM or SIGINT asked to stop; the run is saved, if it had begun.
+      Stopped: SIGTERM or SIGINT stopped the run; it is saved if it had begun.
     """
     if settings.scan_layers is None:
         settings = dataclasses.replace(settings, scan_layers=not is_on_cpu())
-    with Run.open(settings) as run:
+    with Run(settings) as run:
         stop_requested = False
         while run.done < settings.steps and not stop_requested:
             if run.done and settings.evaluate_every and run.done % settings.evaluate_every == 0:
@@ -30,7 +30,7 @@ def train(settings: TrainSettings) -> str:
                 if run.must_stop():
                     break
                 run.evaluate()
-            # The processes exchange this before the step, so that none waits for the step to learn the answer.
+            # The processes exchange the flag before the step, so that none waits for the step to learn it.
             signal_received = any_process_async(bool(run.signals))
             run.step()
             if run.done % settings.save_every == 0 or run.done == settings.steps:
@@ -40,6 +40,6 @@ def train(settings: TrainSettings) -> str:
         if run.must_stop():
             run.save()
             again = "the same command without `overwrite=True`" if settings.overwrite else "the same command"
-            raise run.stopped(f"stopped after step {run.done}, which is saved; {again} goes on from there")
+            raise run.stopped(f"stopped after step {run.done}, which is saved; {again} resumes it")
         run.evaluate()
     return run.finish()

@@ -20,7 +20,7 @@ from flax_qformer.parallel.processes import is_first, wait_for_all
 
 METRICS = "metrics.jsonl"
 FOLDERS = ("tensorboard", "wandb")
-"""Folders of the reporters in a run's folder."""
+"""Subfolders of a run's folder that reporters write."""
 
 ReportTo: TypeAlias = Literal["tensorboard", "wandb"]
 
@@ -30,7 +30,7 @@ class Samples:
     """Outputs of a model for a few examples.
 
     Attributes:
-      captions: the true caption of each example, and the model's.
+      captions: the true caption and the model's caption of each example.
       pictures: (height, width, 3) uint8, by name.
     """
 
@@ -39,7 +39,7 @@ class Samples:
 
 
 class Reporter(Protocol):
-    """A program that shows metrics and samples. A resumed run continues the earlier record."""
+    """Sends metrics and samples to a program that shows them. A resumed run continues the earlier record."""
 
     def write(self, step: int, figures: Mapping[str, float]) -> None: ...
 
@@ -49,7 +49,7 @@ class Reporter(Protocol):
 
 
 class TensorBoard:
-    """TensorBoard's files in `tensorboard`. A resumed run discards entries of later steps."""
+    """Write TensorBoard's files in `tensorboard`. A resumed run discards entries of later steps."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
@@ -75,34 +75,34 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; the file `wandb/run_id` keeps its id.
+    """A run of Weights & Biases; the file `wandb/run_id` holds its id.
 
-    The step is logged as a metric: W&B's own step cannot decrease, so that W&B would drop an evaluation of the step
-    from which a run resumes.
+    The step is logged as a metric. W&B's own step cannot decrease, so W&B would drop an evaluation of the step from
+    which a run resumes.
     """
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
-        kept = folder / "wandb" / "run_id"
-        if not kept.exists():
-            with new_file(kept) as file:
+        id_file = folder / "wandb" / "run_id"
+        if not id_file.exists():
+            with new_file(id_file) as file:
                 file.write(uuid.uuid4().hex[:8].encode())
         self._wandb: Any = importlib.import_module("wandb")
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "flax_qformer"),
-                id=kept.read_text(),
+                id=id_file.read_text(),
                 resume="allow",
                 dir=str(folder),
                 name=folder.resolve().name,
                 config=dict(settings),
-                # A copy of standard output would contain each update of the progress bar.
+                # W&B's copy of standard output would contain each update of the progress bar.
                 settings=self._wandb.Settings(
                     console="off", silent=not logging.getLogger(__name__).isEnabledFor(logging.INFO)
                 ),
             )
         except self._wandb.Error as error:
             raise InputError(
-                f"Weights & Biases does not take the run ({first_line(error)}); run `wandb login`, set "
+                f"Weights & Biases cannot start the run ({first_line(error)}); run `wandb login`, set "
                 "WANDB_MODE=offline, or leave wandb out of `report_to`"
             ) from None
         self._run.define_metric("*", step_metric="step")
@@ -124,30 +124,30 @@ REPORTERS: dict[ReportTo, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAn
 
 def check_reporters(report_to: Sequence[ReportTo]) -> None:
     """Raise InputError if Weights & Biases is named but not installed."""
-    # wandb makes a folder of its own name, which Python finds as a package without a file.
+    # A folder `wandb`, which wandb makes where it runs, looks to Python like a package without a file.
     spec = importlib.util.find_spec("wandb") if "wandb" in report_to else None
     if "wandb" in report_to and (spec is None or spec.origin is None):
         raise InputError("`report_to` names wandb, which is not installed; run pip install 'flax-qformer[wandb]'")
 
 
 class MetricsLogger:
-    """The metrics of a run: a line of `metrics.jsonl` for each record, and the reporters. The first process writes."""
+    """Writes each record to a line of `metrics.jsonl` and to the reporters. Only the first process writes."""
 
     def __init__(self, folder: Path, step: int, report_to: Sequence[ReportTo], settings: Mapping[str, Any]) -> None:
-        """Open after a step; lines of later steps are removed, because the resumed run writes them again.
+        """Open after a step. Lines of later steps are removed, because the resumed run writes them again.
 
         Args:
           folder: the run's folder.
           step: the last finished step.
           report_to: names of `REPORTERS`.
-          settings: of the run, for the reporters.
+          settings: the run's settings, for the reporters.
         """
         self._folder, self._path = folder, folder / METRICS
         self._last: dict[str, float] = {}
         self._evaluated: set[int] = set()
         kept = []
         for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
-            # A kill may have cut off the last line.
+            # If the run was killed, the last line may be incomplete.
             with contextlib.suppress(ValueError):
                 figures = json.loads(line)
                 if figures["step"] <= step:
@@ -198,7 +198,7 @@ class MetricsLogger:
         return step in self._evaluated
 
     def last(self) -> str:
-        """The last written figures, a line each."""
+        """The figures written last, one a line."""
         return "".join(f"\n  {name}: {value:g}" for name, value in self._last.items())
 
     def _note(self, step: int, **figures: float) -> None:

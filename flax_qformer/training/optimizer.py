@@ -42,20 +42,20 @@ def make_optimizer(
     """AdamW with BLIP-2's settings, or another optimizer, for the tree of trained parameters.
 
     Args:
-      config: of the model; `layer_decay` reads the depth of its towers.
-      learning_rate: a number or an optax schedule; or one for each group or regular expression, of which the first that
-        matches a parameter applies, such as `{"vision": 1e-5, "crossattention": 2e-4, "all": 1e-4}`.
+      config: the model's config; `layer_decay` depends on the depth of its towers.
+      learning_rate: a number or an optax schedule; or a mapping of groups or regular expressions to these, such as
+        `{"vision": 1e-5, "crossattention": 2e-4, "all": 1e-4}`, whose first match applies to a parameter.
       optimizer: "adamw", "lion", "adafactor" or "sgd", with `b1` as its momentum.
-      labels: with several learning rates, the name of each parameter's learning rate, as a tree or a function of the
-        path; replaces groups and regular expressions.
+      labels: with several learning rates, the name of each parameter's learning rate, as a tree or as a function of the
+        path; then names in `learning_rate` are labels, not groups or regular expressions.
       weight_decay: decoupled; biases, LayerNorms, the class token and the temperature have none.
-      clip_norm: largest norm of the whole gradient; 0 for no clipping.
+      clip_norm: largest global norm of the gradient; 0 for no clipping.
       layer_decay: learning rate of a layer, as a multiple of that of the layer above.
       accumulation: batches whose gradients are averaged for one step.
 
     Raises:
-      InputError: the optimizer is unknown. The optimizer's `init` raises it if a parameter has no learning rate, or the
-        learning rate of a regular expression or label applies to no parameter; that of a group may.
+      InputError: the optimizer is unknown. The returned optimizer's `init` raises it if a parameter has no learning
+        rate, or if a regular expression or label matches no parameter; a group may match none.
     """
     rates = learning_rate if isinstance(learning_rate, Mapping) else None
     if labels is not None and rates is None:
@@ -105,13 +105,13 @@ def _rate_names(params: Any, names: list[str], labels: Mapping[str, Any] | Calla
     without = [path for path in paths if named.get(path) not in names]
     if without:
         raise InputError(
-            f"{len(without)} trained parameters have no learning rate, {without[0]} among them; add one for them, or "
+            f"{len(without)} trained parameters have no learning rate, such as {without[0]}; add one for them, or "
             "for all"
         )
-    # A group may be frozen; a pattern or label that is never used is a mistake.
+    # A group may be frozen, but a pattern or label that matches nothing is a mistake.
     unused = [name for name in names if name not in GROUPS and name not in named.values()]
     if unused:
-        raise InputError(f"the learning rate of {unused[0]} is for no trained parameter; leave it out, or train more")
+        raise InputError(f"the learning rate of {unused[0]} matches no trained parameter; leave it out, or train more")
     return unflatten_dict(named, sep="/")
 
 
@@ -120,7 +120,7 @@ def _decays(path: tuple[Any, ...]) -> bool:
 
 
 def _height(path: tuple[str, ...], leaf: jax.Array, config: Blip2Config) -> int | jax.Array:
-    """Layers between a parameter and the heads, which have height 0; an array with a height per layer if stacked."""
+    """Layers above a parameter: 0 for the heads. For stacked layers, an array with a height per layer."""
     name = "/".join(path)
     depth = (config.vision_config if path[0] == "visual_encoder" else config.qformer_config).num_hidden_layers
     layer = re.search(r"encoder/(layers/)?layers?_(\d+)/", name)

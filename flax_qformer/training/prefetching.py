@@ -1,4 +1,4 @@
-"""Batches on the devices, the next one read while a step runs."""
+"""Read the next batch while a step runs."""
 
 import jax
 from jax.sharding import Mesh
@@ -9,10 +9,10 @@ from flax_qformer.parallel.mesh import shard_batch
 
 
 class Prefetcher:
-    """Batches on the devices; `prefetch` reads the next step's first batch while the devices work.
+    """Places batches on the devices; `prefetch` reads the next step's first batch while the devices work.
 
     Attributes:
-      state: the position in the data after the last batch taken; a prefetched batch does not count.
+      state: the position in the data after the last batch that `take` returned; a prefetched batch does not count.
       epoch: passes over the data up to that position.
     """
 

@@ -11,7 +11,7 @@ import jax
 
 from flax_qformer.checkpoints.atomic import check_space
 from flax_qformer.errors import InputError
-from flax_qformer.parallel.processes import any_process, from_first, is_first, tells_of_lost_process, wait_for_all
+from flax_qformer.parallel.processes import any_process, from_first, is_first, is_lost_process_error, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Checkpoints:
                 partial.write_text(json.dumps({"sum": _checksum(content), "content": content}))
                 partial.rename(self._folder / f"{step}.json")
         except Exception as error:
-            if tells_of_lost_process(error):
+            if is_lost_process_error(error):
                 raise
             # orbax raises types of its own when the disk becomes full.
             if is_first():
@@ -89,7 +89,7 @@ class Checkpoints:
                 except InputError:
                     raise
                 except Exception as error:
-                    if tells_of_lost_process(error):
+                    if is_lost_process_error(error):
                         raise
                     reason = " ".join(str(error).split())
                 if not any_process(restored is None):

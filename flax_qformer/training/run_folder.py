@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be used, its lock, its settings.yaml."""
+"""The folder of a run: check it, lock it, write its settings.yaml."""
 
 import contextlib
 import fcntl
@@ -20,38 +20,38 @@ SETTINGS = "settings.yaml"
 
 
 def check_output(output: Path, checkpoints: Checkpoints, settings: TrainSettings) -> None:
-    """Check that the run's folder can be made, or that the run in it can be resumed.
+    """Check that the run's folder can be created, or that the run in it can be resumed.
 
     Raises:
-      InputError: the folder holds something else, cannot be used, or its run has other settings; or overwriting it
-        would remove the model or the data.
+      InputError: the folder cannot be used, holds something other than a run, or holds a run with other settings; or
+        overwriting it would remove the model or the data.
     """
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is not a folder; name another `output`")
     with writing(output, "another `output`"):
         visible = [path for path in output.iterdir() if path.name[0] != "."] if output.is_dir() else []
         if visible and not (output / SETTINGS).is_file():
-            raise InputError(f"{output} holds something else than a run; name another `output`")
+            raise InputError(f"{output} holds something other than a run; name another `output`")
         if not settings.overwrite:
             check_resumable(checkpoints.notes().get("settings", {}), settings)
             return
         for name, source in (("`model`", settings.model), ("`data`", settings.data)):
             if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
                 raise InputError(
-                    f"{name} {source} lies in the run that `overwrite=True` removes; name another `output`"
+                    f"{name} {source} is inside the run that `overwrite=True` removes; name another `output`"
                 )
 
 
 @contextlib.contextmanager
 def locked_folder(output: Path, overwrite: bool) -> Iterator[None]:
-    """Make the run's folder and lock it for this program until the block ends.
+    """Create the run's folder, and lock it for this program until the block ends.
 
     Args:
       output: the folder.
-      overwrite: remove the run in it.
+      overwrite: remove the run that it holds.
 
     Raises:
-      InputError: another program holds the lock, or the folder cannot be made.
+      InputError: another program holds the lock, or the folder cannot be created.
     """
     with writing(output, "another `output`"):
         output.mkdir(parents=True, exist_ok=True)
@@ -61,10 +61,10 @@ def locked_folder(output: Path, overwrite: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"another program trains in {output}; wait for its end, or name another `output`"
+                f"another program trains in {output}; wait until it ends, or name another `output`"
             ) from None
         except OSError:
-            logger.warning("%s is on a disk without locks: let no two programs train in it", output)
+            logger.warning("%s is on a disk without locks: do not let two programs train in it", output)
         if overwrite:
             for name in ("checkpoints", *FOLDERS, "model"):
                 shutil.rmtree(output / name, ignore_errors=True)
@@ -73,12 +73,12 @@ def locked_folder(output: Path, overwrite: bool) -> Iterator[None]:
 
 
 def log_resumption(done: int, saved: Mapping[str, Any], settings: TrainSettings) -> None:
-    """Log from which step a run resumes, and which of its settings differ from the saved ones."""
+    """Log the step from which a run resumes, and the settings that differ from the saved ones."""
     if done >= settings.steps:
-        logger.warning("the run has %d steps already; to take more, raise `steps` above that", done)
+        logger.warning("the run has %d steps already; to train longer, raise `steps` above that", done)
     elif saved:
         changes = differences(saved, settings)
-        message = "; ".join([f"the run goes on after step {done}", *changes])
+        message = "; ".join([f"resuming from step {done}", *changes])
         logger.log(logging.WARNING if changes else logging.INFO, "%s", message)
 
 

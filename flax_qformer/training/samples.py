@@ -1,4 +1,4 @@
-"""Samples of an evaluation, from a few held-out images.
+"""Samples of an evaluation: the model's outputs for a few held-out images.
 
 Each image is shown with its true caption, a caption by beam search, the attention maps of the queries, and the images
 that its true caption retrieves.
@@ -40,7 +40,7 @@ BILINEAR = PIL.Image.Resampling.BILINEAR
 
 
 class Sampler:
-    """Draws samples of the same images at each evaluation; the model is compiled once."""
+    """Draws samples of the same images at each evaluation. The model is compiled once."""
 
     def __init__(
         self,
@@ -51,27 +51,27 @@ class Sampler:
         max_length: int,
         mesh: Mesh,
     ) -> None:
-        """Prepare; `draw` reads the images.
+        """Prepare the compiled functions; `draw` reads the images.
 
         Args:
           source: the held-out examples.
           count: number of images to show.
           max_length: largest number of tokens of a caption.
-          mesh: of the parameters. All processes of a job draw together.
+          mesh: the mesh of the parameters. All processes of a job must call `draw` together.
         """
         self._processor, self._source, self._count, self._max_length = processor, source, count, max_length
         self._ids, self._rows = np.unique(source.image_ids, return_index=True)
-        self._whole = NamedSharding(mesh, PartitionSpec())
-        # Beam search is a loop, and a collective in a loop can hang in a job of several processes on CPU, see
-        # `rounds_at_once`. So the program below has no collectives: each device gets all parameters, in the dtype of
-        # the computation, and does the same work.
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        # Beam search is a loop, and on CPU a collective in a loop can hang a job of several processes, see
+        # `rounds_at_once`. So `generate` has no collectives: each device gets all parameters, in the dtype of the
+        # computation, and does the same work.
         self._gather = jax.jit(
-            lambda params: jax.tree.map(lambda leaf: leaf.astype(model.dtype), params), out_shardings=self._whole
+            lambda params: jax.tree.map(lambda leaf: leaf.astype(model.dtype), params), out_shardings=self._replicated
         )
         apply: Any = model.apply
 
-        @partial(jax.jit, out_shardings=self._whole)
-        def look(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        @partial(jax.jit, out_shardings=self._replicated)
+        def generate(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
             states = apply({"params": params}, pixels, method="encode_image").last_hidden_state
             written = apply(
                 {"params": params},
@@ -94,22 +94,22 @@ class Sampler:
             maps = attention_maps(output.cross_attentions, model.config)
             return written, maps.astype(jnp.float32).mean(axis=1)
 
-        self._look = look
+        self._generate = generate
 
     def draw(self, params: Any, result: RetrievalResult) -> Samples | None:
-        """Run the model on the examples and draw the results; returns None except in the first process.
+        """Run the model on the examples and draw its outputs. Only the first process returns samples.
 
         Args:
           params: the evaluated parameters.
-          result: of the evaluation of these parameters.
+          result: the evaluation of these parameters.
 
         Raises:
           InputError: no example can be used.
         """
         batch, true = self._examples()
         arrays = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
-        placed = [jax.make_array_from_callback(a.shape, self._whole, a.__getitem__) for a in arrays]
-        tokens, maps = map(np.asarray, self._look(self._gather(params), *placed))
+        placed = [jax.make_array_from_callback(a.shape, self._replicated, a.__getitem__) for a in arrays]
+        tokens, maps = map(np.asarray, self._generate(self._gather(params), *placed))
         if not is_first():
             return None
         written = self._processor.tokenizer.batch_decode(tokens[: len(true)], skip_special_tokens=True)
@@ -133,7 +133,7 @@ class Sampler:
         return open_row(row["image"], row["name"])
 
     def _draw_retrieved(self, texts: dict[int, str], result: RetrievalResult) -> "Figure":
-        """A row for each text: the retrieved images, best first; the text's own image has a green frame."""
+        """A row for each text: the retrieved images, best first. The text's own image has a green frame."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(1.5 * TOP, 1.8 * len(texts)))

@@ -44,7 +44,8 @@ class TrainSettings(DataSettings):
       dropout: dropout rate of the Q-Former; by default that of its config.
       dtype: dtype of the computation: float32 or bfloat16; trained parameters are float32, frozen ones keep the dtype
         of the checkpoint.
-      gradient_checkpointing: recompute each layer in the backward pass, which saves memory.
+      gradient_checkpointing: recompute each layer in the backward pass, which saves memory; on a CPU, only with
+        `scan_layers`.
       scan_layers: run the layers in a loop, which compiles faster but runs slower on a CPU; by default on GPUs and TPUs
         only. A pruned model cannot be scanned.
       mesh: how devices share the work, such as data=-1,fsdp=4,tensor=2: data and fsdp split the batch, fsdp and tensor

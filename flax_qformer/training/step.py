@@ -1,4 +1,4 @@
-"""The state and the compiled step of training, for any loop."""
+"""The training state and the compiled training step, for any loop."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,28 +16,27 @@ from jax.sharding import Mesh
 from flax_qformer.errors import InputError
 from flax_qformer.models.pretraining import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.models.selection import Selection, merge, partition
-from flax_qformer.parallel.mesh import on
+from flax_qformer.parallel.mesh import mesh_context
 from flax_qformer.parallel.partition_rules import shardings
-from flax_qformer.training.hashing import hashed
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 
 Loss: TypeAlias = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Mapping[str, jax.Array], jax.Array], tuple]
-"""(model, trained, frozen, batch, key) -> (float32 scalar, output): the loss, and a `PreTrainingOutput` or a
-mapping, whose scalars become metrics."""
+"""(model, trained, frozen, batch, key) -> (loss, output): the loss is a float32 scalar; the output is a
+`PreTrainingOutput` or a mapping, whose scalars become metrics."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """The state that a step updates, and the frozen parameters.
+    """The state that a step updates, with the frozen parameters.
 
     Attributes:
-      trained: the part of the parameter tree that steps update.
-      frozen: the rest of the tree; `params` is the whole tree.
+      trained: the parameters that steps update, as a tree.
+      frozen: the other parameters; `params` merges both.
       opt_state: optax's state for `trained`.
       ema: the moving average of `trained`, or None.
-      step: batches so far; scalar int32.
-      rng: data of the key from which each step derives its own.
+      step: number of batches so far, scalar int32.
+      rng: data of the random key from which each step derives its own key.
     """
 
     trained: dict[str, Any]
@@ -61,20 +60,20 @@ class TrainState:
 
         Args:
           params: the whole parameter tree.
-          optimizer: of optax; it is initialised for the trained parameters.
-          train: the trained parameters, see `Selection`; the rest are frozen.
+          optimizer: an optax optimizer, which is initialised for the trained parameters.
+          train: the parameters to train, see `Selection`; the rest are frozen.
           ema: keep a moving average, see `make_train_step`.
-          seed: of dropout and of the drawn negatives.
+          seed: seed of dropout and of the sampled negatives.
 
         Raises:
           InputError: the selection matches nothing, or selects parameters in float16.
         """
         trained, frozen = partition(params, train)
-        half = [path for path, leaf in flatten_dict(trained, sep="/").items() if leaf.dtype == jnp.float16]
-        if half:
+        float16 = [path for path, leaf in flatten_dict(trained, sep="/").items() if leaf.dtype == jnp.float16]
+        if float16:
             raise InputError(
-                f"{len(half)} trained parameters are float16, {half[0]} among them, which is too coarse for updates; "
-                "load them with `param_dtype=float32`"
+                f"{len(float16)} trained parameters, such as {float16[0]}, are float16, which is too coarse for "
+                "updates; load them with `param_dtype=float32`"
             )
         return cls(
             trained=trained,
@@ -102,12 +101,12 @@ def pretraining_loss(
     batch: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, PreTrainingOutput]:
-    """The sum of the three losses, with dropout and drawn negatives; differentiable in `trained`.
+    """The sum of the three losses, with dropout and sampled negatives; differentiable in `trained`.
 
-    batch: arguments of `Blip2ForPreTraining.__call__`: pixel_values, input_ids, attention_mask, optionally image_id.
+    batch: arguments of `Blip2ForPreTraining.__call__`: pixel_values, input_ids, attention_mask and optionally image_id.
     """
     dropout, negatives = jax.random.split(key)
-    rngs = {"dropout": hashed(dropout), "negatives": negatives}
+    rngs = {"dropout": dropout, "negatives": negatives}
     params: Any = {"params": merge(trained, frozen)}
     output: Any = model.apply(params, **dict[str, Any](batch), deterministic=False, rngs=rngs)
     return output.loss, output
@@ -124,20 +123,20 @@ def make_train_step(
     donate: bool = True,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """A compiled step: (state, batch) -> (next state, metrics): losses, gradient_norm and parameter_norm.
+    """A compiled step: (state, batch) -> (next state, metrics). Metrics are losses, gradient_norm and parameter_norm.
 
-    Parameters that the loss does not read keep their values; weight decay does not apply to them. On a mesh, with the
-    batch sharded, the losses are computed over the global batch.
+    Parameters that the loss does not read keep their values, without weight decay. On a mesh, with the batch sharded,
+    losses are computed over the global batch.
 
     Args:
       loss: the function to differentiate, with the arguments and results of `pretraining_loss`.
       ema_decay: decay of the state's moving average, which is updated every `accumulation` batches.
-      accumulation: that of the optimizer.
-      mesh: keeps the state sharded as `shard_params` shards it.
-      donate: reuse the memory of the input state. This deletes its arrays, and the parameters that `TrainState.create`
-        took over.
-      compiler_options: of `jax.jit`, see `flax_qformer.compilation`; with them, the step cannot run inside another
-        `jax.jit`.
+      accumulation: the optimizer's `accumulation`.
+      mesh: the mesh of the state, which stays sharded as `shard_params` shards it.
+      donate: reuse the memory of the input state. This deletes its arrays, and with them the parameters from which
+        `TrainState.create` made it.
+      compiler_options: options of `jax.jit`, see `flax_qformer.compilation`; with them, the step cannot run inside
+        another `jax.jit`.
 
     Raises:
       InputError: the model computes in float16.
@@ -154,7 +153,7 @@ def make_train_step(
         def loss_of(trained: dict[str, Any]) -> tuple[jax.Array, Any]:
             return loss(model, trained, state.frozen, batch, key)
 
-        with on(mesh):
+        with mesh_context(mesh):
             is_read = _reads(loss_of, state.trained)
             (value, output), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)

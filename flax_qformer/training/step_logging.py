@@ -1,4 +1,4 @@
-"""Log the metrics of steps, one step behind the devices."""
+"""Log the metrics of finished steps, one step behind the devices."""
 
 import dataclasses
 import math
@@ -18,13 +18,13 @@ from flax_qformer.training.settings import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class DispatchedStep:
-    """A step that runs on the devices.
+    """A step that was dispatched to the devices.
 
     Attributes:
-      number: of the step, from 1.
-      metrics: of each of its batches, as scalars on the devices.
+      number: number of the step, from 1.
+      metrics: metrics of each of its batches, scalars on the devices.
       epoch: passes over the data up to the end of the step.
-      skipped: examples left out up to the end of the step.
+      skipped: examples skipped up to the end of the step.
     """
 
     number: int
@@ -36,8 +36,8 @@ class DispatchedStep:
 class StepLogger:
     """Logs finished steps.
 
-    Each step is logged after the next one is dispatched, so that the devices stay busy while the program waits. On a
-    CPU each step is logged at once: two steps in flight would hold their temporaries at the same time.
+    Each step is logged after the next one is dispatched, so that the devices stay busy while the program waits. On CPU
+    each step is logged at once: two steps in flight would hold their temporaries at the same time.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class StepLogger:
         """Start the clock.
 
         Args:
-          settings: of the run.
-          rates: (steps,), the learning rate of each step.
-          checkpoints: of the run; an error names the newest.
-          log: where metrics are written.
-          progress: what advances with each logged step.
+          settings: the run's settings.
+          rates: (steps,) learning rate of each step.
+          checkpoints: the run's checkpoints; an error names the newest.
+          log: writes the metrics.
+          progress: advances with each logged step.
         """
         self._settings, self._rates, self._checkpoints = settings, rates, checkpoints
         self._log, self._progress = log, progress
@@ -67,11 +67,11 @@ class StepLogger:
         return not is_on_cpu()
 
     def start_clock(self) -> None:
-        """Measure the time of steps from now on."""
+        """Start to measure the time of steps."""
         self._started, self._timed = time.perf_counter(), 0
 
     def add(self, step: DispatchedStep) -> None:
-        """Log the step before this one; log this one now or with the next call."""
+        """Log the previous step; log this one now, or with the next call."""
         self.flush()
         self._pending = step
         if not self.is_delayed:
@@ -107,12 +107,14 @@ class StepLogger:
         self._progress.advance(text=text)
 
     def _check_finite(self, number: int, figures: Mapping[str, float]) -> None:
-        unfit = [name for name, value in figures.items() if not math.isfinite(value)]
-        if unfit:
+        diverged = [name for name, value in figures.items() if not math.isfinite(value)]
+        if diverged:
             saved = self._checkpoints.steps()
             good = f"the last good checkpoint is of step {saved[0]}" if saved else "no checkpoint was saved yet"
             clipping = "lower `clip_norm`" if self._settings.clip_norm else "set `clip_norm`"
-            raise InputError(f"{unfit[0]} is not finite at step {number}; {good}; lower `learning_rate` or {clipping}")
+            raise InputError(
+                f"{diverged[0]} is not finite at step {number}; {good}; lower `learning_rate` or {clipping}"
+            )
 
 
 def _summary(figures: Mapping[str, float]) -> str:

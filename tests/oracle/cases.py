@@ -1,4 +1,4 @@
-"""What upstream is asked, for both sides: numpy only, all of it drawn from seeds that no numpy release changes."""
+"""Inputs and weights of all cases, for upstream and for us: numpy only, from seeds that no numpy release changes."""
 
 import copy
 import zlib
@@ -43,7 +43,7 @@ def _geometry(vision: dict[str, Any], qformer: dict[str, Any], num_query_tokens:
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "frequency_1": _BASE,
-    # No qkv bias, odd head counts, an image that the patches do not fill, upstream's eps, chunks.
+    # No qkv bias, odd head counts, an image side that the patch size does not divide, upstream's eps, chunks.
     "frequency_2": _geometry(
         {
             "hidden_size": 30,
@@ -129,12 +129,12 @@ ROUNDING = 2e-5
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 numbers that belong to a name."""
+    """Standard normal float32 numbers, seeded by a name."""
     return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter by upstream's name: random everywhere, of a size that keeps activations around 1."""
+    """A parameter by upstream's name: random everywhere, scaled so that activations stay around 1."""
     value = draw(name, shape)
     if name.endswith(".bias"):
         return 0.1 * value
@@ -146,7 +146,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def batch(geometry: str) -> dict[str, np.ndarray]:
-    """A batch of images and padded texts, and every mask that a model takes."""
+    """A batch of images and padded texts, with every mask that a model accepts."""
     config = GEOMETRIES[geometry]
     vision, qformer, queries = config["vision_config"], config["qformer_config"], config["num_query_tokens"]
     size, heads, layers = vision["image_size"], qformer["num_attention_heads"], qformer["num_hidden_layers"]
@@ -160,7 +160,7 @@ def batch(geometry: str) -> dict[str, np.ndarray]:
     image_mask_3d = rng.uniform(size=(images, queries, image_tokens)) < 0.7
     image_mask_3d[..., 0] = True
     image_mask = (rng.uniform(size=(images, image_tokens)) < 0.6).astype(np.int64)
-    image_mask[-1] = 0  # an image of which nothing may be seen
+    image_mask[-1] = 0  # an image that is fully masked
     return {
         "pixel_values": draw(f"{geometry} pixels", (images, size, size, 3)),
         "input_ids": input_ids,
@@ -174,9 +174,9 @@ def batch(geometry: str) -> dict[str, np.ndarray]:
 
 
 def dropouts(geometry: str) -> dict[str, dict[str, Any]]:
-    """The geometry with one of its dropouts on, by the name of it.
+    """The geometry with one dropout, named by `name`, switched on.
 
-    Dropout that drops everything is no matter of chance: it shows each place that has one.
+    Dropout with rate 1 is deterministic, and shows each place that has dropout.
     """
     rates = {
         "hidden": ("qformer_config", "hidden_dropout_prob"),
@@ -194,13 +194,13 @@ IN_LOSS = ("last_hidden_state", "query_embeddings")
 
 
 def loss(outputs: Mapping[str, Any], array: Callable[[np.ndarray], Any] = np.asarray) -> Any:
-    """The loss that is differentiated: weighted outputs; `array` makes the weights what the outputs are."""
+    """The differentiated loss: a weighted sum of the outputs; `array` converts the weights to the outputs' type."""
     weights = {name: array(draw(f"loss {name}", tuple(outputs[name].shape))) for name in IN_LOSS}
     return sum((outputs[name] * weights[name]).sum() for name in IN_LOSS)
 
 
 def image(mode: str, height: int = 57, width: int = 83) -> PIL.Image.Image:
-    """A picture with edges and noise in a mode of Pillow."""
+    """An image with edges and noise, in a mode of Pillow."""
     rng = np.random.RandomState(zlib.crc32(mode.encode()))
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([x * 255 // width, y * 255 // height, ((x // 9 + y // 9) % 2) * 255, (x + y) % 256], axis=-1)
@@ -216,15 +216,15 @@ def image(mode: str, height: int = 57, width: int = 83) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGBa") if mode == "RGBa" else rgb.convert(mode)
 
 
-def gradient_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
-    """The largest relative error of a gradient, and whose it is.
+def gradient_error(gradients: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest relative error of a gradient, and the parameter's name.
 
-    Biases of keys have none (softmax does not see them), so that both sides hold rounding: they count against the rest.
+    Key biases have no gradient, because softmax cancels them; both sides hold rounding errors, compared with the rest.
     """
     norms = {name: float(np.linalg.norm(value)) for name, value in expected.items()}
     rest = max(norms.values())
     errors = {
-        name: float(np.linalg.norm(found[name] - value)) / (rest if name.endswith("key.bias") else norms[name])
+        name: float(np.linalg.norm(gradients[name] - value)) / (rest if name.endswith("key.bias") else norms[name])
         for name, value in expected.items()
         if value.size
     }
@@ -244,14 +244,14 @@ def full_batch() -> dict[str, np.ndarray]:
 
 
 def sample(name: str, gradient: np.ndarray) -> np.ndarray:
-    """Some thousand numbers of a gradient; of an embedding table, from rows that were used."""
+    """A few thousand numbers of a gradient; for an embedding table, from the rows that were used."""
     if name.endswith("embeddings.weight"):
         gradient = gradient[np.abs(gradient).max(axis=1) > 0]
     return np.ascontiguousarray(gradient.ravel()[:: max(1, gradient.size // 2000) | 1])
 
 
 def save(file: Path, answers: dict[str, np.ndarray]) -> None:
-    """Keep what upstream answered; what it computed in float64 in float32."""
+    """Save upstream's answers; float64 answers as float32."""
     floats = {name: value.astype(np.float32) for name, value in answers.items() if value.dtype == np.float64}
     np.savez_compressed(file, **answers | floats)
     print(f"{file.stem}: {len(answers)} arrays")

@@ -26,7 +26,7 @@ def compare_arrays(file: str, recorded: dict[str, np.ndarray], again: dict[str, 
         if value.dtype.kind == "U":
             assert again[name] == value, f"{file}: {name}"
             continue
-        # Computed in float64, another processor's answer is the same float32 or a neighbour of it.
+        # In float64, another processor gives the same float32 or an adjacent one.
         scale = max(1.0, float(np.abs(value.astype(np.float64)).max(initial=0)))
         np.testing.assert_allclose(again[name], value, atol=1e-9 * scale, rtol=2e-7, err_msg=f"{file}: {name}")
 

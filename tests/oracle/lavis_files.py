@@ -27,11 +27,11 @@ UNUSED = (
     "lavis.models.eva_vit",
     "omegaconf",
 )
-"""Imported for what is not asked of them here: downloads, logs, other towers, fp16."""
+"""Imported only for unused features: downloads, logs, other towers, fp16."""
 
 
 def load() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """`blip2`, `blip2_qformer` and `clip_vit`, as modules that know one process."""
+    """`blip2`, `blip2_qformer` and `clip_vit`, as modules for a single process."""
     spec = importlib.util.find_spec("lavis")
     assert spec is not None, "LAVIS is not installed"
     root = Path(spec.origin).parents[1]
@@ -45,7 +45,7 @@ def load() -> tuple[ModuleType, ModuleType, ModuleType]:
     registry.registry.register_model = lambda name: lambda model: model
     sys.modules["lavis.common.registry"] = registry
 
-    # LAVIS asks for its rank without looking whether there are any.
+    # LAVIS reads its rank without checking for a process group.
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     names = ("blip2_models.blip2", "blip2_models.blip2_qformer", "clip_vit")
     blip2, blip2_qformer, clip_vit = (importlib.import_module(f"lavis.models.{name}") for name in names)
@@ -54,7 +54,7 @@ def load() -> tuple[ModuleType, ModuleType, ModuleType]:
 
 
 def build(modules: tuple[ModuleType, ...], config: dict[str, Any], words: Sequence[str], **options: Any) -> Any:
-    """The model as its `__init__` makes it, with parts of these sizes in place of what it downloads.
+    """The model as its `__init__` makes it, with parts of these sizes instead of downloaded ones.
 
     Args:
       modules: what `load` returns.
@@ -68,7 +68,7 @@ def build(modules: tuple[ModuleType, ...], config: dict[str, Any], words: Sequen
         input_resolution=vision["image_size"],
         patch_size=vision["patch_size"],
         width=vision["hidden_size"],
-        layers=vision["num_hidden_layers"] + 1,  # 1.0.2 leaves out the last one
+        layers=vision["num_hidden_layers"] + 1,  # 1.0.2 omits the last one
         heads=vision["num_attention_heads"],
         use_grad_checkpointing=False,
     )
@@ -94,7 +94,7 @@ def build(modules: tuple[ModuleType, ...], config: dict[str, Any], words: Sequen
 
 
 def compute_in_float64() -> None:
-    """Make the modules that `build` makes next compute in float64, also where LAVIS casts to float32."""
+    """Make modules that `build` makes from now on compute in float64, also where LAVIS casts to float32."""
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
     for name in ("blip2_models.blip2", "clip_vit"):

@@ -1,7 +1,7 @@
 """Record upstream's answers: `python tests/oracle/record.py FOLDER`, in an environment of `requirements.txt`.
 
-Upstream computes in float64, on float32 weights and inputs, and the answers are kept in float32: no processor's own
-rounding is in them.
+Upstream computes in float64 from float32 weights and inputs. The answers are saved in float32, so they do not depend on
+a processor's rounding.
 """
 
 import sys
@@ -22,7 +22,7 @@ DEFAULT_MODEL = Path(__file__).parents[2] / "flax_qformer" / "assets" / "default
 
 
 def build(config: dict[str, Any]) -> Blip2QFormerModel:
-    """Upstream's model with drawn weights, in the default dtype. Upstream insists on a tokenizer: the embedded one."""
+    """Upstream's model with random weights, in the default dtype. It needs a tokenizer: the embedded one."""
     model = Blip2QFormerModel(Blip2Config(**config, tokenizer=str(DEFAULT_MODEL))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -38,7 +38,7 @@ def run(
     image_mask: torch.Tensor | None = None,
     head_mask: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Upstream's `forward` from token ids on, which takes strings and pixels only; its parts are called as it does."""
+    """Upstream's `forward` from token ids. It accepts only strings, so its parts are called in the same way."""
     queries = None
     if image_embeds is not None:
         queries = model.query_tokens
@@ -127,7 +127,7 @@ def record_dropout(answers: dict[str, np.ndarray], geometry: str, arrays: dict[s
 
 
 def record_default() -> dict[str, np.ndarray]:
-    """The embedded model from strings and a picture, through upstream's own `forward`."""
+    """The embedded model on strings and an image, through upstream's own `forward`."""
     config = Blip2Config.from_pretrained(DEFAULT_MODEL)
     config.tokenizer = str(DEFAULT_MODEL)
     model, info = Blip2QFormerModel.from_pretrained(DEFAULT_MODEL, config=config, output_loading_info=True)
@@ -165,7 +165,7 @@ def record_processor() -> dict[str, np.ndarray]:
 
 
 def record_files(folder: Path) -> None:
-    """Files that PyTorch writes, for the reader that has none."""
+    """Files that PyTorch writes, for our reader, which runs without PyTorch."""
     folder.mkdir(exist_ok=True)
     torch.save(build(cases.GEOMETRIES["frequency_3"]).state_dict(), folder / "state_dict.bin")
     whole = torch.arange(24, dtype=torch.float32).reshape(4, 6)
@@ -203,7 +203,7 @@ def record_activations() -> dict[str, np.ndarray]:
 
 
 def record_positions() -> dict[str, np.ndarray]:
-    """Positions for other images, which transformers' vision tower has and diffusers' copy lacks."""
+    """Positions for other image sizes, which transformers' vision tower has and diffusers' copy lacks."""
     answers: dict[str, np.ndarray] = {}
     for geometry in cases.GEOMETRIES:
         model = build(cases.GEOMETRIES[geometry])
@@ -217,9 +217,9 @@ def record_positions() -> dict[str, np.ndarray]:
 
 
 def tensor(value: np.ndarray) -> torch.Tensor:
-    """Floating point in the default dtype."""
-    found = torch.from_numpy(value)
-    return found.to(torch.get_default_dtype()) if found.is_floating_point() else found
+    """A tensor; floating point is cast to the default dtype."""
+    converted = torch.from_numpy(value)
+    return converted.to(torch.get_default_dtype()) if converted.is_floating_point() else converted
 
 
 def keep(

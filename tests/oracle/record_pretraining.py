@@ -1,8 +1,8 @@
 """Record LAVIS's stage-1 answers: `python tests/oracle/record_pretraining.py FOLDER`, with `requirements-lavis.txt`.
 
-Each answer is LAVIS 1.0.2's own, except that negatives are given, and that images which share an id share their targets
-and are no negatives of each other: LAVIS's repository does that, no release does. It computes in float64 and is kept in
-float32, so that no processor's own rounding is in it.
+Each answer is LAVIS 1.0.2's own, with two exceptions. Negatives are fixed. Images that share an id share their targets
+and are not negatives of each other, as in LAVIS's repository but in no release. LAVIS computes in float64, and answers
+are saved in float32, so they do not depend on a processor's rounding.
 """
 
 import json
@@ -109,7 +109,7 @@ CAPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Watched:
-    """`torch.nn.functional` as LAVIS's forward sees it: keeps what passes, and lets images share targets."""
+    """`torch.nn.functional` for LAVIS's forward: records values, and lets images share targets."""
 
     def __init__(self, same: torch.Tensor | None) -> None:
         self.same = same
@@ -125,13 +125,13 @@ class Watched:
 
     def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
         self.logits.append(logits.detach().clone())
-        if self.same is not None and len(self.logits) <= 2:  # of images to texts, of texts to images; then ITM
+        if self.same is not None and len(self.logits) <= 2:  # image to text, text to image, then ITM
             labels = self.same / self.same.sum(dim=1, keepdim=True)
         return F.cross_entropy(logits, labels, **options)
 
 
 def whole(geometry: str) -> dict[str, Any]:
-    """The config under the names of `config.json`, with what LAVIS has no say in."""
+    """The config by the names of `config.json`, with the settings that LAVIS fixes."""
     config = dict(GEOMETRIES[geometry])
     vision, qformer = dict(config["vision_config"]), dict(config["qformer_config"])
     vision |= {"intermediate_size": 4 * vision["hidden_size"], "patch_size": 8}
@@ -142,12 +142,12 @@ def whole(geometry: str) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any]) -> torch.nn.Module:
-    """LAVIS's model with drawn weights."""
+    """LAVIS's model with random weights."""
     model = lavis_files.build(MODULES, config, WORDS, freeze_vit=False, max_txt_len=config["max_text_length"]).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weight(name, tuple(parameter.shape)))
-        # So that captions end here and there, and padding is not one of their words.
+        # So that some captions end early, and none contains padding.
         end = torch.from_numpy(cases.draw(f"end {config['end']}", (config["qformer_config"]["hidden_size"],)))
         model.Qformer.bert.embeddings.word_embeddings.weight[WORDS.index("[SEP]")] = end.bfloat16().float()
         model.Qformer.cls.predictions.bias[WORDS.index("[PAD]")] -= 8
@@ -155,22 +155,22 @@ def build(config: dict[str, Any]) -> torch.nn.Module:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A drawn parameter with few digits, for a small file."""
+    """A random parameter with few digits, for a small file."""
     if name == "temp":
         return torch.tensor(0.125)
-    # Names by which `cases` knows the kind.
+    # The names by which `cases` recognises the kind.
     known = name.replace("ln_", "norm_").replace("in_proj_bias", "in_proj.bias")
     return torch.from_numpy(cases.weight(known, shape)).bfloat16().float()
 
 
 def negatives(name: str, same: torch.Tensor) -> torch.Tensor:
-    """One index per row, of images or texts with another id."""
+    """One index per row, of an image or text with another id."""
     rng = np.random.RandomState(zlib.crc32(name.encode()))
     return torch.tensor([rng.choice(np.flatnonzero(~row)) for row in same.numpy()])
 
 
 def answer(model: torch.nn.Module, samples: dict[str, Any], drawn: list[torch.Tensor]) -> dict[str, Any]:
-    """LAVIS's forward with these negatives: of each text an image, of each image a text."""
+    """LAVIS's forward with these negatives: an image for each text and a text for each image."""
     same = samples["same"]
     shared = bool(same.sum() > len(same))
     watched = Watched(same.float() if shared else None)
@@ -194,7 +194,7 @@ def answer(model: torch.nn.Module, samples: dict[str, Any], drawn: list[torch.Te
         "sim_t2i": sim_t2i,
         "itm_logits": itm_logits,
         "itg_logits": language[0].logits,
-        # What LAVIS's repository draws from; 1.0.2's distribution is another and goes unused.
+        # The distribution of LAVIS's repository; that of 1.0.2 differs and is not used.
         "negative_image_probabilities": sim_t2i.masked_fill(same, -10000).softmax(dim=1),
         "negative_text_probabilities": sim_i2t.masked_fill(same, -10000).softmax(dim=1),
     }
@@ -206,7 +206,7 @@ def features(model: torch.nn.Module, samples: dict[str, Any], tokens: dict[str, 
     multimodal = model.extract_features(samples, mode="multimodal")
     with torch.no_grad():
         _, vision = model.forward_image(samples["image"])
-        # Row i: image i with every text.
+        # Row i: image i with each text.
         match = [
             model.compute_itm(one.expand(len(vision), -1, -1), tokens["input_ids"], tokens["attention_mask"])
             for one in vision
@@ -226,15 +226,15 @@ def features(model: torch.nn.Module, samples: dict[str, Any], tokens: dict[str, 
 
 
 def repeat_tokens(expand_size: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, **rest: Any) -> Any:
-    """Tokens for each beam, and no more: LAVIS repeats its images itself, and later transformers would once more."""
+    """Expand only tokens to beams: LAVIS repeats its images itself, and newer transformers would repeat them again."""
     tokens, mask = (x.repeat_interleave(expand_size, dim=0) for x in (input_ids, attention_mask))
     return tokens, {**rest, "attention_mask": mask}
 
 
 def caption(model: torch.nn.Module, image: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    """LAVIS's `generate`, which returns strings: the token ids are taken from within."""
+    """LAVIS's `generate`, with the token ids instead of strings."""
     extra = {"return_dict_in_generate": True, "output_scores": True}
-    if "repetition_penalty" in settings:  # LAVIS takes it and forgets it
+    if "repetition_penalty" in settings:  # LAVIS accepts it but ignores it
         extra["repetition_penalty"] = settings["repetition_penalty"]
     generate, kept, probabilities = model.Qformer.generate, [], []
 
@@ -243,7 +243,7 @@ def caption(model: torch.nn.Module, image: torch.Tensor, settings: dict[str, Any
         return kept[0].sequences
 
     def second(distribution: torch.Tensor, num_samples: int) -> torch.Tensor:
-        """What a sampler might draw."""
+        """The distribution from which a sampler draws."""
         probabilities.append(distribution.clone())
         two = distribution.topk(2)
         return torch.where(two.values[:, 1:] > 0, two.indices[:, 1:], two.indices[:, :1])
@@ -287,7 +287,7 @@ def record(geometry: str) -> dict[str, np.ndarray]:
     keep(answers, "gradients", {name: parameter.grad for name, parameter in model.named_parameters()})
     keep(answers, "features", features(model, samples, tokens))
     if geometry == "frequency_1":
-        # As LAVIS trains: features from the other side of a similarity carry no gradient, not even the process's own.
+        # As in LAVIS's training: the gathered features carry no gradient, not even those of the process itself.
         model.zero_grad()
         lavis_files.gather(own_gradients=False)
         answer(model, samples, drawn)["loss"].backward()
@@ -300,7 +300,7 @@ def record(geometry: str) -> dict[str, np.ndarray]:
 
 
 def record_nucleus() -> dict[str, np.ndarray]:
-    """What is drawn from when LAVIS samples: it names `top_p` only, and transformers adds a `top_k` of its own."""
+    """LAVIS's sampling distribution: LAVIS sets only `top_p`, and transformers adds its default `top_k`."""
     settings = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
     defaults = GenerationConfig(do_sample=True, top_p=settings["top_p"])
     assert all(getattr(defaults, name) == value for name, value in settings.items())
