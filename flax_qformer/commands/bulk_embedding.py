@@ -73,19 +73,19 @@ class EmbedSettings:
 
     data: str
     output: Path
-    model: str = str(DEFAULT_MODEL)
-    config: str | None = None
-    tokenizer: str | None = None
-    text: str | None = None
-    truncate: bool = False
-    image_column: str | None = None
-    dtype: str = "float32"
-    embedding_dtype: str = "float32"
-    shard_size: int = 1024
-    batch_size: int = 64
-    mesh: str = "data=-1"
-    num_workers: int = 4
-    process: tuple[int, int] | None = None
+    model: str
+    config: Path | None
+    tokenizer: str | None
+    text: str | None
+    truncate: bool
+    image_column: str | None
+    dtype: str
+    embedding_dtype: str
+    shard_size: int
+    batch_size: int
+    mesh: str
+    num_workers: int
+    process: tuple[int, int] | None
 
 
 class Part(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from flax_qformer.checkpoints.saving import save_pretrained
-from flax_qformer.compilation import compiler_options, give_back, keep_memory
+from flax_qformer.compilation import compiler_options
 from flax_qformer.convert.tables.qformer import PARTS
 from flax_qformer.data.batches import Batches, open_source
 from flax_qformer.data.sources import Source
@@ -134,7 +134,6 @@ class Run:
         if self.done < self.settings.steps:
             self._prefetcher.prefetch()
         self._step_logger.add(dispatched)
-        keep_memory()  # not before a step has run
 
     def flush(self) -> None:
         """Wait for the devices and log the last step."""
@@ -149,7 +148,6 @@ class Run:
         self.flush()
         notes = {"data": all_gather(self._prefetcher.state), "settings": dataclasses.asdict(self._saved_settings)}
         self._checkpoints.save(self.done, self.state, notes)
-        give_back()
 
     def evaluate(self) -> None:
         """Evaluate on the held-out examples, unless there are none or this step was evaluated before."""
