@@ -29,9 +29,8 @@ def main() -> None:
         model, params = model.clone(config=dataclasses.replace(model.config, scan_layers=True)), fq.stack_layers(params)
     state = TrainState.create(params, optimizer)
     del params
-    step = make_train_step(model, optimizer, compiler_options=compiler_options()).lower(state, batch).compile()
-    with kept_memory():  # returns what compiling left
-        pass
+    with kept_memory():  # whose end returns to the system what compiling leaves
+        step = make_train_step(model, optimizer, compiler_options=compiler_options()).lower(state, batch).compile()
     with kept_memory():
         for _ in sys.stdin:
             Path("/proc/self/clear_refs").write_text("5")

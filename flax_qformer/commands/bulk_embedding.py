@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from flax_qformer.checkpoints.atomic import check_writable, new_file
 from flax_qformer.checkpoints.loading import as_dtype, from_pretrained
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, TOKENIZER_FILES, find_tokenizer, locate
+from flax_qformer.checkpoints.model_files import TOKENIZER_FILES, find_tokenizer, locate
 from flax_qformer.compilation import compiler_options
 from flax_qformer.convert.files import open_tensors
 from flax_qformer.data.batches import Images, image_batches, open_images
@@ -74,7 +74,7 @@ class EmbedSettings:
     data: str
     output: Path
     model: str
-    config: Path | None
+    config: str | None
     tokenizer: str | None
     text: str | None
     truncate: bool

@@ -44,9 +44,9 @@ class CaptionOptions(ModelOptions):
     num_beams: Annotated[Positive, WAY] = 3
     nucleus: Annotated[bool, WAY] = False
     top_p: Annotated[float | None, tyro.conf.arg(metavar="P", help_behavior_hint=f"(default: {TOP_P})")] = None
-    seed: Annotated[
-        int | None, whole_number(0, 2**32 - 1), tyro.conf.arg(help_behavior_hint=f"(default: {SEED})")
-    ] = None
+    seed: Annotated[int | None, whole_number(0, 2**32 - 1), tyro.conf.arg(help_behavior_hint=f"(default: {SEED})")] = (
+        None
+    )
     max_length: Annotated[
         int | None,
         whole_number(1),

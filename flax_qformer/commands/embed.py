@@ -20,7 +20,6 @@ from flax_qformer.commands.options import (
     Positive,
     Texts,
     batches,
-    check_images,
     check_train_packages,
     input_files,
     load_with_processor,
@@ -150,6 +149,7 @@ def _embed_data(options: EmbedOptions) -> None:
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(EmbedSettings)}
     values |= {
         "text": texts[0] if texts else None,
+        "config": str(options.config) if options.config else None,
         "output": options.output or Path("embeddings"),
         "batch_size": options.batch_size or DataSettings.batch_size,
     }

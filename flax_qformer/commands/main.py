@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["--version"]:
         print(__version__)
-        sys.exit()
+        sys.exit(0)
     command = arguments[0] if arguments else ""
-    kind, run = COMMANDS.get(command, (CommonOptions, None))
+    kind = COMMANDS[command][0] if command in COMMANDS else CommonOptions
     prog = f"flax-qformer {command}"
     try:
         options = parse(arguments)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         share_heap()
         keep_programs()
-        run(options)
+        COMMANDS[command][1](options)
         sys.stdout.flush()
     except InputError as error:
         print(f"{prog}: {' '.join(with_options(str(error), kind).split())}", file=sys.stderr)
@@ -99,13 +99,14 @@ def parse(arguments: Sequence[str]) -> Any:
     """
     defaults: dict[str, Any] = {}
     command, *rest = arguments or [""]
-    kind, _ = COMMANDS.get(command, (None, None))
-    if hasattr(kind, "from_yaml"):
-        prog = f"flax-qformer {command}"
-        file, _ = tyro.cli(_SettingsFile, args=rest, prog=prog, add_help=False, return_unknown_args=True)
+    reads_file = [name for name, (kind, _) in COMMANDS.items() if hasattr(kind, "from_yaml")]
+    if command in reads_file:
+        file, _ = tyro.cli(
+            _SettingsFile, args=rest, prog=f"flax-qformer {command}", add_help=False, return_unknown_args=True
+        )
         if file.settings:
             check_train_packages()
-            defaults[command] = kind.from_yaml(file.settings)
+            defaults[command] = COMMANDS[command][0].from_yaml(file.settings)
     # The list of commands shows the first line of each description.
     kinds = [
         Annotated[
@@ -119,7 +120,10 @@ def parse(arguments: Sequence[str]) -> Any:
         for name, (kind, _) in COMMANDS.items()
     ]
     commands: Any = Union[tuple(kinds)]  # noqa: UP007
-    return tyro.cli(commands, args=arguments, prog="flax-qformer", description=DESCRIPTION)
+    try:
+        return tyro.cli(commands, args=arguments, prog="flax-qformer", description=DESCRIPTION)
+    except InputError as error:  # of `TrainSettings` or `EvaluateSettings`
+        raise InputError(f"{error} (see flax-qformer {command} --help)") from None
 
 
 def _leave(status: int) -> NoReturn:

@@ -46,7 +46,7 @@ Positive = Annotated[int, whole_number(1)]
 Images = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")
 ]
-Model_ = Annotated[
+ModelName = Annotated[
     str, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: a small model inside the package)")
 ]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
@@ -81,7 +81,7 @@ class ModelOptions(CommonOptions):
       tokenizer: folder or hub id of a tokenizer, if the checkpoint has none.
     """
 
-    model: Model_ = str(DEFAULT_MODEL)
+    model: ModelName = str(DEFAULT_MODEL)
     dtype: Annotated[str, tyro.conf.arg(metavar="DTYPE")] = "float32"
     config: File = None
     tokenizer: Tokenizer = None

@@ -11,7 +11,7 @@ import tyro
 
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.commands.messages import with_options
-from flax_qformer.commands.options import CommonOptions, Model_, Positive
+from flax_qformer.commands.options import CommonOptions, ModelName, Positive
 from flax_qformer.errors import InputError
 from flax_qformer.training.settings import TrainSettings
 
@@ -36,7 +36,7 @@ class PlanOptions(CommonOptions):
 
     topology: Annotated[str, tyro.conf.arg(metavar="POD")]
     batch: Positive
-    model: Model_ = str(DEFAULT_MODEL)
+    model: ModelName = str(DEFAULT_MODEL)
     mesh: Annotated[str, tyro.conf.arg(metavar="SIZES")] = TrainSettings.mesh
     remat: bool = False
     train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PART [PART ...]")] = TrainSettings.train

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -15,7 +15,10 @@ from flax_qformer.errors import InputError
 from flax_qformer.training.metrics import ReportTo
 from flax_qformer.training.optimizer import B1, B2, CLIP_NORM, WEIGHT_DECAY, OptimizerName
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 FIXED = ("model", "train", "optimizer", "group_learning_rates", "ema_decay", "accumulation", "scan_layers", "seed")
 """Settings that a resumed run cannot change: its state's arrays or its data's order depend on them."""
@@ -192,7 +195,7 @@ def read_yaml(path: Path, known: Collection[str] = ()) -> dict[str, Any]:
     unknown = [str(name) for name in values if name not in names and name not in known]
     if unknown:
         raise InputError(
-            f"{path} names unknown settings: {', '.join(unknown)}; take those that `flax-qformer train --help` shows"
+            f"{path} names unknown settings: {', '.join(unknown)}; take those of `TrainSettings` or `EvaluateSettings`"
         )
     return values
 
