@@ -23,7 +23,8 @@ import flax_qformer as fq
 from conftest import GOLDEN
 from flax_qformer import convert
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, EXAMPLE_IMAGE
-from flax_qformer.commands.main import COMMANDS, main
+from flax_qformer.commands.embed import EmbedOptions
+from flax_qformer.commands.main import COMMANDS, main, parse
 from flax_qformer.commands.messages import with_options
 from scenes import HELD_OUT, draw_scene
 from torch_files import torch_save
@@ -87,6 +88,7 @@ import tyro
 tyro.cli(int, args=["0"])  # once, before "torch" is blocked: tyro imports it if sys.modules has that name
 for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tensorboardX"):
     sys.modules[name] = None
+from flax_qformer.commands.embed import EmbedOptions
 from flax_qformer.commands.main import main
 main(["embed", {str(EXAMPLE_IMAGE)!r}, "--text", "dog"])
 """
@@ -368,6 +370,14 @@ def test_a_wrong_command_line(arguments: list[str], message: str, capfd: pytest.
     assert message in " ".join(re.sub("[─│╭╮╰╯]", " ", printed.err).split())
     assert "flax-qformer" in printed.err or arguments[-1] == "--settings"
     assert "Traceback" not in printed.err
+
+
+def test_embed_reads_a_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("data: photos\ntext: dog\nshard_size: 9\nembedding_dtype: float16\nsteps: 3")
+    options = parse(["embed", "--settings", str(file), "--shard-size", "8"])
+    expected = EmbedOptions(data="photos", text=(("dog",),), shard_size=8, embedding_dtype="float16", settings=file)
+    assert options == expected
 
 
 def test_the_library_names_no_options() -> None:
