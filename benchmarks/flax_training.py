@@ -14,7 +14,7 @@ import numpy as np
 
 import flax_qformer as fq
 from flax_qformer.checkpoints.loading import initialise
-from flax_qformer.compilation import compiler_options, give_back, keep_memory, share_heap
+from flax_qformer.compilation import compiler_options, kept_memory, share_heap
 from flax_qformer.training import TrainState, make_optimizer, make_train_step
 
 
@@ -28,18 +28,18 @@ def main() -> None:
         model, params = model.clone(config=dataclasses.replace(model.config, scan_layers=True)), fq.stack_layers(params)
     state = TrainState.create(params, optimizer)
     del params
-    step = make_train_step(model, optimizer, compiler_options=compiler_options()).lower(state, batch).compile()
-    give_back()
-    for _ in sys.stdin:
-        Path("/proc/self/clear_refs").write_text("5")
-        start = time.perf_counter()
-        state, metrics = step(state, batch)
-        loss = float(metrics["loss"])
-        jax.block_until_ready(state)
-        took = time.perf_counter() - start
-        keep_memory()
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-        print(json.dumps({"seconds": took, "memory": peak, "loss": loss}), flush=True)
+    with kept_memory():  # whose end returns to the system what compiling leaves
+        step = make_train_step(model, optimizer, compiler_options=compiler_options()).lower(state, batch).compile()
+    with kept_memory():
+        for _ in sys.stdin:
+            Path("/proc/self/clear_refs").write_text("5")
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            loss = float(metrics["loss"])
+            jax.block_until_ready(state)
+            took = time.perf_counter() - start
+            peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+            print(json.dumps({"seconds": took, "memory": peak, "loss": loss}), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ again page by page, which takes a tenth of a step and more. Other C libraries be
 
 import contextlib
 import ctypes
-import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def rounds_at_once(length: int) -> int:
 
 # From glibc's <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX = 128 * 1024, 65536
 
 
 def share_heap() -> None:
@@ -51,24 +52,21 @@ def share_heap() -> None:
     _call("mallopt", M_ARENA_MAX, 1)
 
 
-@functools.cache
-def keep_memory() -> None:
-    """Keep memory that is freed from now on, in the heap of `share_heap`. Call it after the first step.
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep memory that is freed within the block for the next step, and return it to the system at the end.
 
-    In the first step, blocks above 32 MiB lie outside the heap. Inside it, small blocks that stay would follow a large
-    one directly. glibc (2.36) requests a few extra bytes to align a block and does not return them when the block is
-    freed, so the next block of that size would not fit its place.
+    It works in a program that has called `share_heap`, as `flax-qformer` does. Enter it when all arrays of a run are
+    loaded: what loading frees is not kept.
     """
     _call("mallopt", M_MMAP_MAX, 0)
     _call("mallopt", M_TRIM_THRESHOLD, -1)
-
-
-def give_back() -> None:
-    """Return free memory to the system. Call it after a checkpoint or an evaluation.
-
-    Their allocations fragment the heap that `keep_memory` keeps.
-    """
-    _call("malloc_trim", 0)
+    try:
+        yield
+    finally:
+        _call("mallopt", M_MMAP_MAX, DEFAULT_MMAP_MAX)
+        _call("mallopt", M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
+        _call("malloc_trim", 0)
 
 
 def _call(function: str, *arguments: int) -> None:

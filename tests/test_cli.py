@@ -23,8 +23,8 @@ import flax_qformer as fq
 from conftest import GOLDEN
 from flax_qformer import convert
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, EXAMPLE_IMAGE
-from flax_qformer.commands import main as cli
-from flax_qformer.commands.main import main
+from flax_qformer.commands.embed import EmbedOptions
+from flax_qformer.commands.main import COMMANDS, main, parse
 from flax_qformer.commands.messages import with_options
 from scenes import HELD_OUT, draw_scene
 from torch_files import torch_save
@@ -83,8 +83,12 @@ def test_no_pytorch_is_needed(tmp_path: Path) -> None:
     """Packages of training and pictures are imported only when they are used."""
     program = f"""
 import sys
-for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tyro", "tensorboardX"):
+import tyro
+
+tyro.cli(int, args=["0"])  # once, before "torch" is blocked: tyro imports it if sys.modules has that name
+for name in ("torch", "orbax", "matplotlib", "datasets", "grain", "tensorboardX"):
     sys.modules[name] = None
+from flax_qformer.commands.embed import EmbedOptions
 from flax_qformer.commands.main import main
 main(["embed", {str(EXAMPLE_IMAGE)!r}, "--text", "dog"])
 """
@@ -228,7 +232,7 @@ def test_a_lavis_checkpoint_end_to_end(tmp_path: Path) -> None:
     np.testing.assert_array_equal(*outputs)
 
 
-@pytest.mark.parametrize("command", [[], ["embed"], ["attend"], ["convert"], ["export"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -273,7 +277,10 @@ IMAGE = str(EXAMPLE_IMAGE)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["embed"], "required: IMAGE"),
+        (["embed"], "no image is named; name one or more image files, or all images of a source with --data"),
+        (["caption"], "no image is named; name one or more image files"),
+        (["search", IMAGE], "no text is named; put what to look for after --text"),
+        (["embed", IMAGE, "--text"], "--text is empty"),
         (["embed", IMAGE, "--shard-size", "3"], "--shard-size goes with --data"),
         (["embed", IMAGE, "--data", "existing"], "--data names the images"),
         (["embed", "absent.png"], "there is no image absent.png"),
@@ -293,11 +300,9 @@ IMAGE = str(EXAMPLE_IMAGE)
         (["embed", IMAGE, "--text", "a", "b"], "1 images and 2 texts"),
         (["embed", IMAGE, "--model", str(DEFAULT_MODEL / "config.json")], "name the checkpoint's folder"),
         (["caption", IMAGE, "--top-p", "0.5"], "are for --nucleus"),
-        (["caption", IMAGE, "--nucleus", "--num-beams", "2"], "not allowed with argument"),
         (["caption", IMAGE, "--min-length", "9", "--max-length", "5"], "--min-length 9 is above --max-length, 5"),
         (["embed", IMAGE, "--text", "dog " * 100], "102 tokens, but the model reads at most 64"),
         (["embed", IMAGE, "--dtype", "float63"], "take float32, bfloat16, float16"),
-        (["embed", IMAGE, "--batch-size", "0"], "not a whole number above 0"),
         (["embed", IMAGE, "--model", "absent/model/folder"], "no file or folder absent/model/folder"),
         (["embed", IMAGE, "--output", "existing"], "existing is not a file"),
         (["embed", IMAGE, "--output", "text.png/below.npz"], "cannot write"),
@@ -321,8 +326,6 @@ IMAGE = str(EXAMPLE_IMAGE)
         (["convert", str(DEFAULT_MODEL), "out", "--tokenizer", "existing"], "neither tokenizer.json nor vocab.txt"),
         (["export", "existing", "out"], "holds no checkpoint"),
         (["export", str(DEFAULT_MODEL), "existing"], "existing exists"),
-        ([], "required: COMMAND"),
-        (["embedd"], "invalid choice"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -341,6 +344,42 @@ def test_bad_input_is_one_line(
     assert (bad / "existing" / "kept").read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing subcommand Expected one of {embed, attend, convert,"),
+        (["embedd"], "Unrecognized options: embedd Available subcommands: embed, attend,"),
+        (["embed", IMAGE, "--batch-size", "0"], "--batch-size: 0 is not a whole number of 1 or more"),
+        (["embed", IMAGE, "--embedding-dtype", "float64"], "invalid choice 'float64' for argument '--embedding-dtype'"),
+        (
+            ["embed", IMAGE, "--outputs", "a.npz"],
+            "Unrecognized options: --outputs, a.npz Perhaps you meant: --output FILE",
+        ),
+        (["caption", IMAGE, "--nucleus", "--num-beams", "2"], "--nucleus and --num-beams are not allowed together"),
+        (["caption", IMAGE, "--nucleus", "--seed", "-1"], "--seed: -1 is not a whole number from 0 to 4294967295"),
+        (["convert", "a"], "Missing from flax-qformer convert: DST the folder to create. (required)"),
+        (["train", "--settings"], "Missing value for argument '--settings'"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capfd.readouterr()
+    assert not printed.out
+    assert message in " ".join(re.sub("[─│╭╮╰╯]", " ", printed.err).split())
+    assert "flax-qformer" in printed.err or arguments[-1] == "--settings"
+    assert "Traceback" not in printed.err
+
+
+def test_embed_reads_a_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("data: photos\ntext: dog\nshard_size: 9\nembedding_dtype: float16\nsteps: 3")
+    options = parse(["embed", "--settings", str(file), "--shard-size", "8"])
+    expected = EmbedOptions(data="photos", text=(("dog",),), shard_size=8, embedding_dtype="float16", settings=file)
+    assert options == expected
+
+
 def test_the_library_names_no_options() -> None:
     root = Path(fq.__file__).parent
     parsers = {path for path in (root / "commands").glob("*.py") if path.name != "bulk_embedding.py"}
@@ -354,14 +393,15 @@ def test_the_library_names_no_options() -> None:
 @pytest.mark.parametrize(
     ("command", "message", "expected"),
     [
-        ("convert a b", "give `config=FILE` or `truncate=True`", "give --config FILE or `truncate=True`"),
-        ("embed a", "`convert_checkpoint(..., dtype='float32')`", "`flax-qformer convert --dtype float32`"),
+        ("convert", "give `config=FILE` or `truncate=True`", "give --config FILE or `truncate=True`"),
+        ("embed", "`convert_checkpoint(..., dtype='float32')`", "`flax-qformer convert --dtype float32`"),
         ("train", "`batch_size` is 1; `flip=False`", "--batch-size is 1; --no-flip"),
-        ("plan --topology v5e:2x2 --batch 1", "`mesh=fsdp=-1,tensor=2`, `images`", "--mesh fsdp=-1,tensor=2, `images`"),
+        ("plan", "`mesh=fsdp=-1,tensor=2`, `images`", "--mesh fsdp=-1,tensor=2, `images`"),
     ],
 )
 def test_the_command_line_names_options(command: str, message: str, expected: str) -> None:
-    assert with_options(message, cli._parser().parse_args(command.split())) == expected
+    kind, _ = COMMANDS[command]
+    assert with_options(message, kind) == expected
 
 
 def test_bad_input_of_the_installed_command(bad: Path) -> None:

@@ -1,55 +1,50 @@
 """A picture of what each query looks at."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import jax
 import numpy as np
+import tyro
 
 from flax_qformer.checkpoints.atomic import check_writable, new_file
-from flax_qformer.commands.options import (
-    TEXT_MULTIPLE,
-    add_model,
-    add_text,
-    input_files,
-    load_with_processor,
-)
+from flax_qformer.commands.options import TEXT_MULTIPLE, ModelOptions, input_files, load_with_processor
 from flax_qformer.errors import InputError
 from flax_qformer.models.qformer import Blip2QFormerModel
 from flax_qformer.processing.attention_maps import attention_maps, draw_attention
 from flax_qformer.processing.processor import open_image
 
 
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser(
-        "attend",
-        help="a picture of what each query looks at",
-        description="Draw an image and beside it, for each query, where it looks: cross-attention averaged over heads, "
-        "and over layers or layer by layer. Each map is scaled to its own maximum.",
-    )
-    command.set_defaults(run=run)
-    command.add_argument("image", type=Path, metavar="IMAGE", help="image file")
-    add_text(command, help="the subject's name")
-    command.add_argument(
-        "--layers",
-        type=int,
-        nargs="*",
-        metavar="LAYER",
-        help="a row for each of these layers, counted from 0; for each that looks at the image if none is named "
-        "(default: one row, their average)",
-    )
-    command.add_argument(
-        "--output",
-        type=Path,
-        default=Path("attention.png"),
-        metavar="FILE",
-        help="the suffix selects the picture format (default: %(default)s)",
-    )
-    add_model(command)
+@dataclass(frozen=True, kw_only=True)
+class AttendOptions(ModelOptions):
+    """Draw an image, and beside it where each query looks.
+
+    Cross-attention is averaged over heads, and over layers or layer by layer. Each map is scaled to its own maximum.
+
+    Attributes:
+      image: image file.
+      text: the subject's name.
+      truncate: cut a text that is longer than the model reads, at its right end.
+      layers: a row for each of these layers, counted from 0; without numbers, for each layer that looks at the image.
+      output: the picture; the suffix selects its format.
+    """
+
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    text: Annotated[
+        str | None,
+        tyro.conf.DisallowNone,
+        tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none, the queries read the image alone)"),
+    ] = None
+    truncate: bool = False
+    layers: Annotated[
+        tuple[int, ...] | None,
+        tyro.conf.arg(metavar="[LAYER ...]", help_behavior_hint="(default: one row, their average)"),
+    ] = None
+    output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("attention.png")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: AttendOptions) -> None:
     suffix, known = options.output.suffix.removeprefix(".").lower(), ("png", "pdf", "svg", "jpg", "webp")
     if suffix not in known:
         raise InputError(f"{options.output} names no kind of picture; end it in .{', .'.join(known)}")
@@ -68,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}")
 
 
-def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: list[int] | None) -> dict[str, np.ndarray]:
+def _rows(maps: np.ndarray, model: Blip2QFormerModel, layers: tuple[int, ...] | None) -> dict[str, np.ndarray]:
     """Rows of a picture: label -> (queries, grid, grid), from maps (layers, queries, grid, grid)."""
     if layers is None:
         return {"all layers": maps.mean(axis=0)}

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from flax_qformer.checkpoints.atomic import check_writable, new_file
 from flax_qformer.checkpoints.loading import as_dtype, from_pretrained
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, TOKENIZER_FILES, find_tokenizer, locate
+from flax_qformer.checkpoints.model_files import TOKENIZER_FILES, find_tokenizer, locate
 from flax_qformer.compilation import compiler_options
 from flax_qformer.convert.files import open_tensors
 from flax_qformer.data.batches import Images, image_batches, open_images
@@ -73,19 +73,19 @@ class EmbedSettings:
 
     data: str
     output: Path
-    model: str = str(DEFAULT_MODEL)
-    config: str | None = None
-    tokenizer: str | None = None
-    text: str | None = None
-    truncate: bool = False
-    image_column: str | None = None
-    dtype: str = "float32"
-    embedding_dtype: str = "float32"
-    shard_size: int = 1024
-    batch_size: int = 64
-    mesh: str = "data=-1"
-    num_workers: int = 4
-    process: tuple[int, int] | None = None
+    model: str
+    config: str | None
+    tokenizer: str | None
+    text: str | None
+    truncate: bool
+    image_column: str | None
+    dtype: str
+    embedding_dtype: str
+    shard_size: int
+    batch_size: int
+    mesh: str
+    num_workers: int
+    process: tuple[int, int] | None
 
 
 class Part(NamedTuple):

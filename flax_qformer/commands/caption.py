@@ -1,64 +1,68 @@
 """Captions of images."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 
 from flax_qformer.commands.options import (
-    add_images,
-    add_model,
-    add_quiet,
+    BATCH_SIZE,
+    Images,
+    ModelOptions,
+    Positive,
     batches,
+    check_images,
     load_with_processor,
-    positive,
-    seed,
+    whole_number,
 )
 from flax_qformer.errors import InputError
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.progress import print_line
 
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser(
-        "caption",
-        help="captions of images",
-        description="Write a caption for each image, with a stage-1 model: by beam search, or drawn with --nucleus.",
-    )
-    command.set_defaults(run=run)
-    add_images(command)
-    way = command.add_mutually_exclusive_group()
-    way.add_argument(
-        "--num-beams", type=positive, default=3, metavar="N", help="beams of the search (default: %(default)s)"
-    )
-    way.add_argument("--nucleus", action="store_true", help="draw words at random instead of beam search")
-    command.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="with --nucleus: draw from the likeliest words with this total probability (default: 0.9)",
-    )
-    command.add_argument("--seed", type=seed, metavar="N", help="with --nucleus: seed of the random words (default: 0)")
-    command.add_argument(
-        "--max-length",
-        type=positive,
-        metavar="N",
-        help="most tokens of a caption (default: 30, or as many as the model has positions)",
-    )
-    command.add_argument(
-        "--min-length", type=positive, default=1, metavar="N", help="fewest tokens (default: %(default)s)"
-    )
-    add_model(command)
-    add_quiet(command)
+WAY = tyro.conf.create_mutex_group(required=False, title="beam search or random words")
+MAX_LENGTH, TOP_P, SEED = 30, 0.9, 0
 
 
-def run(options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions(ModelOptions):
+    """Write a caption for each image with a stage-1 model, by beam search or, with --nucleus, with random words.
+
+    Attributes:
+      images: image files.
+      num_beams: beams of the search.
+      nucleus: draw words at random instead of beam search.
+      top_p: with --nucleus: draw from the likeliest words with this total probability.
+      seed: with --nucleus: seed of the random words.
+      max_length: largest number of tokens of a caption.
+      min_length: smallest number of tokens of a caption.
+      batch_size: images that run together.
+    """
+
+    images: Images = ()
+    num_beams: Annotated[Positive, WAY] = 3
+    nucleus: Annotated[bool, WAY] = False
+    top_p: Annotated[float | None, tyro.conf.arg(metavar="P", help_behavior_hint=f"(default: {TOP_P})")] = None
+    seed: Annotated[int | None, whole_number(0, 2**32 - 1), tyro.conf.arg(help_behavior_hint=f"(default: {SEED})")] = (
+        None
+    )
+    max_length: Annotated[
+        int | None,
+        whole_number(1),
+        tyro.conf.arg(help_behavior_hint=f"(default: {MAX_LENGTH}, or as many as the model has positions)"),
+    ] = None
+    min_length: Positive = 1
+    batch_size: Positive = BATCH_SIZE
+
+
+def run(options: CaptionOptions) -> None:
+    check_images(options.images)
     if not options.nucleus and (options.top_p is not None or options.seed is not None):
         raise InputError("--top-p and --seed are for --nucleus, which draws words; add it, or leave them out")
     model, params, processor = load_with_processor(options, Blip2ForPreTraining, "lm_head")
     end = processor.tokenizer.sep_token_id
-    max_length = options.max_length or min(30, model.config.qformer_config.max_position_embeddings)
+    max_length = options.max_length or min(MAX_LENGTH, model.config.qformer_config.max_position_embeddings)
     if options.min_length > max_length:
         raise InputError(f"--min-length {options.min_length} is above --max-length, {max_length}; make it less")
 
@@ -74,14 +78,14 @@ def run(options: argparse.Namespace) -> None:
             num_beams=options.num_beams,
             max_length=max_length,
             min_length=options.min_length,
-            top_p=0.9 if options.top_p is None else options.top_p,
+            top_p=TOP_P if options.top_p is None else options.top_p,
             method="caption",
             rngs={"sampling": key},
         )
 
     for rows in batches(len(options.images), options.batch_size):
         pixels = processor([options.images[row] for row in rows])["pixel_values"]
-        key = jax.random.fold_in(jax.random.key(options.seed or 0), rows[0])
+        key = jax.random.fold_in(jax.random.key(SEED if options.seed is None else options.seed), rows[0])
         texts = processor.tokenizer.batch_decode(np.asarray(write(params, pixels, key)), skip_special_tokens=True)
         for row, text in dict(zip(rows, texts, strict=True)).items():
             print_line(f"{options.images[row]}: {text}")

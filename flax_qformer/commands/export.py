@@ -1,33 +1,41 @@
-"""A Flax folder to what upstream loads."""
+"""A Flax folder to a checkpoint that upstream loads."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from flax_qformer.checkpoints.saving import export_checkpoint
 from flax_qformer.commands.messages import with_options
-from flax_qformer.commands.options import (
-    add_overwrite,
-)
+from flax_qformer.commands.options import CommonOptions
+from flax_qformer.convert.tables.qformer import Layout
 
 
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser(
-        "export",
-        help="a Flax folder to what upstream loads",
-        description="Write a folder with model.safetensors, which PyTorch loads: the inverse of convert, bit for bit.",
-    )
-    command.set_defaults(run=run)
-    command.add_argument("source", metavar="SRC", help="a Flax folder, or anything that convert takes")
-    command.add_argument("destination", metavar="DST", help="the folder to make")
-    command.add_argument(
-        "--layout",
-        choices=("diffusers", "lavis"),
-        help="what loads it: diffusers' Blip2QFormerModel.from_pretrained, or load_state_dict of LAVIS's stage-1 model "
-        "(default: lavis for a stage-1 model, else diffusers)",
-    )
-    add_overwrite(command)
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(CommonOptions):
+    """Write a folder with model.safetensors for PyTorch: the inverse of convert, bit for bit.
+
+    Attributes:
+      source: a Flax folder, or anything that convert reads.
+      destination: the folder to create.
+      layout: the names of the tensors: diffusers, for Blip2QFormerModel.from_pretrained, or lavis, for load_state_dict
+        of LAVIS's stage-1 model.
+      overwrite: replace DST if it exists.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    layout: Annotated[
+        Layout | None,
+        tyro.conf.arg(
+            metavar="{diffusers,lavis}",
+            help_behavior_hint="(default: lavis for a stage-1 model, else diffusers)",
+        ),
+    ] = None
+    overwrite: bool = False
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: ExportOptions) -> None:
     done = export_checkpoint(options.source, options.destination, layout=options.layout, overwrite=options.overwrite)
-    print(with_options(done, options))
+    print(with_options(done, ExportOptions))

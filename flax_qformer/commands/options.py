@@ -1,80 +1,94 @@
 """Options and steps that several commands share."""
 
-import argparse
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from flax_qformer.checkpoints.loading import DTYPES, Model, as_dtype, check_heads, from_pretrained
+import tyro
+
+from flax_qformer.checkpoints.loading import Model, as_dtype, check_heads, from_pretrained
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.errors import InputError
 from flax_qformer.processing.processor import Processor
 from flax_qformer.progress import Progress
 
+BATCH_SIZE = 8
+"""Images that run together, unless `--batch-size` says otherwise."""
+
 TEXT_MULTIPLE = 16
 """Texts are padded to a multiple of this many tokens, so that most lengths share one compiled program."""
 
-TRAIN_PACKAGES = ("datasets", "grain", "pyarrow", "tensorboardX", "tyro", "yaml")
+TRAIN_PACKAGES = ("datasets", "grain", "pyarrow", "tensorboardX", "yaml")
 """What pip installs with `flax-qformer[train]`."""
 
 
-def add_quiet(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--quiet", action="store_true", help="show no progress and no information, only warnings and errors"
+def whole_number(least: int, most: int | None = None) -> tyro.constructors.PrimitiveConstructorSpec[int]:
+    """The type of an option that takes a whole number from `least` to `most`."""
+    bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+
+    def parse(texts: list[str]) -> int:
+        if not texts[0].isdecimal() or int(texts[0]) < least or (most is not None and int(texts[0]) > most):
+            raise ValueError(f"{texts[0]} is not a whole number {bounds}")
+        return int(texts[0])
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
     )
 
 
-def add_images(command: argparse.ArgumentParser) -> None:
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    command.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="images that run together (default: %(default)s)"
-    )
+Positive = Annotated[int, whole_number(1)]
+Images = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")
+]
+ModelName = Annotated[
+    str, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: a small model inside the package)")
+]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Tokenizer = Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
+Texts = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint=""),
+]
+"""The texts of each time that the option is used; `texts_of` joins them."""
 
 
-def add_text(command: argparse.ArgumentParser, **details: Any) -> None:
-    details["help"] += " (default: none, the queries read the image alone)"
-    command.add_argument("--text", metavar="TEXT", **details)
-    command.add_argument(
-        "--truncate", action="store_true", help="cut a text that is longer than the model reads, at its right end"
-    )
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """Options of every command.
+
+    Attributes:
+      quiet: show no progress and no information, only warnings and errors.
+    """
+
+    quiet: bool = False
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="folder, checkpoint file or hub id, Flax or PyTorch (default: a small one inside the package)",
-    )
-    command.add_argument(
-        "--dtype", default="float32", help=f"what to compute in: {', '.join(DTYPES)} (default: %(default)s)"
-    )
-    add_missing_parts(command)
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(CommonOptions):
+    """Options of commands that load a model.
 
+    Attributes:
+      model: folder, checkpoint file or hub id, Flax or PyTorch.
+      dtype: dtype of the computation: float32, bfloat16 or float16.
+      config: config.json, if the checkpoint has none.
+      tokenizer: folder or hub id of a tokenizer, if the checkpoint has none.
+    """
 
-def add_missing_parts(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", metavar="FILE", help="config.json, if the checkpoint has none")
-    command.add_argument("--tokenizer", metavar="DIR", help="folder or hub id, if the checkpoint has none")
-
-
-def add_overwrite(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**32 - 1}")
-    return int(text)
+    model: ModelName = str(DEFAULT_MODEL)
+    dtype: Annotated[str, tyro.conf.arg(metavar="DTYPE")] = "float32"
+    config: File = None
+    tokenizer: Tokenizer = None
 
 
 def load_with_processor(
-    options: argparse.Namespace, model_class: type[Model], *heads: str
+    options: ModelOptions, model_class: type[Model], *heads: str
 ) -> tuple[Model, dict[str, Any], Processor]:
     """Load the model, its parameters and its processor; the named heads must be trained."""
     dtype = as_dtype(options.dtype)
@@ -83,8 +97,20 @@ def load_with_processor(
     return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
 
 
-def input_files(options: argparse.Namespace, images: list[Path]) -> list[Path]:
-    return [*images, *(Path(name) for name in (options.model, options.config) if name)]
+def input_files(options: ModelOptions, images: Sequence[Path]) -> list[Path]:
+    return [*images, Path(options.model), *([options.config] if options.config else [])]
+
+
+def check_images(images: Sequence[Path]) -> None:
+    if not images:
+        raise InputError("no image is named; name one or more image files")
+
+
+def texts_of(groups: Sequence[Sequence[str]]) -> list[str]:
+    """All texts of an option that can be repeated."""
+    if () in groups:
+        raise InputError("`text` is empty; put a text after it")
+    return [text for group in groups for text in group]
 
 
 def batches(total: int, size: int) -> Iterator[list[int]]:

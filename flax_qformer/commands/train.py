@@ -1,28 +1,42 @@
 """Train on captioned images, or resume a run."""
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
 
 import jax
+import tyro
 
-from flax_qformer.commands.options import add_quiet
+from flax_qformer.commands.options import CommonOptions, File, check_train_packages
 from flax_qformer.errors import InputError, first_line
 from flax_qformer.parallel.processes import is_first, is_lost_process_error, join_processes
-from flax_qformer.training.settings import TrainSettings
+from flax_qformer.training.settings import TrainSettings, read_settings
 
 
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("train", add_help=False, help="train on captioned images, or resume a run")
-    command.set_defaults(run=run, settings=TrainSettings)
-    add_quiet(command)
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(CommonOptions):
+    """Train a Q-Former on captioned images, or resume the run in the output folder.
+
+    Attributes:
+      settings: YAML file with options, as in `batch_size: 64`; options of the command line override it.
+    """
+
+    settings: File = None
+    training: Annotated[TrainSettings, tyro.conf.arg(name="")]
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        return cls(training=read_settings(path, TrainSettings))
 
 
-def run(settings: TrainSettings) -> None:
+def run(options: TrainOptions) -> None:
+    check_train_packages()
     from flax_qformer.training.loop import train
 
-    if settings.distributed:
+    if options.training.distributed:
         join_processes()
     try:
-        summary = train(settings)
+        summary = train(options.training)
         if is_first():
             print(summary)
     except jax.errors.JaxRuntimeError as error:

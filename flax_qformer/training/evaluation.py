@@ -115,7 +115,9 @@ class _Encoded:
 class Retrieval:
     """Score images against texts with a model; its functions are compiled once."""
 
-    def __init__(self, model: Blip2ForPreTraining, batch_size: int = 64, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self, model: Blip2ForPreTraining, batch_size: int = DataSettings.batch_size, mesh: Mesh | None = None
+    ) -> None:
         """With a mesh, batches are sharded over it, and all processes of a job must make the same calls together."""
         self._batch_size = batch_size
         self._sharding = None if mesh is None else NamedSharding(mesh, BATCH)
@@ -141,7 +143,10 @@ class Retrieval:
         self._similarities = jax.jit(similarities)
 
     def evaluate(
-        self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16
+        self,
+        params: Any,
+        batches: Iterable[tuple[Mapping[str, np.ndarray], int]],
+        rerank: int = EvaluateSettings.rerank,
     ) -> dict[str, float]:
         """Recall at 1, 5 and 10 in both directions.
 
@@ -160,7 +165,10 @@ class Retrieval:
         return self.search(params, batches, rerank).figures
 
     def search(
-        self, params: Any, batches: Iterable[tuple[Mapping[str, np.ndarray], int]], rerank: int = 16
+        self,
+        params: Any,
+        batches: Iterable[tuple[Mapping[str, np.ndarray], int]],
+        rerank: int = EvaluateSettings.rerank,
     ) -> RetrievalResult:
         """As `evaluate`, with the scores."""
         data = self._encode(params, batches, bool(rerank))

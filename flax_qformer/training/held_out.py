@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_qformer.compilation import give_back
 from flax_qformer.data.batches import open_source
 from flax_qformer.data.sources import Source
 from flax_qformer.errors import InputError, first_line
@@ -69,7 +68,6 @@ class HeldOutEvaluation:
         logger.info("step %d: %s", step, figures)
         if self._sampler:
             _log_samples(self._sampler, params, result, log, step)
-        give_back()
 
 
 def _log_samples(sampler: Sampler, params: Any, result: RetrievalResult, log: MetricsLogger, step: int) -> None:

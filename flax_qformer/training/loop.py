@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from flax_qformer.compilation import is_on_cpu
+from flax_qformer.compilation import is_on_cpu, kept_memory
 from flax_qformer.parallel.processes import any_process_async
 from flax_qformer.training.run import Run
 from flax_qformer.training.settings import TrainSettings
@@ -22,7 +22,7 @@ def train(settings: TrainSettings) -> str:
     """
     if settings.scan_layers is None:
         settings = dataclasses.replace(settings, scan_layers=not is_on_cpu())
-    with Run(settings) as run:
+    with Run(settings) as run, kept_memory():
         stop_requested = False
         while run.done < settings.steps and not stop_requested:
             if run.done and settings.evaluate_every and run.done % settings.evaluate_every == 0:

@@ -18,6 +18,9 @@ Rate: TypeAlias = float | optax.Schedule
 
 OptimizerName = Literal["adamw", "lion", "adafactor", "sgd"]
 
+WEIGHT_DECAY, B1, B2, CLIP_NORM = 0.05, 0.9, 0.98, 1.0
+"""Defaults of training; weight decay and the betas of AdamW are those of BLIP-2."""
+
 
 def make_schedule(learning_rate: float, steps: int, warmup: int, final_fraction: float = 0.1) -> optax.Schedule:
     """Linear warm-up from 0 in `warmup` steps, then a cosine down to `final_fraction` of the learning rate."""
@@ -32,10 +35,10 @@ def make_optimizer(
     *,
     optimizer: OptimizerName = "adamw",
     labels: Mapping[str, Any] | Callable[[str], str] | None = None,
-    weight_decay: float = 0.05,
-    b1: float = 0.9,
-    b2: float = 0.98,
-    clip_norm: float = 1.0,
+    weight_decay: float = WEIGHT_DECAY,
+    b1: float = B1,
+    b2: float = B2,
+    clip_norm: float = CLIP_NORM,
     layer_decay: float = 1.0,
     accumulation: int = 1,
 ) -> optax.GradientTransformation:

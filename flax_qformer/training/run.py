@@ -10,7 +10,7 @@ from typing import Any, Self
 import jax
 
 from flax_qformer.checkpoints.saving import save_pretrained
-from flax_qformer.compilation import compiler_options, give_back, keep_memory
+from flax_qformer.compilation import compiler_options
 from flax_qformer.convert.tables.qformer import PARTS
 from flax_qformer.data.batches import Batches, open_source
 from flax_qformer.parallel.mesh import check_divides, named_mesh
@@ -123,7 +123,6 @@ class Run:
         if self.done < self.settings.steps:
             self._prefetcher.prefetch()
         self._step_logger.add(dispatched)
-        keep_memory()  # only useful after a first step
 
     def flush(self) -> None:
         """Wait for the devices, and log the last step."""
@@ -138,7 +137,6 @@ class Run:
         self.flush()
         notes = {"data": all_gather(self._prefetcher.state), "settings": dataclasses.asdict(self._saved_settings)}
         self._checkpoints.save(self.done, self.state, notes)
-        give_back()
 
     def evaluate(self) -> None:
         """Evaluate on the held-out examples; skipped if there are none, or if this step was already evaluated."""

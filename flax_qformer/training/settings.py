@@ -4,16 +4,45 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
 
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.data.sources import DataSettings
 from flax_qformer.errors import InputError
 from flax_qformer.training.metrics import ReportTo
-from flax_qformer.training.optimizer import OptimizerName
+from flax_qformer.training.optimizer import B1, B2, CLIP_NORM, WEIGHT_DECAY, OptimizerName
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 FIXED = ("model", "train", "optimizer", "group_learning_rates", "ema_decay", "accumulation", "scan_layers", "seed")
 """Settings that a resumed run cannot change: its state's arrays or its data's order depend on them."""
+
+
+def _named_rates(texts: list[str]) -> dict[str, float]:
+    """Pairs of a name and a learning rate, from the command line."""
+    try:
+        return {name: float(rate) for name, rate in zip(texts[::2], texts[1::2], strict=True)}
+    except ValueError:
+        raise ValueError(
+            f"'{' '.join(texts)}' is not a list of groups, each followed by its learning rate, such as vision 1e-5 "
+            "crossattention 2e-4"
+        ) from None
+
+
+NAMED_RATES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[GROUP RATE ...]",
+    instance_from_str=_named_rates,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda rates: [str(part) for pair in rates.items() for part in pair],
+)
+"""How the command line reads learning rates of groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +100,19 @@ class TrainSettings(DataSettings):
     steps: int = 1000
     optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-4
-    group_learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    group_learning_rates: Annotated[dict[str, float], NAMED_RATES] = dataclasses.field(default_factory=dict)
     warmup: int = 100
-    weight_decay: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.98
-    clip_norm: float = 1.0
+    weight_decay: float = WEIGHT_DECAY
+    b1: float = B1
+    b2: float = B2
+    clip_norm: float = CLIP_NORM
     layer_decay: float = 1.0
     accumulation: int = 1
     ema_decay: float = 0.0
     dropout: float | None = None
     dtype: str = "bfloat16"
     gradient_checkpointing: bool = False
-    scan_layers: bool | None = None
+    scan_layers: Annotated[bool | None, tyro.conf.DisallowNone] = None
     mesh: str = "data=-1"
     distributed: bool = False
     log_every: int = 10
@@ -134,11 +163,11 @@ class EvaluateSettings(DataSettings):
       dtype: dtype of the computation: float32, bfloat16 or float16.
     """
 
-    model: str = str(DEFAULT_MODEL)
+    model: str = TrainSettings.model
     tokenizer: str | None = None
     everything: bool = False
-    evaluate_on: int = 1000
-    rerank: int = 16
+    evaluate_on: int = TrainSettings.evaluate_on
+    rerank: int = TrainSettings.rerank
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -147,8 +176,8 @@ class EvaluateSettings(DataSettings):
         _check_least(self, 0, ("rerank",))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a file, of `train` or `evaluate`.
+def read_yaml(path: Path, known: Collection[str] = ()) -> dict[str, Any]:
+    """The settings in a file: those of `train` and `evaluate`, and further known ones.
 
     Raises:
       InputError: the file cannot be read, or names an unknown setting.
@@ -163,8 +192,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a setting a line, as in: batch_size: 64")
-    known = {field.name for kind in (TrainSettings, EvaluateSettings) for field in dataclasses.fields(kind)}
-    unknown = [str(name) for name in values if name not in known]
+    names = {field.name for kind in (TrainSettings, EvaluateSettings) for field in dataclasses.fields(kind)}
+    unknown = [str(name) for name in values if name not in names and name not in known]
     if unknown:
         raise InputError(
             f"{path} names unknown settings: {', '.join(unknown)}; take those of `TrainSettings` or `EvaluateSettings`"
@@ -172,23 +201,53 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def yaml_arguments(path: Path, kind: type[DataSettings]) -> list[str]:
-    """A file's settings as options of the command line; settings that only the other command has are left out."""
-    own, arguments = {field.name: field for field in dataclasses.fields(kind)}, []
-    for name, value in read_yaml(path).items():
-        flag = name.replace("_", "-")
-        if name not in own:
+def read_settings(path: Path, kind: type[Settings]) -> Settings:
+    """Settings from a YAML file; those that only another command has are left out.
+
+    Returns:
+      Settings with `tyro.MISSING` for those that have no default and are not in the file.
+
+    Raises:
+      InputError: the file cannot be read, or a name or value in it is wrong.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "settings"}
+    types = get_type_hints(kind)
+    required = (f for f in fields.values() if f.default is dataclasses.MISSING)
+    values = {f.name: tyro.MISSING for f in required if f.default_factory is dataclasses.MISSING}
+    for name, value in read_yaml(path, fields.keys()).items():
+        if name not in fields:
             continue
-        if value is None and own[name].default is not None:
-            raise InputError(f"{path} leaves {name} empty; give it a value, or leave the line out")
-        if own[name].type is bool and isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list | dict):
-            parts = value if isinstance(value, list) else [part for pair in value.items() for part in pair]
-            arguments += [f"--{flag}", *map(str, parts)]
-        else:
-            arguments.append(f"--{flag}={value}")
-    return arguments
+        try:
+            values[name] = _converted(value, types[name])
+        except ValueError:
+            if value is None:
+                raise InputError(f"{path} leaves {name} empty; give it a value, or leave the line out") from None
+            wanted = str(types[name]) if get_args(types[name]) else types[name].__name__
+            raise InputError(f"{path}: `{name}` is {value!r}; it must be {wanted}") from None
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """A value of YAML as a setting's type; ValueError if it does not fit."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):  # of a type and None
+        return None if value is None else _converted(value, parts[0])
+    if origin is tuple and value is not None:
+        items = value if isinstance(value, list) else [value]
+        kinds = parts[:1] * len(items) if parts[-1] is ... else parts
+        return tuple(_converted(item, of) for item, of in zip(items, kinds, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {_converted(name, parts[0]): _converted(item, parts[1]) for name, item in value.items()}
+    if (origin is Literal and value in parts) or (origin is bool and isinstance(value, bool)):
+        return value
+    if origin in (str, Path) and value is not None and not isinstance(value, list | dict):
+        return kind(value)
+    if origin in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return kind(str(value))  # YAML reads 1e-4 as a text, and 1.5 is no int
+    raise ValueError(value)
 
 
 def to_yaml(settings: DataSettings) -> str:
