@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.model_files import DEFAULT_MODEL
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ import numpy as np
 import PIL.Image
 
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.compilation import compiler_options
+from flax_qformer.model_files import DEFAULT_MODEL
 from flax_qformer.models.config import BLIP_DIFFUSION
 from side_by_side import Other, draw_batch, in_turn, operations, product, seconds, times_faster, write_model
 

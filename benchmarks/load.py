@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.model_files import DEFAULT_MODEL
 from flax_qformer.models.config import BLIP_DIFFUSION
 from side_by_side import write_model
 

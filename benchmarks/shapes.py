@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.model_files import DEFAULT_MODEL
 from flax_qformer.training.evaluation import Retrieval
 from scenes import HELD_OUT, SIDE, Scene, Thing, draw_scene
 

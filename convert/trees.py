@@ -88,7 +88,7 @@ def convert(
 
     def read(pair: tuple[Parameter, StoredTensor]) -> tuple[jax.Array, bool]:
         parameter, tensor = pair
-        return _read(parameter, tensor, dtype, place and place(parameter.path, parameter.shape))
+        return _on_devices(parameter, tensor, dtype, place and place(parameter.path, parameter.shape))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         arrays = list(pool.map(read, pairs))
@@ -185,7 +185,7 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
         )
 
 
-def _read(
+def _on_devices(
     parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None, sharding: Sharding | None
 ) -> tuple[jax.Array, bool]:
     """The parameter on its devices, and whether it is finite. XLA moves the axes during the transfer."""

@@ -21,8 +21,8 @@ import cases
 import flax_qformer as fq
 from conftest import same, write_upstream
 from flax_qformer.checkpoints.atomic import new_file, new_folder
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.commands.main import main
+from flax_qformer.model_files import DEFAULT_MODEL
 
 CONFIG = fq.Blip2Config.from_dict(cases.GEOMETRIES["frequency_3"])
 COMMAND = [sys.executable, "-c", "from flax_qformer.commands.main import main; main()"]

@@ -22,10 +22,10 @@ import cases
 import flax_qformer as fq
 from conftest import GOLDEN
 from flax_qformer import convert
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, EXAMPLE_IMAGE
 from flax_qformer.commands import main as cli
 from flax_qformer.commands.main import main
 from flax_qformer.commands.messages import with_options
+from flax_qformer.model_files import DEFAULT_MODEL, EXAMPLE_IMAGE
 from scenes import HELD_OUT, draw_scene
 from torch_files import torch_save
 

@@ -18,8 +18,8 @@ import pytest
 
 import cases
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.data.batches import Batches, DataSettings, Source, evaluation_batches, open_images, open_source
+from flax_qformer.model_files import DEFAULT_MODEL
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown", "grey", "pink")
 

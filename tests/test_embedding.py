@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.commands.main import main
+from flax_qformer.model_files import DEFAULT_MODEL
 
 BIN = Path(sys.executable).parent
 IMAGES, SHARDS = 203, 26

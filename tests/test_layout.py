@@ -9,15 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "flax_qformer"
 LEVELS = (
-    {"errors", "version", "progress", "compilation"},
+    {"errors", "version", "progress", "compilation", "json_files", "model_files"},
     {"parallel"},
     {"models"},
-    {"checkpoints", "convert", "data", "processing"},
-    {"training", "planning"},
+    {"convert"},
+    {"processing"},
+    {"checkpoints"},
+    {"data"},
+    {"training"},
+    {"planning"},
     {"commands"},
     {"__init__", "__main__"},
 )
-"""From the bottom up: a module imports from its own level and those below."""
+"""From the bottom up: a module imports from its own level and those below. No two packages share one."""
 
 PLATFORM = {"default_backend", "device_kind", "compute_capability", "platform", "platform_dependent"}
 """Attributes that tell which machine runs the program."""

@@ -181,7 +181,7 @@ def test_positions_for_images_of_another_size(case: Case, golden: Any) -> None:
 
 
 def test_embedded_model_from_strings_and_pictures(golden: Any) -> None:
-    from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+    from flax_qformer.model_files import DEFAULT_MODEL
 
     model, params = fq.from_pretrained(DEFAULT_MODEL)
     processor = fq.Processor.from_pretrained(DEFAULT_MODEL)

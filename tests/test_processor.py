@@ -15,7 +15,7 @@ import pytest
 import cases
 import flax_qformer as fq
 from conftest import same
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, EXAMPLE_IMAGE
+from flax_qformer.model_files import DEFAULT_MODEL, EXAMPLE_IMAGE
 
 SMALL = fq.ImageProcessor(height=20, width=28)
 

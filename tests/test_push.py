@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.model_files import DEFAULT_MODEL
 from flax_qformer.training.push import model_card
 from flax_qformer.training.settings import TrainSettings, to_yaml
 
@@ -124,3 +124,7 @@ def test_what_cannot_be_pushed(tmp_path: Path, run: Path) -> None:
     ):
         with pytest.raises(fq.InputError, match=message):
             fq.push_to_hub(tmp_path / model, repo_id)
+    config = run / "model" / "config.json"
+    config.write_text(config.read_text().replace("Blip2QFormerModel", "Blip2ForConditionalGeneration"))
+    with pytest.raises(fq.InputError, match="is a Blip2ForConditionalGeneration by its config.json; take"):
+        fq.push_to_hub(run, "someone/model")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from flax_qformer.checkpoints.model_files import EXAMPLE_IMAGE
 from flax_qformer.convert.tables.qformer import parameters
+from flax_qformer.model_files import EXAMPLE_IMAGE
 from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from scenes import HELD_OUT, SIDE, Scene, Thing, draw_scene

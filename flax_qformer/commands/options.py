@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_qformer.checkpoints.loading import DTYPES, Model, as_dtype, check_heads, from_pretrained
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
+from flax_qformer.checkpoints.loading import DTYPES, Model, as_dtype, check_heads, from_pretrained, locate_checkpoint
 from flax_qformer.errors import InputError
+from flax_qformer.model_files import DEFAULT_MODEL
 from flax_qformer.processing.processor import Processor
 from flax_qformer.progress import Progress
 
@@ -78,9 +78,10 @@ def load_with_processor(
 ) -> tuple[Model, dict[str, Any], Processor]:
     """Load the model, its parameters and its processor; the named heads must be trained."""
     dtype = as_dtype(options.dtype)
-    model, params = from_pretrained(options.model, dtype, model_class=model_class, config=options.config)
+    files = locate_checkpoint(options.model, options.config)
+    model, params = from_pretrained(files, dtype, model_class=model_class, config=options.config)
     check_heads(model.config, options.model, *heads)
-    return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
+    return model, params, Processor.from_pretrained(files, config=model.config, tokenizer=options.tokenizer)
 
 
 def input_files(options: argparse.Namespace, images: list[Path]) -> list[Path]:

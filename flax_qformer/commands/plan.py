@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from flax_qformer.checkpoints.loading import DTYPES
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.commands.messages import with_options
 from flax_qformer.commands.options import (
     positive,
 )
 from flax_qformer.errors import InputError
+from flax_qformer.model_files import DEFAULT_MODEL
 
 
 def add_parser(commands: Any) -> None:

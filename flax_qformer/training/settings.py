@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.data.sources import DataSettings
 from flax_qformer.errors import InputError
+from flax_qformer.model_files import DEFAULT_MODEL
 from flax_qformer.training.metrics import ReportTo
 from flax_qformer.training.optimizer import OptimizerName
 
