@@ -1,4 +1,4 @@
-"""Where the files of a model are: in a folder, beside a file, or on the hub."""
+"""Find the files of a model: in a folder, in the folder of a file, or on the hub."""
 
 import os
 import re
@@ -66,7 +66,7 @@ class ModelFiles:
 
 
 AnyModelName: TypeAlias = str | os.PathLike[str] | ModelFiles
-"""A path, a hub id, or the files that `locate` found by it."""
+"""A path, a hub id, or files that are located already."""
 
 
 def locate(name: AnyModelName) -> ModelFiles:

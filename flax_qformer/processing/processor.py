@@ -352,8 +352,8 @@ def _check_call(
     fitting = (None, True, "longest") if max_length is None else (None, "max_length")
     if padding not in fitting:
         remedy = "give `max_length`, or leave it out" if padding == "max_length" else "leave it out"
-        given = "without" if max_length is None else "with"
-        raise InputError(f"`padding` is {padding!r:.40} {given} `max_length`, which is not supported; {remedy}")
+        with_it = "without" if max_length is None else "with"
+        raise InputError(f"`padding` is {padding!r:.40} {with_it} `max_length`, which is not supported; {remedy}")
     if truncation not in (None, True, False) or (truncation is False and max_length is not None):
         raise InputError(
             f"`truncation` is {truncation!r:.40}; it must be True or False, and `max_length` always cuts texts"
