@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from flax_qformer.convert.tensors import StoredTensor, check_names_size, contiguous, merged
 from flax_qformer.convert.zip_pickle import open_zip_pickle
 from flax_qformer.errors import InputError, listed
-from flax_qformer.models.config import read_json
+from flax_qformer.json_files import read_json
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:

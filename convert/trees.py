@@ -88,7 +88,7 @@ def convert(
 
     def read(pair: tuple[Parameter, StoredTensor]) -> tuple[jax.Array, bool]:
         parameter, tensor = pair
-        return _read(parameter, tensor, dtype, place and place(parameter.path, parameter.shape))
+        return _on_devices(parameter, tensor, dtype, place and place(parameter.path, parameter.shape))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         arrays = list(pool.map(read, pairs))
@@ -125,8 +125,8 @@ def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "dif
 def parts_of(names: Collection[str]) -> set[str]:
     """The parts of which a checkpoint has at least one tensor."""
     layout = layout_of(names)
-    found = {name.removeprefix(PREFIX[layout]) for name in names}
-    return {part for part, rows in PARTS.items() if found & {row.name(layout) for row in rows}}
+    short = {name.removeprefix(PREFIX[layout]) for name in names}
+    return {part for part, rows in PARTS.items() if short & {row.name(layout) for row in rows}}
 
 
 def _check_tied(tensors: Mapping[str, StoredTensor], layout: Layout) -> None:
@@ -141,14 +141,14 @@ def layout_of(names: Collection[str]) -> Layout:
     return "lavis" if any(re.match(r"(blip\.)?Qformer\.bert\.", name) for name in names) else "diffusers"
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(actual: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise InputError that lists missing, unexpected and misshapen tensors, if there are any."""
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
+    missing = [name for name in wanted if name not in actual]
+    unexpected = [name for name in actual if name not in wanted]
     misshapen = [
-        f"{name} {found[name]} instead of {wanted[name]}"
+        f"{name} {actual[name]} instead of {wanted[name]}"
         for name in wanted
-        if name in found and tuple(found[name]) != tuple(wanted[name])
+        if name in actual and tuple(actual[name]) != tuple(wanted[name])
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}
     problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
@@ -172,12 +172,12 @@ def check_finite(non_finite: Sequence[str], dtype: DTypeLike | None) -> None:
 
 def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> None:
     double = np.dtype(np.float64)
-    others = [f"{name} {found}" for name, found in dtypes.items() if found not in (*PARAMETER_DTYPES, double)]
+    others = [f"{name} {kind}" for name, kind in dtypes.items() if kind not in (*PARAMETER_DTYPES, double)]
     if others:
         raise InputError(
             f"{len(others)} tensors are not floating point: {listed(others)}; dequantise the checkpoint first"
         )
-    doubles = [name for name, found in dtypes.items() if found == double]
+    doubles = [name for name, kind in dtypes.items() if kind == double]
     if doubles and dtype is None:
         raise InputError(
             f"{len(doubles)} tensors are float64, which JAX does not keep: {listed(doubles)}; convert it with "
@@ -185,7 +185,7 @@ def _check_dtypes(dtypes: Mapping[str, np.dtype], dtype: DTypeLike | None) -> No
         )
 
 
-def _read(
+def _on_devices(
     parameter: Parameter, tensor: StoredTensor, dtype: DTypeLike | None, sharding: Sharding | None
 ) -> tuple[jax.Array, bool]:
     """The parameter on its devices, and whether it is finite. XLA moves the axes during the transfer."""

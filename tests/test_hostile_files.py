@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import flax_qformer as fq
 from conftest import GOLDEN
 from flax_qformer.convert.files import open_tensors
-from flax_qformer.models.config import read_json
+from flax_qformer.json_files import read_json
 from torch_files import torch_save, write_zip
 
 HERE = Path(__file__).parent

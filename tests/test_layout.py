@@ -9,11 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "flax_qformer"
 LEVELS = (
-    {"errors", "version", "progress", "compilation"},
+    {"errors", "version", "progress", "compilation", "json_files"},
     {"parallel"},
     {"models"},
-    {"checkpoints", "convert", "data", "processing"},
-    {"training", "planning"},
+    {"convert"},
+    {"processing", "checkpoints"},
+    {"data"},
+    {"training"},
+    {"planning"},
     {"commands"},
     {"__init__", "__main__"},
 )

@@ -195,6 +195,9 @@ def test_invalid_lora(base: Any, lora: Any) -> None:
         training.merge_lora({"encoder": {"lora_A": np.ones((2, 1)), "lora_B": np.ones((1, 2))}})
     with pytest.raises(fq.InputError, match="no LoRA weights; add them"):
         training.save_lora("unused.safetensors", base)
+    for name in ("lora", "lora.json", "lora.npz"):
+        with pytest.raises(fq.InputError, match=f"{name} does not end in .safetensors"):
+            training.save_lora(name, lora)
 
 
 @pytest.mark.parametrize(

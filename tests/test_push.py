@@ -124,3 +124,7 @@ def test_invalid_pushes(tmp_path: Path, run: Path) -> None:
     ):
         with pytest.raises(fq.InputError, match=message):
             fq.push_to_hub(tmp_path / model, repo_id)
+    config = run / "model" / "config.json"
+    config.write_text(config.read_text().replace("Blip2QFormerModel", "Blip2ForConditionalGeneration"))
+    with pytest.raises(fq.InputError, match="is a Blip2ForConditionalGeneration by its config.json; take"):
+        fq.push_to_hub(run, "someone/model")

@@ -124,7 +124,7 @@ def test_a_job_that_loses_a_process_ends_and_resumes(tmp_path: Path, monkeypatch
         return job(program, "train", "--data", tmp_path / "data", "--output", run, *sizes.split(), *split.split())
 
     def wait_for(step: int) -> None:
-        while not any(int(path.stem) >= step for path in (lost / "checkpoints").glob("*.json")):
+        while not any(int(path.name) >= step for path in (lost / "checkpoints").glob("*") if path.name.isdecimal()):
             assert first.poll() is None, first.communicate()[1]
             time.sleep(0.02)
 

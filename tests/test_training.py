@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint.experimental.v1 as ocp
 import PIL.Image
 import pytest
 import yaml
@@ -799,8 +801,12 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return stderr
 
 
+MANIFEST = "_CHECKPOINT_METADATA"
+"""The file of a checkpoint in which orbax keeps the manifest."""
+
+
 def last_step(run: Path) -> int:
-    return max([0, *(int(path.stem) for path in (run / "checkpoints").glob("*.json"))])
+    return max([0, *(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal())])
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
@@ -892,7 +898,7 @@ def test_a_stopped_run_resumes_bit_for_bit(folder: Path, start: Any, uninterrupt
     assert "step 8: images 3, texts" in stderr
     assert "recall@10 of 3 images is always 1; hold out at least 100 images" in stderr
     assert "\r" not in stderr
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"6", "6.json", "8", "8.json"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"6", "8"}
     assert same(params["visual_encoder"], tiny[1]["visual_encoder"])
     assert not same(params["itm_head"], tiny[1]["itm_head"])
 
@@ -911,7 +917,7 @@ def test_damaged_checkpoints_are_skipped(
     for step in (1, 2, 3):
         checkpoints.save(step, state(step), {"position": step})
     assert checkpoints.steps() == [3, 2]
-    manifest = Path("3.json")
+    manifest = Path("3", MANIFEST)
     for damage, place in (
         (flip_a_byte, None),
         (truncate, None),
@@ -934,8 +940,8 @@ def test_damaged_checkpoints_are_skipped(
         assert restored[1] == {"position": 2}
         damaged.tidy(2)
         assert "3" in caplog.text
-        assert {path.name for path in folder.iterdir()} == {"2", "2.json"}
-    flip_a_byte(folder / "2.json")
+        assert {path.name for path in folder.iterdir()} == {"2"}
+    flip_a_byte(folder / "2" / MANIFEST)
     with pytest.raises(fq.InputError, match="all checkpoints in .* are damaged; start anew with `overwrite=True`"):
         Checkpoints(folder).restore(state(0))
 
@@ -946,13 +952,35 @@ def test_damaged_checkpoints_are_skipped(
         patch.setattr(shutil, "disk_usage", lambda _: full)
         with pytest.raises(fq.InputError, match="step 4 cannot be written .* are needed.*goes on from step 3"):
             checkpoints.save(4, state(4), {})
-    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "2.json", "3", "3.json"}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "3"}
     # The remains of a killed save are removed.
     for name in ("4.orbax-checkpoint-tmp", "5"):
         (tmp_path / "whole" / name).mkdir()
     (tmp_path / "whole" / "5.json.partial").touch()
     checkpoints.tidy(3)
-    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "2.json", "3", "3.json"}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "3"}
+
+
+def test_checkpoints_of_earlier_versions(tmp_path: Path) -> None:
+    """They have the manifest beside the checkpoint, where it was written last."""
+    state = {"a": jnp.arange(8.0), "b": {"c": jnp.int32(3)}}
+    for step in (1, 2, 3):
+        ocp.save(tmp_path / str(step), {"a": state["a"] + step, "b.c": state["b"]["c"]})
+        content = {"arrays": {"a": "float32[8]", "b.c": "int32[]"}, "files": {}, "notes": {"position": step}}
+        text = json.dumps({"sum": zlib.crc32(json.dumps(content, sort_keys=True).encode()), "content": content})
+        (tmp_path / f"{step}.json").write_text(text)
+    # A killed save.
+    (tmp_path / "3.json").unlink()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.notes() == {"position": 2}
+    restored, notes = checkpoints.restore(state) or (None, None)
+    assert same(restored, state | {"a": state["a"] + 2})
+    assert notes == {"position": 2}
+    checkpoints.tidy(2)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "1.json", "2", "2.json"}
+    checkpoints.save(3, state, {"position": 3})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "2.json", "3"}
+    assert checkpoints.notes() == {"position": 3}
 
 
 def test_runs_that_cannot_start(
@@ -1177,7 +1205,8 @@ def test_a_damaged_checkpoint_of_a_run(folder: Path, tmp_path: Path, start: Any,
     process.kill()
     process.wait()
     newest = last_step(begun)
-    array, manifest = largest_file(begun / "checkpoints" / str(newest)), begun / "checkpoints" / f"{newest}.json"
+    checkpoint = begun / "checkpoints" / str(newest)
+    array, manifest = largest_file(checkpoint), checkpoint / MANIFEST
     for i, (damage, path) in enumerate(
         ((flip_a_byte, array), (Path.unlink, array), (Path.unlink, manifest), (garbage, manifest))
     ):
@@ -1190,7 +1219,7 @@ def test_a_damaged_checkpoint_of_a_run(folder: Path, tmp_path: Path, start: Any,
             or f"checkpoints/{newest}, which is damaged" in stderr
         )
         check_same(run, uninterrupted)
-    for path in (begun / "checkpoints").glob("*.json"):
+    for path in (begun / "checkpoints").glob(f"*/{MANIFEST}"):
         garbage(path)
     assert "are damaged; start anew with --overwrite" in finish(start(command), 2)
     finish(start([*command, "--overwrite"]))

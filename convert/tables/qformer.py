@@ -57,7 +57,7 @@ def _attention(path: str, diffusers: str, lavis: str, source: str, heads: str) -
     )
 
 
-def _feed_forward(suffix: str) -> tuple[Row, ...]:
+def _feed_forward_rows(suffix: str) -> tuple[Row, ...]:
     here, there, lavis = "encoder/layer_{i}", "encoder.layer.{i}", "Qformer.bert.encoder.layer.{i}"
     first, second = f"intermediate{suffix}", f"output{suffix}"
     return (
@@ -153,8 +153,8 @@ QFORMER_LAYER = (
         "width",
         "kept_heads",
     ),
-    *_feed_forward(""),
-    *_feed_forward("_query"),
+    *_feed_forward_rows(""),
+    *_feed_forward_rows("_query"),
 )
 QFORMER_CROSS_LAYER = _attention(
     "encoder/layer_{i}/crossattention",

@@ -21,13 +21,21 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from flax_qformer.checkpoints.lora_files import load_lora
-from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, PARAMS, ModelFiles, locate
+from flax_qformer.checkpoints.model_files import (
+    DEFAULT_MODEL,
+    PARAMS,
+    AnyModelName,
+    ModelFiles,
+    download_weights,
+    locate,
+)
 from flax_qformer.convert import check_finite, check_shapes, convert, layout_of, parts_of
 from flax_qformer.convert.files import open_tensors
 from flax_qformer.convert.tables.qformer import BERT_BIAS, PARTS, parameters
 from flax_qformer.convert.tensors import StoredTensor, merged
 from flax_qformer.errors import InputError, first_line
-from flax_qformer.models.config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config, read_json
+from flax_qformer.json_files import read_json
+from flax_qformer.models.config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config
 from flax_qformer.models.pretraining import TEMPERATURE, Blip2ForPreTraining
 from flax_qformer.models.qformer import Blip2QFormerModel
 from flax_qformer.models.surgery import stack_layers
@@ -39,6 +47,9 @@ LAVIS_TOWER = "clip_vit_L.pth"
 """Name of the file with the frozen vision tower, as LAVIS downloads it."""
 
 AnyModel = Blip2QFormerModel | Blip2ForPreTraining
+AnyConfig: TypeAlias = str | os.PathLike[str] | Blip2Config
+"""A `config.json`, or the config itself."""
+
 Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding]
 """From a parameter's path and shape to its sharding."""
 Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
@@ -53,12 +64,12 @@ log = logging.getLogger(__name__)
 
 @overload
 def from_pretrained(
-    path_or_hub_id: str | os.PathLike[str] = ...,
+    path_or_hub_id: AnyModelName = ...,
     dtype: DTypeLike = ...,
     param_dtype: DTypeLike | None = ...,
     *,
     model_class: type[Model],
-    config: str | os.PathLike[str] | Blip2Config | None = ...,
+    config: AnyConfig | None = ...,
     allow_non_finite: bool = ...,
     mesh: Mesh | None = ...,
     lora: str | os.PathLike[str] | None = ...,
@@ -67,12 +78,12 @@ def from_pretrained(
 
 @overload
 def from_pretrained(
-    path_or_hub_id: str | os.PathLike[str] = ...,
+    path_or_hub_id: AnyModelName = ...,
     dtype: DTypeLike = ...,
     param_dtype: DTypeLike | None = ...,
     *,
     model_class: None = ...,
-    config: str | os.PathLike[str] | Blip2Config | None = ...,
+    config: AnyConfig | None = ...,
     allow_non_finite: bool = ...,
     mesh: Mesh | None = ...,
     lora: str | os.PathLike[str] | None = ...,
@@ -80,12 +91,12 @@ def from_pretrained(
 
 
 def from_pretrained(
-    path_or_hub_id: str | os.PathLike[str] = DEFAULT_MODEL,
+    path_or_hub_id: AnyModelName = DEFAULT_MODEL,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     *,
     model_class: Any = None,
-    config: str | os.PathLike[str] | Blip2Config | None = None,
+    config: AnyConfig | None = None,
     allow_non_finite: bool = False,
     mesh: Mesh | None = None,
     lora: str | os.PathLike[str] | None = None,
@@ -116,15 +127,16 @@ def from_pretrained(
         raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(CLASSES)}")
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
-    loaded = load(located(path_or_hub_id, config), model_class, config, kept, allow_non_finite, place)
-    besides = sorted(set(map(_rule, loaded.left_out)) - {POSITIONS, TIED_DECODER})
-    if besides:
-        log.info("%s: left out %s, which are other parts of BLIP-Diffusion or CLIP", path_or_hub_id, ", ".join(besides))
+    files = locate_checkpoint(path_or_hub_id, config)
+    loaded = load(files, model_class, config, kept, allow_non_finite, place)
+    others = sorted(set(map(_kind_left_out, loaded.left_out)) - {POSITIONS, TIED_DECODER})
+    if others:
+        log.info("%s: left out %s, which are other parts of BLIP-Diffusion or CLIP", files.name, ", ".join(others))
     if mesh is not None:
         here, whole = held_bytes(loaded.params)
         log.info("the devices here hold %.1f of %.1f MB of parameters", here / 1e6, whole / 1e6)
     if loaded.config.newly_initialised:
-        log.warning("%s: %s", path_or_hub_id, loaded.initialised())
+        log.warning("%s: %s", files.name, loaded.initialised())
     model = loaded.model_class(loaded.config, dtype=compute, param_dtype=kept or jnp.float32)
     params = loaded.params if lora is None else load_lora(lora, loaded.params)
     if not loaded.config.scan_layers:
@@ -134,7 +146,7 @@ def from_pretrained(
 
 
 def initialise(
-    config: str | os.PathLike[str] | Blip2Config,
+    config: AnyConfig,
     model_class: type[Model],
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
@@ -144,14 +156,14 @@ def initialise(
     config = config if isinstance(config, Blip2Config) else Blip2Config.from_json(Path(config))
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
     params = initial_params(model_class, config, seed=seed, place=place)
-    return model_class(_with_new(config, params), dtype=as_dtype(dtype)), params
+    return model_class(_with_initialised(config, params), dtype=as_dtype(dtype)), params
 
 
-def read_config(path_or_hub_id: str | os.PathLike[str]) -> Blip2Config:
+def read_config(name: AnyModelName) -> Blip2Config:
     """The config of a checkpoint, or of a single `config.json`; weights are not needed."""
-    if Path(path_or_hub_id).suffix == ".json":
-        return _config(ModelFiles(str(path_or_hub_id)), path_or_hub_id)
-    return _config(locate(path_or_hub_id, weights=False), None)
+    if not isinstance(name, ModelFiles) and Path(name).suffix == ".json":
+        return _resolve_config(ModelFiles(str(name)), name)
+    return _resolve_config(locate(name), None)
 
 
 def check_heads(config: Blip2Config, name: str, *heads: str) -> None:
@@ -194,7 +206,7 @@ class Loaded:
         leaves = jax.tree.leaves({name: tree for name, tree in self.params.items() if name not in self.initial})
         dtypes = Counter(leaf.dtype.name for leaf in leaves)
         size = sum(leaf.size for leaf in leaves)
-        kinds = sorted(set(map(_rule, self.left_out)))
+        kinds = sorted(set(map(_kind_left_out, self.left_out)))
         named = f" ({', '.join(kinds)})" if kinds else ""
         return (
             f"read {len(leaves)} tensors, {size:,} parameters in {' and '.join(dtypes)} ({self.layout} names); "
@@ -209,7 +221,7 @@ class Loaded:
 POSITIONS, TIED_DECODER = "position_ids", "tied decoder.weight"
 
 
-def _rule(name: str) -> str:
+def _kind_left_out(name: str) -> str:
     """The kind of a tensor that is left out: a constant, a copy, or another part of BLIP-Diffusion or CLIP."""
     if name.endswith("position_ids"):
         return POSITIONS
@@ -217,101 +229,144 @@ def _rule(name: str) -> str:
 
 
 def load(
-    source: ModelFiles,
+    files: ModelFiles,
     model_class: type[AnyModel] | None,
-    config: str | os.PathLike[str] | Blip2Config | None,
+    config: AnyConfig | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
     place: Place | None = None,
 ) -> Loaded:
     """Read a checkpoint as `model_class`, else as the class that its config names, else as its tensors suggest."""
-    if source.params:
-        loaded = _load_ours(source, model_class, _config(source, config), dtype, allow_non_finite, place)
-    elif source.weights:
-        loaded = _load_pytorch(source, model_class, config, dtype, allow_non_finite, place)
-    else:
-        raise InputError(f"{source.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
-    return completed(loaded, dtype, place)
+    if config is None:
+        check_architecture(files)
+    if not (files.params or files.weights):
+        raise InputError(f"{files.name} holds no checkpoint: no {PARAMS}, model.safetensors or pytorch_model.bin")
+    read = _load_flax if files.params else _load_pytorch
+    return completed(read(files, model_class, config, dtype, allow_non_finite, place), dtype, place)
 
 
 def completed(loaded: Loaded, dtype: jnp.dtype | None = None, place: Place | None = None) -> Loaded:
     """Initialise the modules that the class reads and the checkpoint lacks."""
     stored = flatten_dict(loaded.params, sep="/")
-    missing = [part for part in loaded.model_class.parts if part not in _parts(stored)]
+    missing = [part for part in loaded.model_class.parts if part not in _modules_in(stored)]
     if not missing:
         return loaded
     initial = flatten_dict(initial_params(loaded.model_class, loaded.config, missing, dtype, place=place), sep="/")
-    config, made = _with_new(loaded.config, missing), loaded.initial.union(missing)
+    config, made = _with_initialised(loaded.config, missing), loaded.initial.union(missing)
     return replace(loaded, config=config, params=unflatten_dict(stored | initial, sep="/"), initial=made)
 
 
-def _parts(paths: Iterable[str]) -> set[str]:
+def _modules_in(paths: Iterable[str]) -> set[str]:
     """The modules of `PARTS` of which a tree has a parameter that a model reads."""
     return {path.split("/")[0] for path in paths if path != BERT_BIAS.path} & PARTS.keys()
 
 
-def _with_new(config: Blip2Config, names: Iterable[str]) -> Blip2Config:
+def _with_initialised(config: Blip2Config, names: Iterable[str]) -> Blip2Config:
     """The config with these modules recorded as newly initialised."""
     new = {name: KINDS.get(name, "randomly initialised") for name in names}
     return replace(config, newly_initialised=tuple((dict(config.newly_initialised) | new).items()))
 
 
-def located(name: str | os.PathLike[str], config: object) -> ModelFiles:
-    """The files of a model. Its config is checked before weights are downloaded."""
-    if config is None:
-        _check_architecture(locate(name, weights=False))
-    return locate(name)
+def locate_checkpoint(name: AnyModelName, config: object = None) -> ModelFiles:
+    """The files of a model with its parameters, which are downloaded for a hub id, after a check of its config.
+
+    Args:
+      name: as for `from_pretrained`; located files are returned as they are.
+      config: a config in place of the checkpoint's own, which is then not checked.
+
+    Raises:
+      InputError: there is no such model, it cannot be downloaded, or it is one of another class.
+    """
+    files = locate(name)
+    if config is None and files.hub_id:
+        check_architecture(files)
+    return download_weights(files)
 
 
-def _check_architecture(source: ModelFiles) -> None:
+def check_architecture(files: ModelFiles) -> None:
     """Raise InputError if the config is of another class: transformers has BLIP-2 models with similar configs."""
-    values = read_json(source.config) if source.config else {}
+    values = read_json(files.config) if files.config else {}
     name = _architecture(values)
     # transformers gives the name of diffusers' model to a Q-Former without a vision tower.
     is_without_tower = values.get("model_type") == "blip_2_qformer"
     if is_without_tower or (name is not None and name not in CLASSES):
-        found = "transformers' Q-Former without a vision tower" if is_without_tower else f"a {name}"
+        kind = "transformers' Q-Former without a vision tower" if is_without_tower else f"a {name}"
         raise InputError(
-            f"{source.name} is {found} by its config.json; take a checkpoint of {' or '.join(CLASSES)}, or LAVIS's"
+            f"{files.name} is {kind} by its config.json; take a checkpoint of {' or '.join(CLASSES)}, or LAVIS's"
         )
 
 
-def _architecture(values: Mapping[str, Any]) -> Any:
+def _architecture(values: Mapping[str, Any]) -> str | None:
     """The class that a `config.json` names, or None."""
     names = values.get("architectures")
-    return names[0] if isinstance(names, list) and names else None
+    return str(names[0]) if isinstance(names, list) and names else None
 
 
-def _class_of(source: ModelFiles) -> type[AnyModel] | None:
-    return CLASSES.get(_architecture(read_json(source.config))) if source.config else None
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint is, by its `config.json` and the names of its tensors.
+
+    Attributes:
+      config: of the model.
+      model_class: the class that the config names, else the one that the tensors suggest.
+      layout: whose names the tensors have: "flax", "diffusers" or "lavis".
+      is_assumed: whether the config is the published geometry, since LAVIS's checkpoints have none.
+    """
+
+    config: Blip2Config
+    model_class: type[AnyModel]
+    layout: str
+    is_assumed: bool
+
+
+def _identify(files: ModelFiles, config: AnyConfig | None, layout: str, is_stage_1: bool) -> Identity:
+    named_class = CLASSES.get(_architecture(read_json(files.config)) or "") if files.config else None
+    model_class = named_class or (Blip2ForPreTraining if is_stage_1 else Blip2QFormerModel)
+    is_assumed = config is None and files.config is None and layout == "lavis"
+    published = BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION
+    return Identity(published if is_assumed else _resolve_config(files, config), model_class, layout, is_assumed)
+
+
+def _resolve_config(files: ModelFiles, config: AnyConfig | None) -> Blip2Config:
+    """The config that the caller gave, as a path, a mapping or itself; else the checkpoint's."""
+    if isinstance(config, Blip2Config):
+        return config
+    if isinstance(config, Mapping):
+        return Blip2Config.from_dict(config)
+    path = files.config if config is None else Path(config)
+    if path is None:
+        raise InputError(f"{files.name} has no config.json; put one there, or give `config=FILE`")
+    if not os.path.isfile(path):
+        raise InputError(f"there is no config {path}; check the name")
+    return Blip2Config.from_json(path)
 
 
 def _load_pytorch(
-    source: ModelFiles,
+    files: ModelFiles,
     model_class: type[AnyModel] | None,
-    config: str | os.PathLike[str] | Blip2Config | None,
+    config: AnyConfig | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
     place: Place | None,
 ) -> Loaded:
-    tensors = merged(_open(path) for path in source.weights)
-    layout, parts = layout_of(tensors), parts_of(tensors)
-    is_stage_1 = bool(parts) and "proj_layer" not in parts
-    model_class = model_class or _class_of(source) or (Blip2ForPreTraining if is_stage_1 else Blip2QFormerModel)
-    assumed = config is None and source.config is None and layout == "lavis"
-    used = (BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION) if assumed else _config(source, config)
+    tensors = merged(_open_weights(path) for path in files.weights)
+    parts = parts_of(tensors)
+    identity = _identify(files, config, layout_of(tensors), bool(parts) and "proj_layer" not in parts)
+    model_class = model_class or identity.model_class
     # Missing modules are initialised later. A checkpoint without any of them is not one of these models.
     wanted = [] if parts else model_class.parts
-    beside: list[str] = []
-    if layout == "lavis" and not any("visual_encoder." in name for name in tensors):
-        tower, beside = _lavis_tower(source, used)
+    unused: list[str] = []
+    if identity.layout == "lavis" and not any("visual_encoder." in name for name in tensors):
+        tower, unused = _lavis_tower(files, identity.config)
         tensors |= tower
     try:
-        params, left_out = convert(tensors, used, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place)
+        params, left_out = convert(
+            tensors, identity.config, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place
+        )
     except InputError as error:
         about = "; the published geometry is assumed; `config=FILE` takes another"
-        raise InputError(f"{source.name}: {error}{about if assumed else ''}") from None
-    return Loaded(model_class, used, params, layout, left_out + beside)
+        raise InputError(f"{files.name}: {error}{about if identity.is_assumed else ''}") from None
+    return Loaded(model_class, identity.config, params, identity.layout, left_out + unused)
 
 
 def initial_params(
@@ -334,22 +389,22 @@ def initial_params(
     return jax.jit(draw, out_shardings=places)(jax.random.key(seed))
 
 
-def _open(path: Path) -> dict[str, StoredTensor]:
+def _open_weights(path: Path) -> dict[str, StoredTensor]:
     tensors = open_tensors(path)
     # LAVIS's folder keeps proj_layer in a separate file, without the prefix.
     return {f"proj_layer.{name}": t for name, t in tensors.items()} if path.parent.name == "proj_layer" else tensors
 
 
-def _lavis_tower(source: ModelFiles, config: Blip2Config) -> tuple[dict[str, StoredTensor], list[str]]:
+def _lavis_tower(files: ModelFiles, config: Blip2Config) -> tuple[dict[str, StoredTensor], list[str]]:
     """Open the vision tower in LAVIS's separate file: its checkpoints leave out frozen modules.
 
     Returns:
       The tower's tensors, and the names of unused ones: CLIP's last block and projection.
     """
-    file = source.weights[0].with_name(LAVIS_TOWER)
+    file = files.weights[0].with_name(LAVIS_TOWER)
     if not file.is_file():
         raise InputError(
-            f"{source.name} has no vision tower, which LAVIS leaves out where it was frozen; put LAVIS's {LAVIS_TOWER} "
+            f"{files.name} has no vision tower, which LAVIS leaves out where it was frozen; put LAVIS's {LAVIS_TOWER} "
             "beside it"
         )
     wanted = {parameter.name for parameter in parameters(config, "lavis", [])}
@@ -358,43 +413,30 @@ def _lavis_tower(source: ModelFiles, config: Blip2Config) -> tuple[dict[str, Sto
     return used, [f"{LAVIS_TOWER.removesuffix('.pth')}.{name}" for name in tower.keys() - used.keys()]
 
 
-def _config(source: ModelFiles, config: str | os.PathLike[str] | Blip2Config | None) -> Blip2Config:
-    if isinstance(config, Blip2Config):
-        return config
-    if isinstance(config, Mapping):
-        return Blip2Config.from_dict(config)
-    path = source.config if config is None else Path(config)
-    if path is None:
-        raise InputError(f"{source.name} has no config.json; put one there, or give `config=FILE`")
-    if not os.path.isfile(path):
-        raise InputError(f"there is no config {path}; check the name")
-    return Blip2Config.from_json(path)
-
-
 def check_tree(shapes: Mapping[str, tuple[int, ...]], config: Blip2Config, model_class: type[AnyModel]) -> None:
     """Check that a tree has all that its class reads, and all or nothing of each module of the other class."""
-    found = {path: shape for path, shape in shapes.items() if path != BERT_BIAS.path}
-    parts = sorted({*model_class.parts, *_parts(found)})
-    check_shapes(found, {p.path: p.shape for p in parameters(config, "diffusers", parts)})
+    known = {path: shape for path, shape in shapes.items() if path != BERT_BIAS.path}
+    parts = sorted({*model_class.parts, *_modules_in(known)})
+    check_shapes(known, {p.path: p.shape for p in parameters(config, "diffusers", parts)})
 
 
-def _load_ours(
-    source: ModelFiles,
+def _load_flax(
+    files: ModelFiles,
     model_class: type[AnyModel] | None,
-    config: Blip2Config,
+    config: AnyConfig | None,
     dtype: jnp.dtype | None,
     allow_non_finite: bool,
     place: Place | None,
 ) -> Loaded:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    assert source.params
-    folder, path = source.params, source.params.absolute()  # orbax takes no relative path
+    assert files.params
+    folder, path = files.params, files.params.absolute()  # orbax takes no relative path
     with _reading(folder):
         stored = flatten_dict(ocp.metadata(path).metadata, sep="/")
         shapes = {name: leaf.shape for name, leaf in stored.items()}
-    stored_class = _class_of(source) or (Blip2ForPreTraining if "temp" in stored else Blip2QFormerModel)
-    check_tree(shapes, config, stored_class)
+    identity = _identify(files, config, "flax", "temp" in stored)
+    check_tree(shapes, identity.config, identity.model_class)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # orbax needs one
     wanted = {
         name: jax.ShapeDtypeStruct(
@@ -407,7 +449,7 @@ def _load_ours(
     if dtype is not None and not allow_non_finite:
         finite = jax.device_get({path: _all_finite(leaf) for path, leaf in flatten_dict(params, sep="/").items()})
         check_finite([path for path, is_finite in finite.items() if not is_finite], dtype)
-    return Loaded(model_class or stored_class, config, params, "flax")
+    return Loaded(model_class or identity.model_class, identity.config, params, identity.layout)
 
 
 @jax.jit

@@ -30,12 +30,14 @@ def save_lora(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
     The file is the same for stacked and unstacked layers. All processes of a job must call this together.
 
     Args:
-      path: the file to write.
+      path: the file to write, whose suffix is .safetensors.
       params: the whole tree, from which only the LoRA weights are written.
 
     Raises:
-      InputError: the tree has no LoRA weights, or the file cannot be written.
+      InputError: the tree has no LoRA weights, the path has another suffix, or the file cannot be written.
     """
+    if Path(path).suffix != ".safetensors":
+        raise InputError(f"{path} does not end in .safetensors, the format of a LoRA file; add the suffix")
     flat = flatten_dict(dict(params), sep="/")
     if not lora_kernels(flat):
         raise InputError("the parameters have no LoRA weights; add them with `training.add_lora`")

@@ -1,10 +1,11 @@
-"""Where the files of a model are: in a folder, beside a file, or on the hub."""
+"""Find the files of a model: in a folder, in the folder of a file, or on the hub."""
 
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from flax_qformer.errors import InputError, first_line
 
@@ -27,6 +28,14 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 
+SMALL_FILES = (
+    "model_index.json",
+    "image_processor/*.json",
+    *("config.json", "preprocessor_config.json", *TOKENIZER_FILES),
+    *(f"qformer/{name}" for name in ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)),
+)
+"""Patterns of a model's files on the hub, except its parameters."""
+
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LAVIS = ("blip_model/blip_weight.pt", "proj_layer/proj_weight.pt")
 
@@ -43,6 +52,7 @@ class ModelFiles:
       tokenizer: folder with a tokenizer's files.
       image_processor: `preprocessor_config.json`.
       pipeline: `model_index.json` of the diffusers pipeline around it.
+      hub_id: the repository that `params` or `weights` are still to be downloaded from.
     """
 
     name: str
@@ -52,32 +62,54 @@ class ModelFiles:
     tokenizer: Path | None = None
     image_processor: Path | None = None
     pipeline: Path | None = None
+    hub_id: str | None = None
 
 
-def locate(name: str | os.PathLike[str], *, weights: bool = True) -> ModelFiles:
-    """Find the files of a model.
+AnyModelName: TypeAlias = str | os.PathLike[str] | ModelFiles
+"""A path, a hub id, or files that are located already."""
+
+
+def locate(name: AnyModelName) -> ModelFiles:
+    """Find the files of a model. Of a hub id, this downloads a few small files; `download_weights` fetches the rest.
 
     Args:
       name: a folder (Flax, upstream's `qformer` folder, its parent with `model_index.json`, or LAVIS's), a single
-        checkpoint file, the `*.index.json` of a sharded one, or a hub id.
-      weights: also download parameters of a hub id; without them only a few small files are downloaded.
+        checkpoint file, the `*.index.json` of a sharded one, or a hub id. Located files are returned as they are.
 
     Raises:
       InputError: nothing has this name, or it cannot be read or downloaded.
     """
+    if isinstance(name, ModelFiles):
+        return name
     path, name = Path(name), str(name)
     try:
         if name and path.is_dir():
-            return _in_folder(path, name)
+            return _files_in(path, name)
         if path.is_file():
-            return replace(_in_folder(path.parent, name), params=None, weights=(path,))
+            return replace(_files_in(path.parent, name), params=None, weights=(path,))
     except OSError as error:
         raise InputError(f"{error.filename or name} cannot be read ({error.strerror})") from None
     if _is_hub_id(name):
-        return _in_folder(_download(name, weights), name)
+        return replace(_files_in(_download(name, SMALL_FILES), name), params=None, weights=(), hub_id=name)
     raise InputError(
         f"there is no file or folder {name or repr(name)}; give one, or a hub id such as Salesforce/blipdiffusion"
     )
+
+
+def download_weights(files: ModelFiles) -> ModelFiles:
+    """The files with the parameters: those of a hub id are downloaded, safetensors if there are any.
+
+    Raises:
+      InputError: they cannot be downloaded.
+    """
+    if files.hub_id is None:
+        return files
+    patterns = [*SMALL_FILES, f"{PARAMS}/**", "model*.safetensors*", "qformer/model*.safetensors*"]
+    complete = _files_in(_download(files.hub_id, patterns), files.name)
+    if complete.params or complete.weights:
+        return complete
+    patterns += ["pytorch_model*", "qformer/pytorch_model*", *_LAVIS]
+    return _files_in(_download(files.hub_id, patterns), files.name)
 
 
 def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
@@ -86,11 +118,11 @@ def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
     if not os.path.isdir(path):
         if not _is_hub_id(str(name)):
             raise InputError(f"there is no folder {name} with a tokenizer")
-        path = _fetch(str(name), TOKENIZER_FILES)
+        path = _download(str(name), TOKENIZER_FILES)
     return path if any(os.path.isfile(path / file) for file in TOKENIZER_FILES[:2]) else None
 
 
-def _in_folder(folder: Path, name: str) -> ModelFiles:
+def _files_in(folder: Path, name: str) -> ModelFiles:
     pipeline = folder
     if (folder / "model_index.json").is_file() and (folder / "qformer").is_dir():
         folder = folder / "qformer"
@@ -98,24 +130,24 @@ def _in_folder(folder: Path, name: str) -> ModelFiles:
         pipeline = folder.parent
     return ModelFiles(
         name,
-        config=_first(folder, ["config.json"]),
+        config=_first_file(folder, ["config.json"]),
         params=folder / PARAMS if (folder / PARAMS).is_dir() else None,
-        weights=_weights(folder),
+        weights=_weights_in(folder),
         tokenizer=find_tokenizer(folder),
-        image_processor=_first(folder, ["preprocessor_config.json"])
-        or _first(pipeline / "image_processor", ["preprocessor_config.json"]),
-        pipeline=_first(pipeline, ["model_index.json"]),
+        image_processor=_first_file(folder, ["preprocessor_config.json"])
+        or _first_file(pipeline / "image_processor", ["preprocessor_config.json"]),
+        pipeline=_first_file(pipeline, ["model_index.json"]),
     )
 
 
-def _weights(folder: Path) -> tuple[Path, ...]:
-    found = _first(folder, _WEIGHTS)
-    if found:
-        return (found,)
+def _weights_in(folder: Path) -> tuple[Path, ...]:
+    single = _first_file(folder, _WEIGHTS)
+    if single:
+        return (single,)
     return tuple(folder / file for file in _LAVIS if (folder / file).is_file())
 
 
-def _first(folder: Path, names: Sequence[str]) -> Path | None:
+def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -124,21 +156,7 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not looks_like_a_file
 
 
-def _download(hub_id: str, weights: bool) -> Path:
-    """Download the files of the Q-Former, safetensors if there are any, into the hub's cache."""
-    small = ["config.json", "preprocessor_config.json", *TOKENIZER_FILES]
-    patterns = ["model_index.json", "image_processor/*.json", *small, *(f"qformer/{file}" for file in small)]
-    if not weights:
-        return _fetch(hub_id, patterns)
-    patterns += [f"{PARAMS}/**", "model*.safetensors*", "qformer/model*.safetensors*"]
-    folder = _fetch(hub_id, patterns)
-    found = _in_folder(folder, hub_id)
-    if found.params or found.weights:
-        return folder
-    return _fetch(hub_id, [*patterns, "pytorch_model*", "qformer/pytorch_model*", *_LAVIS])
-
-
-def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
+def _download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -146,6 +164,6 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
     # The hub's own errors and those of its download libraries.
     except Exception as error:
         raise InputError(
-            f"{hub_id} is no file or folder here, and cannot be had from the hub ({first_line(error)}); check the name "
-            "and the connection, or give a folder"
+            f"{hub_id} is no file or folder here, and cannot be downloaded from the hub ({first_line(error)}); check "
+            "the name and the connection, or give a folder"
         ) from None

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from flax_qformer.checkpoints.atomic import check_absent, check_apart, check_space, new_folder
 from flax_qformer.checkpoints.loading import (
     CLASSES,
+    AnyConfig,
     AnyModel,
     Loaded,
     as_dtype,
@@ -25,9 +26,9 @@ from flax_qformer.checkpoints.loading import (
     completed,
     initial_params,
     load,
-    located,
+    locate_checkpoint,
 )
-from flax_qformer.checkpoints.model_files import PARAMS, TOKENIZER_FILES, ModelFiles
+from flax_qformer.checkpoints.model_files import PARAMS, TOKENIZER_FILES, AnyModelName, ModelFiles, locate
 from flax_qformer.convert import export
 from flax_qformer.convert.tables.qformer import Layout
 from flax_qformer.errors import InputError
@@ -78,11 +79,11 @@ def save_pretrained(
 
 
 def convert_checkpoint(
-    source: str | os.PathLike[str],
+    source: AnyModelName,
     destination: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
-    config: str | os.PathLike[str] | Blip2Config | None = None,
+    config: AnyConfig | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     allow_non_finite: bool = False,
@@ -104,19 +105,17 @@ def convert_checkpoint(
     Raises:
       InputError: the source cannot be used, or the destination exists.
     """
-    check_absent(Path(destination), overwrite)
-    check_apart(Path(source), Path(destination))
-    found = located(source, config)
-    loaded = load(found, None, config, None if dtype is None else as_dtype(dtype), allow_non_finite)
-    settings, notes = _settings(found, loaded, tokenizer)
+    target_dtype = None if dtype is None else as_dtype(dtype)
+    files, loaded = _load_for(destination, overwrite, source, config, target_dtype, allow_non_finite)
+    small_files, notes = _small_files(files, loaded, tokenizer)
     with new_folder(Path(destination), overwrite) as folder:
-        _write_files(folder, settings)
+        _write_files(folder, small_files)
         _write_params(folder, loaded.params)
     return f"{loaded.summary()}; wrote {destination}{notes}"
 
 
 def export_checkpoint(
-    source: str | os.PathLike[str],
+    source: AnyModelName,
     destination: str | os.PathLike[str],
     *,
     layout: Layout | None = None,
@@ -138,23 +137,40 @@ def export_checkpoint(
     Raises:
       InputError: the source cannot be used, or the destination exists.
     """
-    check_absent(Path(destination), overwrite)
-    check_apart(Path(source), Path(destination))
-    found = located(source, None)
-    loaded = load(found, None, None, None, allow_non_finite=True)
+    files, loaded = _load_for(destination, overwrite, source, allow_non_finite=True)
     if layout is None:
         layout = "lavis" if loaded.model_class is Blip2ForPreTraining else "diffusers"
     if layout == "diffusers":
         loaded = completed(replace(loaded, model_class=Blip2QFormerModel), loaded.params["query_tokens"].dtype)
-    settings, notes = _settings(found, loaded, None)
+    small_files, notes = _small_files(files, loaded, None)
     tensors = export(loaded.params, loaded.config, layout)
     with new_folder(Path(destination), overwrite) as folder:
-        _write_files(folder, settings)
+        _write_files(folder, small_files)
         with _saving(folder, tensors.values()):
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         # safetensors makes its files readable for their owner only.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     return f"{loaded.summary()}; wrote {destination}{notes}"
+
+
+def _load_for(
+    destination: str | os.PathLike[str],
+    overwrite: bool,
+    source: AnyModelName,
+    config: AnyConfig | None = None,
+    dtype: jnp.dtype | None = None,
+    allow_non_finite: bool = False,
+) -> tuple[ModelFiles, Loaded]:
+    """Load a checkpoint that is to be written to another folder.
+
+    Raises:
+      InputError: the source cannot be used, or the destination cannot be created or may not be replaced.
+    """
+    check_absent(Path(destination), overwrite)
+    files = locate(source)
+    check_apart(Path(files.name), Path(destination))
+    files = locate_checkpoint(files, config)
+    return files, load(files, None, config, dtype, allow_non_finite)
 
 
 def _with_trained(config: Blip2Config, params: Mapping[str, Any]) -> Blip2Config:
@@ -209,7 +225,7 @@ def _saving(folder: Path, arrays: Iterable[Any]) -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _settings(
+def _small_files(
     source: ModelFiles, loaded: Loaded, tokenizer: str | os.PathLike[str] | None
 ) -> tuple[dict[str, bytes], str]:
     """The files of a folder except the parameters, and a note for the caller."""

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh, NamedSharding
 
 from flax_qformer.checkpoints.atomic import check_writable, new_file
-from flax_qformer.checkpoints.loading import as_dtype, from_pretrained
-from flax_qformer.checkpoints.model_files import TOKENIZER_FILES, find_tokenizer, locate
+from flax_qformer.checkpoints.loading import as_dtype, from_pretrained, locate_checkpoint
+from flax_qformer.checkpoints.model_files import TOKENIZER_FILES, find_tokenizer
 from flax_qformer.compilation import compiler_options
 from flax_qformer.convert.files import open_tensors
 from flax_qformer.data.batches import Images, image_batches, open_images
@@ -151,7 +151,7 @@ def _sum_of_ids(images: Images) -> int:
 
 def _sum_of_files(settings: EmbedSettings) -> int:
     """Fingerprint of a model: the CRC of its files; large files are sampled a thousand times."""
-    source = locate(settings.model)
+    source = locate_checkpoint(settings.model, settings.config)
     config = Path(settings.config) if settings.config else source.config
     files = {path for path in (config, source.image_processor) if path}
     if source.params:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_qformer.checkpoints.loading import Model, as_dtype, check_heads, from_pretrained
+from flax_qformer.checkpoints.loading import Model, as_dtype, check_heads, from_pretrained, locate_checkpoint
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.errors import InputError
 from flax_qformer.processing.processor import Processor
@@ -92,9 +92,10 @@ def load_with_processor(
 ) -> tuple[Model, dict[str, Any], Processor]:
     """Load the model, its parameters and its processor; the named heads must be trained."""
     dtype = as_dtype(options.dtype)
-    model, params = from_pretrained(options.model, dtype, model_class=model_class, config=options.config)
+    files = locate_checkpoint(options.model, options.config)
+    model, params = from_pretrained(files, dtype, model_class=model_class, config=options.config)
     check_heads(model.config, options.model, *heads)
-    return model, params, Processor.from_pretrained(options.model, config=model.config, tokenizer=options.tokenizer)
+    return model, params, Processor.from_pretrained(files, config=model.config, tokenizer=options.tokenizer)
 
 
 def input_files(options: ModelOptions, images: Sequence[Path]) -> list[Path]:

@@ -6,7 +6,6 @@ initializer ranges) are ignored.
 """
 
 import dataclasses
-import json
 import math
 import operator
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from flax_qformer.errors import InputError
+from flax_qformer.json_files import read_json
 from flax_qformer.models.layers import ACTIVATIONS
 
 
@@ -284,31 +284,6 @@ class Blip2Config(_Config):
         if self.tokenizer is None:
             del values["tokenizer"]
         return values
-
-
-_MAX_JSON_BYTES = 16 << 20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      InputError: the file is not JSON, or not a JSON object.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    if len(text) > _MAX_JSON_BYTES:
-        raise InputError(f"{path} is far larger than a config or an index: name another file")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); fetch the file again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds {_short(values)} where a JSON object is expected")
-    return values
 
 
 BLIP_DIFFUSION = Blip2Config(

@@ -1,8 +1,8 @@
 """Image embeddings and text to query embeddings: the Q-Former."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -22,6 +22,8 @@ from flax_qformer.models.inputs import as_array
 from flax_qformer.models.layers import ACTIVATIONS, INITIALIZER, Block, Embed, check_stacked, scanned
 from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
 from flax_qformer.parallel.mesh import interleaved
+
+T = TypeVar("T")
 
 KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
 """Keys and values of one attention, each (batch, tokens, heads, head_dim)."""
@@ -478,16 +480,15 @@ class QFormer(Block):
         ]
         outputs = self.encoder(x, inputs)
         last = outputs[-1]
-        crossing = [layer for layer in outputs if layer.cross_attention is not None]
         return QFormerOutput(
             last_hidden_state=last.states,
             pooler_output=last.states[:, 0],
             query_embeddings=last.queries if num_queries else None,
             hidden_states=(x, *(layer.states for layer in outputs)) if output_hidden_states else None,
             attentions=tuple(layer.attention for layer in outputs) if output_attentions else None,
-            cross_attentions=tuple(layer.cross_attention for layer in crossing) if output_attentions else None,
-            past_key_values=tuple(layer.past for layer in outputs) if use_cache else None,
-            image_key_values=tuple(layer.image_past for layer in crossing if layer.image_past) if use_cache else None,
+            cross_attentions=_present(layer.cross_attention for layer in outputs) if output_attentions else None,
+            past_key_values=_present(layer.past for layer in outputs) if use_cache else None,
+            image_key_values=_present(layer.image_past for layer in outputs) if use_cache else None,
         )
 
 
@@ -564,6 +565,10 @@ class Blip2QFormerModel(QFormer):
             return output
         self.check_parts("proj_layer", other="Blip2ForPreTraining")
         return dataclasses.replace(output, query_embeddings=self.proj_layer(output.query_embeddings, deterministic))
+
+
+def _present(values: Iterable[T | None]) -> tuple[T, ...]:
+    return tuple(value for value in values if value is not None)
 
 
 def image_states(given: Any) -> Any:

@@ -14,9 +14,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from flax_qformer.checkpoints.model_files import BERT, DEFAULT_MODEL, ModelFiles, find_tokenizer, locate
+from flax_qformer.checkpoints.model_files import BERT, DEFAULT_MODEL, AnyModelName, ModelFiles, find_tokenizer, locate
 from flax_qformer.errors import InputError, first_line
-from flax_qformer.models.config import Blip2Config, read_json
+from flax_qformer.json_files import read_json
+from flax_qformer.models.config import Blip2Config
 
 Image: TypeAlias = PIL.Image.Image | np.ndarray | str | os.PathLike[str] | bytes | BinaryIO
 
@@ -184,7 +185,7 @@ class Processor:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | os.PathLike[str] = DEFAULT_MODEL,
+        path_or_hub_id: AnyModelName = DEFAULT_MODEL,
         *,
         config: Blip2Config | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
@@ -200,7 +201,7 @@ class Processor:
         Raises:
           InputError: there is no such checkpoint or tokenizer, or its settings do not fit the model.
         """
-        source = locate(path_or_hub_id, weights=False)
+        source = locate(path_or_hub_id)
         if config is None:
             if source.config is None:
                 raise InputError(f"{source.name} has no config.json; give `config=model.config`")
@@ -351,8 +352,8 @@ def _check_call(
     fitting = (None, True, "longest") if max_length is None else (None, "max_length")
     if padding not in fitting:
         remedy = "give `max_length`, or leave it out" if padding == "max_length" else "leave it out"
-        given = "without" if max_length is None else "with"
-        raise InputError(f"`padding` is {padding!r:.40} {given} `max_length`, which is not supported; {remedy}")
+        with_it = "without" if max_length is None else "with"
+        raise InputError(f"`padding` is {padding!r:.40} {with_it} `max_length`, which is not supported; {remedy}")
     if truncation not in (None, True, False) or (truncation is False and max_length is not None):
         raise InputError(
             f"`truncation` is {truncation!r:.40}; it must be True or False, and `max_length` always cuts texts"

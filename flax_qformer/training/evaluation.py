@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_qformer.checkpoints.loading import as_dtype, check_heads, from_pretrained
+from flax_qformer.checkpoints.loading import as_dtype, check_heads, from_pretrained, locate_checkpoint
 from flax_qformer.data.batches import evaluation_batches, open_source
 from flax_qformer.data.sources import DataSettings, Source
 from flax_qformer.errors import InputError
@@ -35,10 +35,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
     Raises:
       InputError: a setting, the data or the model is unfit.
     """
-    model, params = from_pretrained(settings.model, as_dtype(settings.dtype), model_class=Blip2ForPreTraining)
+    dtype = as_dtype(settings.dtype)
+    files = locate_checkpoint(settings.model)
+    model, params = from_pretrained(files, dtype, model_class=Blip2ForPreTraining)
     heads = ("vision_proj", "text_proj", "itm_head") if settings.rerank else ("vision_proj", "text_proj")
     check_heads(model.config, settings.model, *heads)
-    processor = Processor.from_pretrained(settings.model, config=model.config, tokenizer=settings.tokenizer)
+    processor = Processor.from_pretrained(files, config=model.config, tokenizer=settings.tokenizer)
     source = open_source(settings, "all" if settings.everything else "held_out").select(slice(settings.evaluate_on))
     examples = read_examples(source, processor, settings)
     figures = Retrieval(model, settings.batch_size).evaluate(params, examples, settings.rerank)

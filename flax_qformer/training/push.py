@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_qformer.checkpoints.loading import check_architecture
 from flax_qformer.checkpoints.model_files import PARAMS, TOKENIZER_FILES, locate
 from flax_qformer.errors import InputError, first_line
-from flax_qformer.models.config import Blip2Config, read_json
+from flax_qformer.json_files import read_json
+from flax_qformer.models.config import Blip2Config
 
 CARD = "README.md"
 
@@ -53,12 +55,12 @@ def push_to_hub(
       A line on what was done.
 
     Raises:
-      InputError: the folder holds no model, or the hub refuses the upload or cannot be reached.
+      InputError: the folder holds no model or one of another class, or the hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import filter_repo_objects
 
-    folder, run = _find(Path(model))
+    folder, run = _model_and_run(Path(model))
     if not _is_repo_id(repo_id):
         raise InputError(f"{repo_id!r} is not the name of a repository; give ORG/NAME, such as my-name/my-model")
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -138,7 +140,7 @@ def model_card(folder: Path, run: Path | None, repo_id: str, license: str | None
     return "\n\n".join(parts) + "\n"
 
 
-def _find(path: Path) -> tuple[Path, Path | None]:
+def _model_and_run(path: Path) -> tuple[Path, Path | None]:
     """The folder of a model, and the folder of the training run that wrote it, if any."""
     from flax_qformer.training.run_folder import SETTINGS
 
@@ -148,9 +150,10 @@ def _find(path: Path) -> tuple[Path, Path | None]:
         if not (path / "model").is_dir():
             raise InputError(f"{path} holds no model yet; the training run writes it after its last step")
         path = path / "model"
-    source = locate(path)
-    if source.pipeline or not (path / "config.json").is_file() or not (source.params or source.weights):
+    files = locate(path)
+    if files.pipeline or not (path / "config.json").is_file() or not (files.params or files.weights):
         raise InputError(f"{path} is not the folder of a model or of a training run; `flax-qformer convert` writes one")
+    check_architecture(files)
     run = path.resolve().parent
     return path, run if (run / SETTINGS).is_file() else None
 

@@ -1,9 +1,10 @@
-"""The checkpoints of a run: written atomically and verified when they are read; damaged ones are skipped."""
+"""The checkpoints of a run: written by orbax, verified when they are read; damaged ones are skipped."""
 
 import json
 import logging
 import shutil
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,38 @@ from flax_qformer.parallel.processes import any_process, from_first, is_first, i
 
 logger = logging.getLogger(__name__)
 
+CHECKSUMS = "checksums.json"
+"""The file of a checkpoint with the sizes and checksums of its other files."""
+
 
 class Checkpoints:
-    """A folder with an orbax checkpoint and a JSON manifest for each step.
+    """The checkpoints of a run, in the folder of orbax's `Checkpointer`, which writes and removes whole steps.
 
-    The manifest is written last: without it a checkpoint does not count. It holds the sizes and checksums of the files,
-    the notes (all that is not an array, such as the position in the data), and a checksum of itself.
+    Orbax's metadata of a step holds a manifest: the dtypes and shapes of the arrays, the notes (all that is not an
+    array, such as the position in the data), and a checksum of both. The checksums of the files are written after the
+    step is complete; a step that a kill left without them is restored unverified.
+    Earlier versions wrote both into `STEP.json`, beside the step and after it; there a step without it is incomplete.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self._folder, self._keep = folder.absolute(), keep  # orbax needs an absolute path
 
+    @cached_property
+    def _checkpointer(self) -> Any:
+        # Made at the first save: it creates the folder and lists its checkpoints.
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        context = ocp.Context()
+        context.array.saving.use_compression = False
+        return ocp.training.Checkpointer(
+            self._folder,
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+        )
+
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, newest first."""
-        stems = (path.stem for path in self._folder.glob("*.json"))
-        return sorted((int(stem) for stem in stems if stem.isdecimal()), reverse=True)
+        return sorted((int(path.name) for path in self._folder.glob("*") if path.name.isdecimal()), reverse=True)
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
         """Write a checkpoint unless the step has one, and keep the newest `keep` only.
@@ -37,30 +55,25 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint cannot be written; earlier ones stay.
         """
-        import orbax.checkpoint.experimental.v1 as ocp
-
-        # On a shared disk, other processes may not see the manifest of the first yet.
+        # On a shared disk, other processes may not see the checkpoint yet.
         if any_process(is_first() and step in self.steps()):
             return
-        folder, arrays = self._path(step), _named(state)
+        arrays = _named(state)
+        content = {"arrays": _array_types(state), "notes": notes}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             check_space(self._folder, sum(array.nbytes for array in arrays.values()))
-            context = ocp.Context()
-            context.array.saving.use_compression = False
-            with context:
-                ocp.save(folder, arrays)
+            manifest = {"sum": _checksum(content), "content": content}
+            self._checkpointer.save(step, arrays, force=True, custom_metadata=manifest)
             if is_first():
-                content = {"arrays": _array_types(state), "files": _file_checksums(folder), "notes": notes}
-                partial = self._folder / f"{step}.json.partial"
-                partial.write_text(json.dumps({"sum": _checksum(content), "content": content}))
-                partial.rename(self._folder / f"{step}.json")
+                folder = self._folder / str(step)
+                partial = folder / f"{CHECKSUMS}.partial"
+                partial.write_text(json.dumps(_file_checksums(folder)))
+                partial.rename(folder / CHECKSUMS)
         except Exception as error:
             if is_lost_process_error(error):
                 raise
             # orbax raises types of its own when the disk becomes full.
-            if is_first():
-                shutil.rmtree(folder, ignore_errors=True)
             saved = self.steps()
             raise InputError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} "
@@ -68,8 +81,7 @@ class Checkpoints:
                 "run the same command again" + (f", which goes on from step {saved[0]}" if saved else "")
             ) from None
         if is_first():
-            for old in self.steps()[self._keep :]:
-                self._remove(old)
+            self._remove_orphaned_manifests()
         wait_for_all("saved")
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -81,11 +93,10 @@ class Checkpoints:
         # Processes may see a shared disk differently, but all must restore the same step.
         steps = [int(step) for step in from_first(" ".join(map(str, self.steps()))).split()]
         for step in steps:
-            reason = self._damage(step)
+            restored, reason = None, self._damage(step)
             if not any_process(bool(reason)):
-                restored = None
                 try:
-                    restored = self._load(step, state)
+                    restored = self._load_step(step, state)
                 except InputError:
                     raise
                 except Exception as error:
@@ -113,45 +124,51 @@ class Checkpoints:
         """Remove checkpoints newer than the restored step, which are damaged, and incomplete ones."""
         if not is_first():
             return
-        complete = {name for kept in self.steps() if kept <= step for name in (str(kept), f"{kept}.json")}
+        complete = {str(kept) for kept in self.steps() if kept <= step}
         for path in self._folder.glob("*"):
-            if path.name in complete:
-                continue
-            if path.is_dir():
-                logger.warning("removing %s, which is damaged or was not written whole", path)
+            if path.is_dir() and path.name not in complete:
+                logger.warning("removing %s, which is damaged or incomplete", path)
                 shutil.rmtree(path, ignore_errors=True)
-            else:
+        self._remove_orphaned_manifests()
+
+    def _remove_orphaned_manifests(self) -> None:
+        """Remove the files of earlier versions whose checkpoint is gone."""
+        kept = {f"{step}.json" for step in self.steps()}
+        for path in self._folder.glob("*.json*"):
+            if path.name not in kept:
                 path.unlink(missing_ok=True)
-
-    def _path(self, step: int) -> Path:
-        return self._folder / str(step)
-
-    def _remove(self, step: int) -> None:
-        (self._folder / f"{step}.json").unlink(missing_ok=True)
-        shutil.rmtree(self._path(step), ignore_errors=True)
 
     def _manifest(self, step: int) -> dict[str, Any]:
         """The content of the manifest; ValueError if it is damaged."""
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        path = self._folder / f"{step}.json"
         try:
-            manifest = json.loads((self._folder / f"{step}.json").read_bytes())
+            if path.exists():
+                manifest = json.loads(path.read_bytes())
+            else:
+                manifest = ocp.metadata(self._folder / str(step)).custom_metadata
             content, expected = manifest["content"], manifest["sum"]
         except (ValueError, TypeError, KeyError):
             content, expected = {}, None
         if _checksum(content) != expected:
-            raise ValueError(f"{step}.json is not as it was written")
+            raise ValueError("its manifest is not as it was written")
         return content
 
     def _damage(self, step: int) -> str:
         """What is wrong with a checkpoint's files, or an empty text. Only the first process reads all their bytes."""
+        folder = self._folder / str(step)
         try:
-            expected = self._manifest(step)["files"]
-            actual = _file_checksums(self._path(step)) if is_first() else expected
-        except (ValueError, OSError) as error:
+            expected = self._manifest(step).get("files", {})
+            if (folder / CHECKSUMS).exists():
+                expected = json.loads((folder / CHECKSUMS).read_bytes())
+            actual = _file_checksums(folder) if is_first() and expected else expected
+            wrong = sorted(name for name in expected | actual if expected.get(name) != actual.get(name))
+        except (ValueError, OSError, TypeError, AttributeError) as error:
             return str(error)
-        wrong = sorted(name for name in expected | actual if expected.get(name) != actual.get(name))
         return f"{wrong[0]} is {'not as it was written' if wrong[0] in actual else 'missing'}" if wrong else ""
 
-    def _load(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+    def _load_step(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         import orbax.checkpoint.experimental.v1 as ocp
 
         manifest = self._manifest(step)
@@ -170,7 +187,7 @@ class Checkpoints:
             for name, leaf in _named(state).items()
             if name in current
         }
-        arrays = _named(state) | ocp.load(self._path(step), wanted)
+        arrays = _named(state) | ocp.load(self._folder / str(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(state), arrays.values()), manifest["notes"]
 
 
@@ -196,9 +213,9 @@ def _checksum(content: Any) -> int:
 
 
 def _file_checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file."""
+    """Size and CRC-32 of each file, except that of the checksums."""
     sums = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS):
         crc = 0
         with path.open("rb") as file:
             while block := file.read(1 << 24):

@@ -11,8 +11,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from flax_qformer.checkpoints.loading import as_dtype, from_pretrained, initialise
-from flax_qformer.checkpoints.model_files import locate
+from flax_qformer.checkpoints.loading import as_dtype, from_pretrained, initialise, locate_checkpoint
 from flax_qformer.convert.tables.qformer import PARTS
 from flax_qformer.data.batches import Batches
 from flax_qformer.data.sources import Source
@@ -34,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 def load_model(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining, dict[str, Any], Processor]:
     """The model with the settings' dropout, remat and scan, its parameters on the mesh, and its processor."""
-    source, dtype = locate(settings.model), as_dtype(settings.dtype)
-    if source.config and not source.params and not source.weights:
-        logger.warning("%s has no weights: all are randomly initialised", source.name)
-        model, params = initialise(source.config, Blip2ForPreTraining, dtype, settings.seed, mesh)
+    files, dtype = locate_checkpoint(settings.model), as_dtype(settings.dtype)
+    if files.config and not files.params and not files.weights:
+        logger.warning("%s has no weights: all are randomly initialised", files.name)
+        model, params = initialise(files.config, Blip2ForPreTraining, dtype, settings.seed, mesh)
     else:
-        model, params = from_pretrained(settings.model, dtype, model_class=Blip2ForPreTraining, mesh=mesh)
+        model, params = from_pretrained(files, dtype, model_class=Blip2ForPreTraining, mesh=mesh)
     config, rate = model.config, settings.dropout
     if rate is not None:
         qformer = config.qformer_config
@@ -53,7 +52,7 @@ def load_model(settings: TrainSettings, mesh: Mesh) -> tuple[Blip2ForPreTraining
             params = stack_layers(params)
         else:
             logger.warning("the layers are not alike, so that they cannot be scanned: compiling takes longer")
-    processor = Processor.from_pretrained(settings.model, config=config, tokenizer=settings.tokenizer)
+    processor = Processor.from_pretrained(files, config=config, tokenizer=settings.tokenizer)
     return model.clone(config=config), params, processor
 
 
