@@ -479,12 +479,13 @@ class QFormer(Block):
             for i in range(layers)
         ]
         outputs = self.encoder(x, inputs)
-        last = outputs[-1]
+        states = (x, *(layer.states for layer in outputs))
+        queries = outputs[-1].queries if outputs else x[:, :num_queries]
         return QFormerOutput(
-            last_hidden_state=last.states,
-            pooler_output=last.states[:, 0],
-            query_embeddings=last.queries if num_queries else None,
-            hidden_states=(x, *(layer.states for layer in outputs)) if output_hidden_states else None,
+            last_hidden_state=states[-1],
+            pooler_output=states[-1][:, 0],
+            query_embeddings=queries if num_queries else None,
+            hidden_states=states if output_hidden_states else None,
             attentions=tuple(layer.attention for layer in outputs) if output_attentions else None,
             cross_attentions=_present(layer.cross_attention for layer in outputs) if output_attentions else None,
             past_key_values=_present(layer.past for layer in outputs) if use_cache else None,
