@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_qformer.errors import InputError
-from flax_qformer.models.captioning import Rules, search_caption, write_caption
+from flax_qformer.models.captioning import (
+    MAX_LENGTH,
+    MIN_LENGTH,
+    NUM_BEAMS,
+    TOP_P,
+    Rules,
+    search_caption,
+    write_caption,
+)
 from flax_qformer.models.config import Blip2QFormerConfig
 from flax_qformer.models.inputs import as_array
 from flax_qformer.models.layers import ACTIVATIONS, Block
@@ -245,10 +253,10 @@ class Blip2ForPreTraining(QFormer):
         eos_token_id: int,
         encoder_hidden_states: jax.Array | VisionOutput | None = None,
         use_nucleus_sampling: bool = False,
-        num_beams: int = 3,
-        max_length: int = 30,
-        min_length: int = 10,
-        top_p: float = 0.9,
+        num_beams: int = NUM_BEAMS,
+        max_length: int = MAX_LENGTH,
+        min_length: int = MIN_LENGTH,
+        top_p: float = TOP_P,
         repetition_penalty: float = 1.0,
     ) -> jax.Array:
         """Write captions: by beam search, greedily (`num_beams=1`), or by nucleus sampling (needs a `sampling` rng).
