@@ -19,7 +19,7 @@ from flax_qformer.models.captioning import (
     write_caption,
 )
 from flax_qformer.models.config import Blip2QFormerConfig
-from flax_qformer.models.inputs import as_array
+from flax_qformer.models.inputs import as_array, check_inputs, check_length
 from flax_qformer.models.layers import ACTIVATIONS, Block
 from flax_qformer.models.losses import (
     contrastive_loss,
@@ -28,8 +28,8 @@ from flax_qformer.models.losses import (
     negative_logits,
     similarities,
 )
-from flax_qformer.models.qformer import KeyValue, QFormer, check_inputs, check_length, image_states
-from flax_qformer.models.vision import VisionOutput
+from flax_qformer.models.qformer import KeyValue, QFormer
+from flax_qformer.models.vision import VisionOutput, image_hidden_states
 from flax_qformer.parallel.mesh import interleaved, is_batch_split, pick_rows
 
 TEMPERATURE = 0.07
@@ -376,7 +376,7 @@ class Blip2ForPreTraining(QFormer):
         self, pixel_values: jax.Array | None, states: jax.Array | VisionOutput | None, deterministic: bool
     ) -> jax.Array:
         if states is not None and pixel_values is None:
-            return as_array("encoder_hidden_states", image_states(states))
+            return as_array("encoder_hidden_states", image_hidden_states(states))
         if states is not None or pixel_values is None:
             raise InputError("give `pixel_values` or `encoder_hidden_states`, and not both")
         return self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state

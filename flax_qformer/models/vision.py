@@ -1,7 +1,7 @@
 """Pixels to image embeddings: the vision tower."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -178,3 +178,8 @@ class Blip2VisionModel(Block):
             hidden_states=states if output_hidden_states else None,
             attentions=tuple(layer.attention for layer in layers) if output_attentions else None,
         )
+
+
+def image_hidden_states(image: Any) -> Any:
+    """The embeddings of an image, which is an array of them or the vision tower's output."""
+    return image.last_hidden_state if isinstance(image, VisionOutput) else image
