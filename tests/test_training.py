@@ -40,7 +40,6 @@ from flax_qformer.data.sources import DataSettings
 from flax_qformer.progress import Progress
 from flax_qformer.training import run as run_module
 from flax_qformer.training.evaluation import Retrieval, RetrievalResult
-from flax_qformer.training.hashing import hashed
 from flax_qformer.training.prefetching import Prefetcher
 from flax_qformer.training.run_checkpoints import Checkpoints
 from flax_qformer.training.samples import SIDE, Sampler
@@ -136,17 +135,6 @@ def tree(**sizes: int) -> tuple[fq.Blip2Config, dict[str, Any]]:
     return config, unflatten_dict(
         {p.path: jnp.ones(p.shape) for p in parameters(config, "diffusers", fq.Blip2ForPreTraining.parts)}, sep="/"
     )
-
-
-def test_hashed_dropout_is_independent() -> None:
-    key = hashed(jax.random.key(0))
-    kept = np.asarray(jax.random.bernoulli(key, 0.9, (1000, 1000)))
-    assert kept.mean() == pytest.approx(0.9, abs=0.001)
-    keys = jax.random.split(key, 100)
-    coins = np.asarray(jax.vmap(lambda key: jax.random.bernoulli(key, shape=(5000,)))(keys))
-    for draws, limit in ((coins, 5.5 / 5000**0.5), (coins.T[:100], 5.5 / 100**0.5)):
-        correlations = np.corrcoef(draws) - np.eye(len(draws))
-        assert np.abs(correlations).max() < limit
 
 
 def test_groups_of_parameters() -> None:

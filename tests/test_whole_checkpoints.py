@@ -16,7 +16,7 @@ from flax_qformer.commands.main import main
 from flax_qformer.convert.tables.qformer import PARTS, Layout, parameters
 from flax_qformer.training.run_checkpoints import Checkpoints
 
-SPLIT = ("--mesh", "fsdp=2", "--scan-layers", "True")
+SPLIT = ("--mesh", "fsdp=2", "--scan-layers")
 CONFIG = fq.Blip2Config.from_dict(
     {
         "vision_config": {

@@ -18,11 +18,12 @@ from flax_qformer.commands.options import (
     whole_number,
 )
 from flax_qformer.errors import InputError
+from flax_qformer.models.captioning import MAX_LENGTH, MIN_LENGTH, NUM_BEAMS, TOP_P
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.progress import print_line
 
 WAY = tyro.conf.create_mutex_group(required=False, title="beam search or random words")
-MAX_LENGTH, TOP_P, SEED = 30, 0.9, 0
+SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class CaptionOptions(ModelOptions):
     """
 
     images: Images = ()
-    num_beams: Annotated[Positive, WAY] = 3
+    num_beams: Annotated[Positive, WAY] = NUM_BEAMS
     nucleus: Annotated[bool, WAY] = False
     top_p: Annotated[float | None, tyro.conf.arg(metavar="P", help_behavior_hint=f"(default: {TOP_P})")] = None
     seed: Annotated[int | None, whole_number(0, 2**32 - 1), tyro.conf.arg(help_behavior_hint=f"(default: {SEED})")] = (
@@ -52,7 +53,11 @@ class CaptionOptions(ModelOptions):
         whole_number(1),
         tyro.conf.arg(help_behavior_hint=f"(default: {MAX_LENGTH}, or as many as the model has positions)"),
     ] = None
-    min_length: Positive = 1
+    min_length: Annotated[
+        int | None,
+        whole_number(1),
+        tyro.conf.arg(help_behavior_hint=f"(default: {MIN_LENGTH}, or --max-length if that is less)"),
+    ] = None
     batch_size: Positive = BATCH_SIZE
 
 
@@ -63,8 +68,9 @@ def run(options: CaptionOptions) -> None:
     model, params, processor = load_with_processor(options, Blip2ForPreTraining, "lm_head")
     end = processor.tokenizer.sep_token_id
     max_length = options.max_length or min(MAX_LENGTH, model.config.qformer_config.max_position_embeddings)
-    if options.min_length > max_length:
-        raise InputError(f"--min-length {options.min_length} is above --max-length, {max_length}; make it less")
+    min_length = options.min_length or min(MIN_LENGTH, max_length)
+    if min_length > max_length:
+        raise InputError(f"--min-length {min_length} is above --max-length, {max_length}; make it less")
 
     apply: Any = model.apply
 
@@ -77,7 +83,7 @@ def run(options: CaptionOptions) -> None:
             use_nucleus_sampling=options.nucleus,
             num_beams=options.num_beams,
             max_length=max_length,
-            min_length=options.min_length,
+            min_length=min_length,
             top_p=TOP_P if options.top_p is None else options.top_p,
             method="caption",
             rngs={"sampling": key},

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from flax_qformer.models.qformer import KeyValue
 
+NUM_BEAMS, MAX_LENGTH, MIN_LENGTH, TOP_P = 3, 30, 10, 0.9
+"""LAVIS's defaults."""
+
 TOP_K = 50
 
 Cache: TypeAlias = tuple[KeyValue, ...]

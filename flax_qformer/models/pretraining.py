@@ -9,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_qformer.errors import InputError
-from flax_qformer.models.captioning import Rules, search_caption, write_caption
+from flax_qformer.models.captioning import (
+    MAX_LENGTH,
+    MIN_LENGTH,
+    NUM_BEAMS,
+    TOP_P,
+    Rules,
+    search_caption,
+    write_caption,
+)
 from flax_qformer.models.config import Blip2QFormerConfig
-from flax_qformer.models.inputs import as_array
+from flax_qformer.models.inputs import as_array, check_inputs, check_length
 from flax_qformer.models.layers import ACTIVATIONS, Block
 from flax_qformer.models.losses import (
     contrastive_loss,
@@ -20,8 +28,8 @@ from flax_qformer.models.losses import (
     negative_logits,
     similarities,
 )
-from flax_qformer.models.qformer import KeyValue, QFormer, check_inputs, check_length, image_states
-from flax_qformer.models.vision import VisionOutput
+from flax_qformer.models.qformer import KeyValue, QFormer
+from flax_qformer.models.vision import VisionOutput, image_hidden_states
 from flax_qformer.parallel.mesh import interleaved, is_batch_split, pick_rows
 
 TEMPERATURE = 0.07
@@ -245,10 +253,10 @@ class Blip2ForPreTraining(QFormer):
         eos_token_id: int,
         encoder_hidden_states: jax.Array | VisionOutput | None = None,
         use_nucleus_sampling: bool = False,
-        num_beams: int = 3,
-        max_length: int = 30,
-        min_length: int = 10,
-        top_p: float = 0.9,
+        num_beams: int = NUM_BEAMS,
+        max_length: int = MAX_LENGTH,
+        min_length: int = MIN_LENGTH,
+        top_p: float = TOP_P,
         repetition_penalty: float = 1.0,
     ) -> jax.Array:
         """Write captions: by beam search, greedily (`num_beams=1`), or by nucleus sampling (needs a `sampling` rng).
@@ -368,7 +376,7 @@ class Blip2ForPreTraining(QFormer):
         self, pixel_values: jax.Array | None, states: jax.Array | VisionOutput | None, deterministic: bool
     ) -> jax.Array:
         if states is not None and pixel_values is None:
-            return as_array("encoder_hidden_states", image_states(states))
+            return as_array("encoder_hidden_states", image_hidden_states(states))
         if states is not None or pixel_values is None:
             raise InputError("give `pixel_values` or `encoder_hidden_states`, and not both")
         return self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state

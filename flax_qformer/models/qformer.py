@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -18,9 +18,18 @@ from flax_qformer.models.attention import (
     mask_bias,
 )
 from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig
-from flax_qformer.models.inputs import as_array
+from flax_qformer.models.inputs import (
+    as_array,
+    check_cache,
+    check_image_mask,
+    check_inputs,
+    check_length,
+    head_mask_per_layer,
+    mask_over_tokens,
+    optional_arrays,
+)
 from flax_qformer.models.layers import ACTIVATIONS, INITIALIZER, Block, Embed, check_stacked, scanned
-from flax_qformer.models.vision import Blip2VisionModel, VisionOutput
+from flax_qformer.models.vision import Blip2VisionModel, VisionOutput, image_hidden_states
 from flax_qformer.parallel.mesh import interleaved
 
 T = TypeVar("T")
@@ -413,34 +422,21 @@ class QFormer(Block):
             `encoder_hidden_states`, the first and the third share a cached image.
           positions: (T,) of the text's tokens; by default they follow the cached text.
         """
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "encoder_hidden_states": image_states(encoder_hidden_states),
-            "encoder_attention_mask": encoder_attention_mask,
-            "head_mask": head_mask,
-        }
-        input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = (
-            None if value is None else as_array(name, value) for name, value in given.items()
+        input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, head_mask = optional_arrays(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=image_hidden_states(encoder_hidden_states),
+            encoder_attention_mask=encoder_attention_mask,
+            head_mask=head_mask,
         )
         if pixel_values is not None:
             if encoder_hidden_states is not None:
                 raise InputError("give `pixel_values` or `encoder_hidden_states`, not both")
             encoder_hidden_states = self.encode_image(pixel_values, deterministic=deterministic).last_hidden_state
-        layers = self.config.qformer_config.num_hidden_layers
-        if past_key_values is not None and len(past_key_values) != layers:
-            raise InputError(f"`past_key_values` are of {len(past_key_values)} layers; the model has {layers}")
-        rows_past, num_past = past_key_values[0][0].shape[:2] if past_key_values else (0, 0)
-        if num_past and encoder_hidden_states is not None:
-            raise InputError("`past_key_values` hold the queries: give the text that follows them, and no image")
-        if use_cache and past_key_values is None and encoder_hidden_states is None and image_key_values is None:
-            raise InputError(
-                "`use_cache` is for an image and what follows: give `pixel_values` or `encoder_hidden_states`"
-            )
+        num_past = past_key_values[0][0].shape[1] if past_key_values else 0
+        check_cache(self.config, encoder_hidden_states, input_ids, past_key_values, image_key_values, use_cache)
         if not image_key_values:
             check_inputs(self.config, encoder_hidden_states, input_ids)
-        if num_past and input_ids is not None and rows_past != len(input_ids):
-            raise InputError(f"{rows_past} rows of `past_key_values` and {len(input_ids)} texts; give as many of each")
         if positions is None:
             first = max(num_past - self.config.num_query_tokens, 0)
             positions = jnp.arange(first, first + (0 if input_ids is None else input_ids.shape[1]))
@@ -456,13 +452,13 @@ class QFormer(Block):
 
         bias = image_bias = None
         if attention_mask is not None:
-            mask = _over_all_tokens(attention_mask, (x.shape[0], x.shape[1]), num_queries, num_past)
+            mask = mask_over_tokens(attention_mask, (x.shape[0], x.shape[1]), num_queries, num_past)
             bias = mask_bias(mask, SELF_ATTENTION_MASK)
         if encoder_attention_mask is not None and encoder_hidden_states is not None:
-            _check_image_mask(encoder_attention_mask, encoder_hidden_states, num_queries)
+            check_image_mask(encoder_attention_mask, encoder_hidden_states, num_queries)
             image_bias = mask_bias(encoder_attention_mask, CROSS_ATTENTION_MASK)
         if head_mask is not None:
-            head_mask = _per_layer(head_mask, self.config.qformer_config, len(x))
+            head_mask = head_mask_per_layer(head_mask, self.config.qformer_config, len(x))
 
         cached_images = iter(image_key_values or ())
         inputs = [
@@ -476,15 +472,16 @@ class QFormer(Block):
                 num_queries=num_queries,
                 deterministic=deterministic,
             )
-            for i in range(layers)
+            for i in range(self.config.qformer_config.num_hidden_layers)
         ]
         outputs = self.encoder(x, inputs)
-        last = outputs[-1]
+        states = (x, *(layer.states for layer in outputs))
+        queries = outputs[-1].queries if outputs else x[:, :num_queries]
         return QFormerOutput(
-            last_hidden_state=last.states,
-            pooler_output=last.states[:, 0],
-            query_embeddings=last.queries if num_queries else None,
-            hidden_states=(x, *(layer.states for layer in outputs)) if output_hidden_states else None,
+            last_hidden_state=states[-1],
+            pooler_output=states[-1][:, 0],
+            query_embeddings=queries if num_queries else None,
+            hidden_states=states if output_hidden_states else None,
             attentions=tuple(layer.attention for layer in outputs) if output_attentions else None,
             cross_attentions=_present(layer.cross_attention for layer in outputs) if output_attentions else None,
             past_key_values=_present(layer.past for layer in outputs) if use_cache else None,
@@ -569,75 +566,3 @@ class Blip2QFormerModel(QFormer):
 
 def _present(values: Iterable[T | None]) -> tuple[T, ...]:
     return tuple(value for value in values if value is not None)
-
-
-def image_states(given: Any) -> Any:
-    """Image embeddings, given as an array or as the vision tower's output."""
-    return given.last_hidden_state if isinstance(given, VisionOutput) else given
-
-
-def check_inputs(config: Blip2Config, image: jax.Array | None, input_ids: jax.Array | None) -> None:
-    """Raise InputError if image embeddings and text do not fit the config or each other."""
-    if image is None and input_ids is None:
-        raise InputError("nothing to read: give `pixel_values` or `encoder_hidden_states`, `input_ids`, or both")
-    if image is not None and (image.ndim != 3 or image.shape[-1] != config.vision_config.hidden_size):
-        raise InputError(
-            f"`encoder_hidden_states` have shape {image.shape}; "
-            f"they must be (batch, image tokens, {config.vision_config.hidden_size})"
-        )
-    if input_ids is None:
-        return
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise InputError(
-            f"`input_ids` are {input_ids.dtype} of shape {input_ids.shape}; they must be whole numbers (batch, tokens)"
-        )
-    if image is None and not input_ids.shape[1]:
-        raise InputError("`input_ids` have no tokens; give some, or an image")
-    if image is not None and len(image) != len(input_ids):
-        raise InputError(f"{len(image)} images and {len(input_ids)} texts: repeat one of them so that they pair up")
-
-
-def check_length(config: Blip2QFormerConfig, length: int) -> None:
-    """Raise InputError if a text has more tokens than the model has positions."""
-    if length > config.max_position_embeddings:
-        raise InputError(
-            f"the text has {length} tokens, the model {config.max_position_embeddings} positions: truncate the text"
-        )
-
-
-def _check_image_mask(mask: jax.Array, image: jax.Array, num_queries: int) -> None:
-    batch, tokens, _ = image.shape
-    if mask.shape not in ((batch, tokens), (batch, num_queries, tokens)):
-        raise InputError(
-            f"`encoder_attention_mask` has shape {mask.shape}; it must be ({batch}, {tokens}) over the image, or "
-            f"({batch}, {num_queries}, {tokens}) over queries and image"
-        )
-
-
-def _over_all_tokens(mask: jax.Array, shape: tuple[int, int], num_queries: int, num_past: int) -> jax.Array:
-    """Extend a mask over the text to cached tokens, queries and text. A mask over all of these is unchanged."""
-    batch, total = shape
-    text, keys = total - num_queries, num_past + total
-    if mask.shape == (batch, text):
-        return jnp.concatenate([jnp.ones((batch, keys - text)), mask], axis=1)
-    if mask.shape not in ((batch, keys), (batch, total, keys)):
-        raise InputError(
-            f"`attention_mask` has shape {mask.shape}; it must be ({batch}, {text}) over the text, or "
-            f"({batch}, {keys}) or ({batch}, {total}, {keys}) over {num_queries + num_past} queries and text"
-        )
-    return mask
-
-
-def _per_layer(head_mask: jax.Array, config: Blip2QFormerConfig, batch: int) -> jax.Array:
-    """Bring a head mask to (layers, batch or 1, heads, 1, 1)."""
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    if head_mask.shape == (heads,):
-        head_mask = jnp.broadcast_to(head_mask, (layers, heads))
-    if head_mask.shape == (layers, heads):
-        return head_mask[:, None, :, None, None]
-    if head_mask.shape in ((layers, batch, heads, 1, 1), (layers, 1, heads, 1, 1)):
-        return head_mask
-    raise InputError(
-        f"`head_mask` has shape {head_mask.shape}; it must be ({heads},), ({layers}, {heads}) "
-        f"or ({layers}, {batch}, {heads}, 1, 1)"
-    )

@@ -1,7 +1,7 @@
 """Pixels to image embeddings: the vision tower."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -169,11 +169,17 @@ class Blip2VisionModel(Block):
         x = Blip2VisionEmbeddings(c, name="embeddings", **self.policy)(pixel_values)
         x = self.layer_norm("pre_layernorm", c.layer_norm_eps)(x)
         layers = Blip2Encoder(c, self.scan_layers, name="encoder", **self.policy)(x, deterministic)
+        states = (x, *(layer.states for layer in layers))
         post_layernorm = self.layer_norm("post_layernorm", c.layer_norm_eps)
-        last = post_layernorm(layers[-1].states)
+        last = post_layernorm(states[-1])
         return VisionOutput(
             last_hidden_state=last,
             pooler_output=post_layernorm(last[:, 0]),
-            hidden_states=(x, *(layer.states for layer in layers)) if output_hidden_states else None,
+            hidden_states=states if output_hidden_states else None,
             attentions=tuple(layer.attention for layer in layers) if output_attentions else None,
         )
+
+
+def image_hidden_states(image: Any) -> Any:
+    """The embeddings of an image, which is an array of them or the vision tower's output."""
+    return image.last_hidden_state if isinstance(image, VisionOutput) else image
