@@ -79,23 +79,32 @@ def convert(
         raise InputError(f"parameters would be filled twice, by {listed(twice)}; leave one of each out")
     for name in stored.get(BERT_BIAS.name(layout), []):
         wanted.append(bert_bias(layout, math.prod(tensors[name].shape)))
-    check_shapes(
-        {name: tensors[names[0]].shape for name, names in stored.items()}, {p.name: p.torch_shape for p in wanted}
-    )
+    found = {name: tensors[names[0]] for name, names in stored.items()}
+    params = convert_rows(found, wanted, dtype=dtype, allow_non_finite=allow_non_finite, place=place)
     _check_tied(tensors, layout)
-    pairs = [(parameter, tensors[stored[parameter.name][0]]) for parameter in wanted]
-    _check_dtypes({parameter.name: tensor.dtype for parameter, tensor in pairs}, dtype)
+    return params, left_out
 
-    def read(pair: tuple[Parameter, StoredTensor]) -> tuple[jax.Array, bool]:
-        parameter, tensor = pair
-        return _on_devices(parameter, tensor, dtype, place and place(parameter.path, parameter.shape))
+
+def convert_rows(
+    tensors: Mapping[str, StoredTensor],
+    rows: Sequence[Parameter],
+    *,
+    dtype: DTypeLike | None = None,
+    allow_non_finite: bool = False,
+    place: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> dict[str, Any]:
+    """Turn tensors into a parameter tree, one row each; arguments and errors as of `convert`."""
+    check_shapes({name: tensor.shape for name, tensor in tensors.items()}, {row.name: row.torch_shape for row in rows})
+    _check_dtypes({row.name: tensors[row.name].dtype for row in rows}, dtype)
+
+    def read(row: Parameter) -> tuple[jax.Array, bool]:
+        return _on_devices(row, tensors[row.name], dtype, place and place(row.path, row.shape))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        arrays = list(pool.map(read, pairs))
-    non_finite = [parameter.name for parameter, (_, finite) in zip(wanted, arrays, strict=True) if not finite]
+        arrays = list(pool.map(read, rows))
     if not allow_non_finite:
-        check_finite(non_finite, dtype)
-    return unflatten_dict({p.path: array for p, (array, _) in zip(wanted, arrays, strict=True)}, sep="/"), left_out
+        check_finite([row.name for row, (_, finite) in zip(rows, arrays, strict=True) if not finite], dtype)
+    return unflatten_dict({row.path: array for row, (array, _) in zip(rows, arrays, strict=True)}, sep="/")
 
 
 def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "diffusers") -> dict[str, np.ndarray]:
@@ -109,8 +118,7 @@ def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "dif
     wanted = list(parameters(config, layout, parts))
     if BERT_BIAS.path in flat:
         wanted.append(bert_bias(layout, np.size(flat[BERT_BIAS.path])))
-    check_shapes({path: np.shape(value) for path, value in flat.items()}, {p.path: p.shape for p in wanted})
-    tensors = {p.name: p.to_torch(np.asarray(flat[p.path])) for p in wanted}
+    tensors = export_rows(flat, wanted)
     # A buffer that both upstreams expect.
     position_ids = np.arange(config.qformer_config.max_position_embeddings)[None]
     if layout == "diffusers":
@@ -120,6 +128,13 @@ def export(params: Mapping[str, Any], config: Blip2Config, layout: Layout = "dif
         decoder, words = TIED[layout]
         tensors[decoder] = tensors[words]
     return tensors
+
+
+def export_rows(flat: Mapping[str, Any], rows: Iterable[Parameter]) -> dict[str, np.ndarray]:
+    """Turn parameters by path into PyTorch's tensors by name: the inverse of `convert_rows`."""
+    rows = list(rows)
+    check_shapes({path: np.shape(value) for path, value in flat.items()}, {row.path: row.shape for row in rows})
+    return {row.name: row.to_torch(np.asarray(flat[row.path])) for row in rows}
 
 
 def parts_of(names: Collection[str]) -> set[str]:
@@ -154,7 +169,7 @@ def check_shapes(actual: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
     problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
         hint = (
-            "check that it is a BLIP-Diffusion Q-Former and that the config is its own; what a config leaves out has "
+            "check that it is a part of BLIP-Diffusion and that the config is its own; what a config leaves out has "
             "upstream's default"
         )
         raise InputError(f"the tensors are not those of the config: {'; '.join(problems)} ({hint})")

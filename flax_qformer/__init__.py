@@ -9,8 +9,9 @@ Example::
     output = model.apply({"params": params}, **processor(images=image, text="dog"))
 """
 
+from flax_qformer.checkpoints.converting import convert_checkpoint, export_checkpoint
 from flax_qformer.checkpoints.loading import from_pretrained
-from flax_qformer.checkpoints.saving import convert_checkpoint, export_checkpoint, save_pretrained
+from flax_qformer.checkpoints.saving import save_pretrained
 from flax_qformer.errors import InputError
 from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.models.qformer import Blip2QFormerModel, QFormerOutput

@@ -4,11 +4,10 @@ A Flax folder holds `config.json` as upstream writes it, the orbax checkpoint `p
 too, the tokenizer's files and `preprocessor_config.json`.
 """
 
-import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flax_qformer.checkpoints.lora_files import load_lora
@@ -29,19 +28,18 @@ from flax_qformer.checkpoints.model_files import (
     download_weights,
     locate,
 )
-from flax_qformer.convert import check_finite, check_shapes, convert, layout_of, parts_of
+from flax_qformer.checkpoints.reading import Place, as_dtype, params_shapes, read_params
+from flax_qformer.convert import check_shapes, convert, layout_of, parts_of
 from flax_qformer.convert.files import open_tensors
 from flax_qformer.convert.tables.qformer import BERT_BIAS, PARTS, parameters
 from flax_qformer.convert.tensors import StoredTensor, merged
-from flax_qformer.errors import InputError, first_line
+from flax_qformer.errors import InputError
 from flax_qformer.json_files import read_json
 from flax_qformer.models.config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config
 from flax_qformer.models.pretraining import TEMPERATURE, Blip2ForPreTraining
 from flax_qformer.models.qformer import Blip2QFormerModel
 from flax_qformer.models.surgery import stack_layers
 from flax_qformer.parallel.partition_rules import held_bytes, shard_params, sharding_of
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 LAVIS_TOWER = "clip_vit_L.pth"
 """Name of the file with the frozen vision tower, as LAVIS downloads it."""
@@ -50,8 +48,6 @@ AnyModel = Blip2QFormerModel | Blip2ForPreTraining
 AnyConfig: TypeAlias = str | os.PathLike[str] | Blip2Config
 """A `config.json`, or the config itself."""
 
-Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding]
-"""From a parameter's path and shape to its sharding."""
 Model = TypeVar("Model", Blip2QFormerModel, Blip2ForPreTraining)
 
 CLASSES: dict[str, type[AnyModel]] = {c.__name__: c for c in (Blip2QFormerModel, Blip2ForPreTraining)}
@@ -177,17 +173,6 @@ def check_heads(config: Blip2Config, name: str, *heads: str) -> None:
         raise InputError(
             f"{name} has no trained {', '.join(missing)}; train them (flax-qformer train), or name a stage-1 model"
         )
-
-
-def as_dtype(name: DTypeLike) -> jnp.dtype:
-    """The dtype of that name; InputError if models do not run in it."""
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in DTYPES:
-        raise InputError(f"the dtype {name} is none that models run in; take {', '.join(DTYPES)}")
-    return dtype
 
 
 @dataclass(frozen=True)
@@ -428,46 +413,9 @@ def _load_flax(
     allow_non_finite: bool,
     place: Place | None,
 ) -> Loaded:
-    import orbax.checkpoint.experimental.v1 as ocp
-
     assert files.params
-    folder, path = files.params, files.params.absolute()  # orbax takes no relative path
-    with _reading(folder):
-        stored = flatten_dict(ocp.metadata(path).metadata, sep="/")
-        shapes = {name: leaf.shape for name, leaf in stored.items()}
-    identity = _identify(files, config, "flax", "temp" in stored)
+    shapes = params_shapes(files.params)
+    identity = _identify(files, config, "flax", "temp" in shapes)
     check_tree(shapes, identity.config, identity.model_class)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # orbax needs one
-    wanted = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, dtype or leaf.dtype, sharding=here if place is None else place(name, leaf.shape)
-        )
-        for name, leaf in stored.items()
-    }
-    with _reading(folder):
-        params = ocp.load(path, unflatten_dict(wanted, sep="/"))
-    if dtype is not None and not allow_non_finite:
-        finite = jax.device_get({path: _all_finite(leaf) for path, leaf in flatten_dict(params, sep="/").items()})
-        check_finite([path for path, is_finite in finite.items() if not is_finite], dtype)
+    params = read_params(files.params, dtype, allow_non_finite, place)
     return Loaded(model_class or identity.model_class, identity.config, params, identity.layout)
-
-
-@jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Report damage in one line: orbax logs its errors as well, and quotes TensorStore at length."""
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except Exception as error:
-        raise InputError(
-            f"{folder} is damaged or no orbax checkpoint ({first_line(error)}); convert or save it again"
-        ) from None
-    finally:
-        absl.setLevel(level)

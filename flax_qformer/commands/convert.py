@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from flax_qformer.checkpoints.saving import convert_checkpoint
+from flax_qformer.checkpoints.converting import convert_checkpoint
 from flax_qformer.commands.messages import with_options
 from flax_qformer.commands.options import CommonOptions, File, Tokenizer
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from flax_qformer.checkpoints.saving import export_checkpoint
+from flax_qformer.checkpoints.converting import export_checkpoint
 from flax_qformer.commands.messages import with_options
 from flax_qformer.commands.options import CommonOptions
 from flax_qformer.convert.tables.qformer import Layout
