@@ -221,7 +221,7 @@ def test_runs_that_cannot_resume_are_refused(
 def test_half_precision_and_only_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flax_qformer.commands.bulk_embedding.SAMPLE", 64)
+    monkeypatch.setattr("flax_qformer.commands.shards.SAMPLE", 64)
     broken = tmp_path / "broken"
     broken.mkdir()
     for i in range(3):

@@ -1,17 +1,7 @@
-"""Embeddings of all images of a source, as Parquet shards.
-
-The rows of a shard, and of each of its batches, depend only on the source and the settings. So a run resumes by writing
-the missing shards, and several processes share the work without communication.
-"""
+"""Embeddings of all images of a source, as Parquet shards."""
 
 import contextlib
-import json
-import logging
-import math
-import re
-import zlib
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,37 +10,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh, NamedSharding
 
-from flax_qformer.checkpoints.atomic import check_writable, new_file
 from flax_qformer.checkpoints.loading import as_dtype, from_pretrained, locate_checkpoint
 from flax_qformer.checkpoints.model_files import TOKENIZER_FILES, find_tokenizer
+from flax_qformer.commands.shards import (
+    Columns,
+    ShardedRows,
+    check_apart_from,
+    check_only_shards,
+    process_share,
+    sum_of_files,
+    sum_of_ids,
+)
 from flax_qformer.compilation import compiler_options
 from flax_qformer.convert.files import open_tensors
 from flax_qformer.data.batches import Images, image_batches, open_images
 from flax_qformer.data.sources import DataSettings
-from flax_qformer.errors import InputError, first_line
 from flax_qformer.models.qformer import Blip2QFormerModel
 from flax_qformer.parallel.mesh import BATCH, mesh_context, named_mesh
-from flax_qformer.parallel.processes import any_process
-from flax_qformer.parallel.stopping import Stopped, stop_signals
 from flax_qformer.processing.processor import Processor
-from flax_qformer.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 FIXED = ("model", "config", "tokenizer", "text", "truncate", "image_column", "dtype", "embedding_dtype", "shard_size")
 """Settings that determine the embeddings or their shards: a resumed run must not change them."""
-
-ROWS, SUM_OF_IDS, SUM_OF_FILES = "rows", "sum of ids", "sum of the model's files"
-"""Fingerprints of the data and the model, kept beside the settings."""
-
-SAMPLE = 2**16
-"""Bytes per sample of a model file."""
-
-NOTES = b"flax_qformer"
-"""Key of the schema's metadata under which a shard keeps its settings and fingerprints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,51 +88,28 @@ def embed_data(settings: EmbedSettings) -> str:
       InputError: a setting, the data or the model is unfit, the folder holds something else, or there is no space.
       Stopped: SIGTERM or SIGINT asked to stop; complete shards are kept.
     """
-    index, count = settings.process or (jax.process_index(), jax.process_count())
-    if not 0 <= index < count:
-        raise InputError(f"there is no process {index} of {count}; number them from 0 to {count - 1}")
+    process_share(settings.process)
     source = DataSettings(settings.data, image_column=settings.image_column, num_workers=settings.num_workers)
-    _check_place(settings)
+    check_apart_from(settings.data, settings.output)
+    check_only_shards(settings.output)
     images = open_images(source)
-    notes = {name: getattr(settings, name) for name in FIXED}
-    notes |= {ROWS: len(images), SUM_OF_IDS: _sum_of_ids(images), SUM_OF_FILES: _sum_of_files(settings)}
-    errors = _errors_of_shards(settings.output, notes)
-    rows = range(len(images))
-    starts = rows[:: settings.shard_size]
-    shards = {
-        settings.output / f"{number:05}-of-{len(starts):05}.parquet": rows[start : start + settings.shard_size]
-        for number, start in enumerate(starts)
-        if number % count == index
-    }
-    missing = {path: part for path, part in shards.items() if path not in errors}
-    if missing:
-        check_writable(next(iter(missing)))
-    # All processes of a job load the model together.
-    if any_process(bool(missing)):
-        errors |= _make(missing, images, settings, notes)
-    share = f" of {len(starts)}, the share of process {index} of {count}" if count > 1 else ""
-    failed = sum(errors[path] for path in shards)
-    return f"{settings.output} has {len(shards)} shards{share}: {_total(shards)} rows, {failed} with an error"
+    shards = ShardedRows(
+        folder=settings.output,
+        content="embeddings",
+        unit="image",
+        count=len(images),
+        shard_size=settings.shard_size,
+        settings={name: getattr(settings, name) for name in FIXED},
+        sum_of_ids=sum_of_ids(images),
+        sum_of_files=sum_of_files(_model_files(settings)),
+        process=settings.process,
+    )
+    mesh = named_mesh(settings.mesh, jax.local_devices())
+    size = shards.batch_size(settings.batch_size, mesh)
+    return shards.write_missing(size, partial(_embed, images, size=size, settings=settings, mesh=mesh), _table)
 
 
-def _check_place(settings: EmbedSettings) -> None:
-    """Check that the output folder holds nothing but shards, and does not lie inside the data."""
-    output, data = settings.output, Path(settings.data)
-    if data.exists() and output.resolve().is_relative_to(data.resolve()):
-        raise InputError(f"{output} lies inside the data; name an `output` elsewhere")
-    for path in output.iterdir() if output.is_dir() else ():
-        if not re.fullmatch(r"\..*|\d{5,}-of-\d{5,}\.parquet", path.name):
-            raise InputError(f"{output} holds something else than shards, {path.name}; name another `output`")
-
-
-def _sum_of_ids(images: Images) -> int:
-    """Fingerprint of a source: the CRC of a thousand ids, evenly spaced."""
-    numbers = {int(number) for number in np.linspace(0, len(images) - 1, 1000)}
-    return zlib.crc32("\n".join(images[number]["id"] for number in sorted(numbers)).encode())
-
-
-def _sum_of_files(settings: EmbedSettings) -> int:
-    """Fingerprint of a model: the CRC of its files; large files are sampled a thousand times."""
+def _model_files(settings: EmbedSettings) -> set[Path]:
     source = locate_checkpoint(settings.model, settings.config)
     config = Path(settings.config) if settings.config else source.config
     files = {path for path in (config, source.image_processor) if path}
@@ -161,97 +120,12 @@ def _sum_of_files(settings: EmbedSettings) -> int:
     if settings.text is not None:
         tokenizer = find_tokenizer(settings.tokenizer) if settings.tokenizer else source.tokenizer
         files.update(tokenizer / name for name in TOKENIZER_FILES if tokenizer and (tokenizer / name).is_file())
-    total = 0
-    for path in sorted(files, key=lambda path: (path.name, path)):  # independent of the folder
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                for start in range(0, size, max(SAMPLE, size // 1000)):
-                    file.seek(start)
-                    total = zlib.crc32(file.read(SAMPLE), total)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check it and its permissions") from None
-    return total
+    return files
 
 
-def _errors_of_shards(folder: Path, notes: Mapping[str, Any]) -> dict[Path, int]:
-    """The complete shards, and the number of errors in each.
-
-    Raises:
-      InputError: one was made with other settings.
-    """
-    errors = {}
-    for path in sorted(folder.glob("*.parquet")):
-        try:
-            with pq.ParquetFile(path) as file:
-                metadata = file.schema_arrow.metadata or {}
-                before = json.loads(metadata.get(NOTES, "null"))
-                column = file.read(columns=["error"])["error"] if before else None
-        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            logger.warning("%s is not a complete shard (%s): writing it again", path, first_line(error))
-            continue
-        if column is None:
-            raise InputError(f"{path} is no shard of embeddings; name another `output`")
-        # Shards of earlier versions have no fingerprint of the model.
-        before = {SUM_OF_FILES: notes[SUM_OF_FILES]} | before
-        changed = [name for name, value in notes.items() if before.get(name) != value]
-        if ROWS in changed or SUM_OF_IDS in changed:
-            raise InputError(
-                f"the shards in {folder} are of other images ({before.get(ROWS)} then, {notes[ROWS]} now, by their "
-                "ids); name another `output`"
-            )
-        if changed == [SUM_OF_FILES]:
-            raise InputError(
-                f"the files of {notes['model']} are others than those that the shards in {folder} were made with; "
-                "name another `output`"
-            )
-        changed = [name for name in changed if name in FIXED]
-        if changed:
-            told = "; ".join(f"`{name}` was {before.get(name)} and is now {notes[name]}" for name in changed)
-            raise InputError(
-                f"the shards in {folder} cannot be completed with other settings: {told}. Set them back, "
-                "or name another `output`"
-            )
-        errors[path] = len(column) - column.null_count
-    return errors
-
-
-def _make(
-    shards: Mapping[Path, range], images: Images, settings: EmbedSettings, notes: Mapping[str, Any]
-) -> dict[Path, int]:
-    """Write shards; returns the number of errors in each."""
-    mesh = named_mesh(settings.mesh, jax.local_devices())
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    # The same for every shard: results of another batch size round differently.
-    size = math.ceil(min(settings.batch_size, settings.shard_size, len(images)) / split) * split
-    batches = {path: [rows[i : i + size] for i in range(0, len(rows), size)] for path, rows in shards.items()}
-    every = [rows for some in batches.values() for rows in some]
-    written: dict[Path, Future[int]] = {}
-    with (
-        stop_signals() as signals,
-        contextlib.closing(_embed(images, every, size, settings, mesh)) as parts,
-        ThreadPoolExecutor(1) as writer,
-        Progress(_total(shards), "image") as progress,
-    ):
-        for path, some in batches.items():
-            shard: list[Part] = []
-            while len(shard) < len(some) and not signals:
-                shard.append(next(parts))
-                progress.advance(len(shard[-1].ids))
-            if len(shard) < len(some):
-                break
-            # At most two shards are in memory, and an error while writing one ends the run.
-            for previous in list(written.values())[-1:]:
-                previous.result()
-            written[path] = writer.submit(_write, path, shards[path].start, shard, notes)
-    errors = {path: writing.result() for path, writing in written.items()}
-    if len(errors) < len(shards):
-        left = len(shards) - len(errors)
-        raise Stopped(signals[0], f"stopped with {left} shards to go; the same command goes on with them")
-    return errors
-
-
-def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedSettings, mesh: Mesh) -> Generator[Part]:
+def _embed(
+    images: Images, batches: Sequence[range], *, size: int, settings: EmbedSettings, mesh: Mesh
+) -> Generator[Part]:
     """Load the model, then yield the rows of each batch, `size` or fewer."""
     model, params = from_pretrained(
         settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config, mesh=mesh
@@ -288,8 +162,8 @@ def _embed(images: Images, batches: Sequence[range], size: int, settings: EmbedS
     return parts()
 
 
-def _write(path: Path, start: int, parts: Sequence[Part], notes: Mapping[str, Any]) -> int:
-    """Write one shard; returns the number of its rows with errors."""
+def _table(start: int, parts: Sequence[Part]) -> Columns:
+    """The columns of one shard."""
     embeddings = np.concatenate([part.embeddings for part in parts])
     shape = embeddings.shape[1:]
     embeddings = embeddings.reshape(len(embeddings), -1)
@@ -304,12 +178,4 @@ def _write(path: Path, start: int, parts: Sequence[Part], notes: Mapping[str, An
         "embeddings": vectors,
         "error": pa.array(errors, pa.string()),
     }
-    table = pa.table(columns).replace_schema_metadata({NOTES: json.dumps({**notes, "shape": shape})})
-    with new_file(path) as file:
-        # Floats rarely repeat, and nobody queries their extremes.
-        pq.write_table(table, file, compression="zstd", use_dictionary=False, write_statistics=False)
-    return int(bad.sum())
-
-
-def _total(shards: Mapping[Path, range]) -> int:
-    return sum(map(len, shards.values()))
+    return columns, {"shape": shape}
