@@ -12,6 +12,9 @@ from flax_qformer.errors import InputError, first_line
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 """The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
 
+DEFAULT_PIPELINE = DEFAULT_MODEL / "pipeline"
+"""The embedded pipeline around it. Its other parts are not trained, and its Q-Former is `DEFAULT_MODEL`."""
+
 EXAMPLE_IMAGE = DEFAULT_MODEL.parent / "example.png"
 
 BERT = "bert-base-uncased"
@@ -36,7 +39,17 @@ SMALL_FILES = (
 )
 """Patterns of a model's files on the hub, except its parameters."""
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = tuple(
+    f"{stem}{suffix}{index}"
+    for suffix, stems in (
+        (".safetensors", ("model", "diffusion_pytorch_model")),
+        (".bin", ("pytorch_model", "diffusion_pytorch_model")),
+    )
+    for stem in stems
+    for index in ("", ".index.json")
+)
+"""Names of checkpoint files in the order in which they are looked for; diffusers' models have names of their own."""
+
 _LAVIS = ("blip_model/blip_weight.pt", "proj_layer/proj_weight.pt")
 
 
@@ -84,13 +97,13 @@ def locate(name: AnyModelName) -> ModelFiles:
     path, name = Path(name), str(name)
     try:
         if name and path.is_dir():
-            return _files_in(path, name)
+            return files_in(path, name)
         if path.is_file():
-            return replace(_files_in(path.parent, name), params=None, weights=(path,))
+            return replace(files_in(path.parent, name), params=None, weights=(path,))
     except OSError as error:
         raise InputError(f"{error.filename or name} cannot be read ({error.strerror})") from None
-    if _is_hub_id(name):
-        return replace(_files_in(_download(name, SMALL_FILES), name), params=None, weights=(), hub_id=name)
+    if is_hub_id(name):
+        return replace(files_in(download(name, SMALL_FILES), name), params=None, weights=(), hub_id=name)
     raise InputError(
         f"there is no file or folder {name or repr(name)}; give one, or a hub id such as Salesforce/blipdiffusion"
     )
@@ -105,24 +118,26 @@ def download_weights(files: ModelFiles) -> ModelFiles:
     if files.hub_id is None:
         return files
     patterns = [*SMALL_FILES, f"{PARAMS}/**", "model*.safetensors*", "qformer/model*.safetensors*"]
-    complete = _files_in(_download(files.hub_id, patterns), files.name)
+    patterns += ["diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*.safetensors"]
+    complete = files_in(download(files.hub_id, patterns), files.name)
     if complete.params or complete.weights:
         return complete
     patterns += ["pytorch_model*", "qformer/pytorch_model*", *_LAVIS]
-    return _files_in(_download(files.hub_id, patterns), files.name)
+    patterns += ["diffusion_pytorch_model.bin*", "diffusion_pytorch_model-*.bin"]
+    return files_in(download(files.hub_id, patterns), files.name)
 
 
 def find_tokenizer(name: str | os.PathLike[str]) -> Path | None:
     """The folder with a tokenizer's files, for a folder or a hub id; None if it has none."""
     path = Path(name)
     if not os.path.isdir(path):
-        if not _is_hub_id(str(name)):
+        if not is_hub_id(str(name)):
             raise InputError(f"there is no folder {name} with a tokenizer")
-        path = _download(str(name), TOKENIZER_FILES)
+        path = download(str(name), TOKENIZER_FILES)
     return path if any(os.path.isfile(path / file) for file in TOKENIZER_FILES[:2]) else None
 
 
-def _files_in(folder: Path, name: str) -> ModelFiles:
+def files_in(folder: Path, name: str) -> ModelFiles:
     pipeline = folder
     if (folder / "model_index.json").is_file() and (folder / "qformer").is_dir():
         folder = folder / "qformer"
@@ -151,12 +166,12 @@ def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     looks_like_a_file = Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".json")
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not looks_like_a_file
 
 
-def _download(hub_id: str, patterns: Sequence[str]) -> Path:
+def download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

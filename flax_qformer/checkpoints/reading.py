@@ -38,7 +38,7 @@ def params_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
       InputError: it is damaged.
     """
-    return {name: leaf.shape for name, leaf in _metadata(folder).items()}
+    return {name: leaf.shape for name, leaf in _stored(folder).items()}
 
 
 def read_params(
@@ -62,7 +62,7 @@ def read_params(
         name: jax.ShapeDtypeStruct(
             leaf.shape, dtype or leaf.dtype, sharding=here if place is None else place(name, leaf.shape)
         )
-        for name, leaf in _metadata(folder).items()
+        for name, leaf in _stored(folder).items()
     }
     with _reading(folder):
         params = ocp.load(folder.absolute(), unflatten_dict(wanted, sep="/"))  # orbax takes no relative path
@@ -72,11 +72,12 @@ def read_params(
     return params
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def _stored(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     import orbax.checkpoint.experimental.v1 as ocp
 
     with _reading(folder):
-        return flatten_dict(ocp.metadata(folder.absolute()).metadata, sep="/")
+        leaves = flatten_dict(ocp.metadata(folder.absolute()).metadata, sep="/")
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
 @jax.jit
