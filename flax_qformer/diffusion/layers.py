@@ -1,5 +1,7 @@
 """Convolutional layers that the UNet, the ControlNet and the autoencoder share. Images are NHWC, kernels HWIO."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ class ImageBlock(Block):
     """A module with convolutions and group norms under the dtype policy."""
 
     @nn.nowrap
-    def conv(self, name: str, channels: int, size: int = 3, stride: int = 1, padding: int | None = None) -> nn.Conv:
+    def conv(
+        self, name: str, channels: int, size: int = 3, stride: int = 1, padding: int | None = None, **details: Any
+    ) -> nn.Conv:
         """A convolution, by default padded to keep the height and width at stride 1. Source: `nn.Conv2d`."""
         around = size // 2 if padding is None else padding
-        return nn.Conv(channels, (size, size), stride, padding=around, name=name, **self.policy)
+        return nn.Conv(channels, (size, size), stride, padding=around, name=name, **details, **self.policy)
 
     @nn.nowrap
     def group_norm(self, name: str, groups: int, eps: float) -> nn.GroupNorm:
