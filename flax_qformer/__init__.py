@@ -12,6 +12,22 @@ Example::
 from flax_qformer.checkpoints.converting import convert_checkpoint, export_checkpoint
 from flax_qformer.checkpoints.loading import from_pretrained
 from flax_qformer.checkpoints.saving import save_pretrained
+from flax_qformer.diffusion.autoencoder import AutoencoderConfig, AutoencoderKL
+from flax_qformer.diffusion.controlnet import ControlNetConfig, ControlNetModel
+from flax_qformer.diffusion.pipeline import (
+    BlipDiffusionControlNetPipeline,
+    BlipDiffusionPipeline,
+    ImagePipelineOutput,
+)
+from flax_qformer.diffusion.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+)
+from flax_qformer.diffusion.subjects import load_subjects, mix_subjects, save_subjects
+from flax_qformer.diffusion.text_encoder import CLIPTextConfig, ContextCLIPTextModel
+from flax_qformer.diffusion.unet import UNet2DConditionConfig, UNet2DConditionModel
 from flax_qformer.errors import InputError
 from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.models.qformer import Blip2QFormerModel, QFormerOutput
@@ -34,17 +50,32 @@ from flax_qformer.training.push import push_to_hub
 from flax_qformer.version import __version__
 
 __all__ = [
+    "AutoencoderConfig",
+    "AutoencoderKL",
     "Blip2Config",
     "Blip2ForPreTraining",
     "Blip2QFormerConfig",
     "Blip2QFormerModel",
     "Blip2VisionConfig",
     "Blip2VisionModel",
+    "BlipDiffusionControlNetPipeline",
+    "BlipDiffusionPipeline",
+    "CLIPTextConfig",
+    "ContextCLIPTextModel",
+    "ControlNetConfig",
+    "ControlNetModel",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "ImagePipelineOutput",
     "ImageProcessor",
     "InputError",
+    "PNDMScheduler",
     "PreTrainingOutput",
     "Processor",
     "QFormerOutput",
+    "UNet2DConditionConfig",
+    "UNet2DConditionModel",
     "VisionOutput",
     "__version__",
     "attention_maps",
@@ -54,11 +85,14 @@ __all__ = [
     "from_pretrained",
     "get_input_embeddings",
     "interpolate_positions",
+    "load_subjects",
     "make_mesh",
+    "mix_subjects",
     "prune_heads",
     "push_to_hub",
     "resize_token_embeddings",
     "save_pretrained",
+    "save_subjects",
     "set_input_embeddings",
     "shard_batch",
     "shard_params",

@@ -32,11 +32,13 @@ class Progress:
           name: the name of the task, if the command has several.
           initial: units that an earlier run finished.
           line_every: seconds between plain lines; `math.inf` keeps only lines for a text of `advance`.
+
+        `is_shown` says whether anybody sees the progress.
         """
         self._total, self._unit, self._name, self._done = total, unit, name, initial
         self._line_every, self._rate_from = line_every, initial
-        self._shown = logger.isEnabledFor(logging.INFO)
-        self._is_bar = self._shown and sys.stderr.isatty()
+        self.is_shown = logger.isEnabledFor(logging.INFO)
+        self._is_bar = self.is_shown and sys.stderr.isatty()
         self._open = contextlib.ExitStack()
         self._started = self._last_line = time.monotonic()
 
@@ -63,7 +65,7 @@ class Progress:
             self._bar.update(count)
             return
         now = time.monotonic()
-        if self._shown and (text or now - self._last_line >= self._line_every):
+        if self.is_shown and (text or now - self._last_line >= self._line_every):
             rate = (self._done - self._rate_from) / max(now - self._started, 1e-9)
             logger.info(
                 "%s%d/%d %ss: %s",

@@ -12,15 +12,17 @@ LEVELS = (
     {"errors", "version", "progress", "compilation", "json_files"},
     {"parallel"},
     {"models"},
+    {"diffusion"},
     {"convert"},
     {"processing", "checkpoints"},
+    {"diffusion.pipeline", "diffusion.control", "diffusion.subjects"},
     {"data"},
     {"training"},
     {"planning"},
     {"commands"},
     {"__init__", "__main__"},
 )
-"""From the bottom up: a module imports from its own level and those below."""
+"""From the bottom up: a module imports from its own level and those below. A module's own row precedes its folder's."""
 
 PLATFORM = {"default_backend", "device_kind", "compute_capability", "platform", "platform_dependent"}
 """Attributes that depend on the machine that runs the program."""
@@ -40,8 +42,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 def level(module: str) -> int:
     top = module.split(".")[0]
-    (number,) = (number for number, names in enumerate(LEVELS) if top in names)
-    return number
+    rows = {name: number for number, names in enumerate(LEVELS) for name in names}
+    return rows.get(module, rows[top])
 
 
 def imports(module: str) -> Iterator[str]:

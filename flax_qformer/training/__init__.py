@@ -5,6 +5,7 @@ from flax_qformer.models.lora import add_lora, merge_lora
 from flax_qformer.models.losses import similarities
 from flax_qformer.models.pretraining import Blip2ForPreTraining, PreTrainingOutput
 from flax_qformer.models.selection import Selection, merge, partition
+from flax_qformer.training.denoising import denoising_loss
 from flax_qformer.training.optimizer import Rate, make_optimizer, make_schedule
 from flax_qformer.training.step import Loss, TrainState, make_train_step, pretraining_loss
 
@@ -16,6 +17,7 @@ __all__ = [
     "Selection",
     "TrainState",
     "add_lora",
+    "denoising_loss",
     "load_lora",
     "make_optimizer",
     "make_schedule",
