@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from flax import nnx
 
 import cases
@@ -139,6 +140,38 @@ def test_attention_to_some_images_at_a_time(images: int, dtype: str, monkeypatch
     rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.02, "atol": 0.02}
     for part, expected in zip(context_and_gradients(in_loop=True), whole, strict=True):
         np.testing.assert_allclose(part.astype(np.float32), expected.astype(np.float32), **rounding)
+
+
+def test_attention_of_many_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the scores of one image exceed those at once, here 4 of 10 queries."""
+    shapes = {"q": (3, 10, 3, 4), "k": (3, 7, 3, 4), "v": (3, 7, 3, 4)}
+    arrays = [jnp.asarray(cases.draw(name, shape)) for name, shape in shapes.items()]
+
+    def context_and_gradients() -> Any:
+        context, pull = jax.vjp(jax.jit(lambda *arrays: attention.dot_product_attention(*arrays)[0]), *arrays)
+        return context, *pull(jnp.cos(context))
+
+    whole = context_and_gradients()
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", 4 * 3 * 7)
+    for part, expected in zip(context_and_gradients(), whole, strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "keys", "width"), [(256, 256, 40), (130, 200, 160)])
+def test_flash_kernel_of_a_tpu(queries: int, keys: int, width: int) -> None:
+    """In the interpreter: widths and lengths that are no multiples of the lanes are padded without a trace."""
+    shapes = {"q": (2, queries, 2, width), "k": (2, keys, 2, width), "v": (2, keys, 2, width)}
+    query, *rest = (jnp.asarray(cases.draw(name, shape)) for name, shape in shapes.items())
+    arrays = [query / width**0.5, *rest]
+
+    def context_and_gradients(form: Any) -> Any:
+        context, pull = jax.vjp(form, *arrays)
+        return context, *pull(jnp.cos(context))
+
+    plain = context_and_gradients(lambda *arrays: attention.dot_product_attention(*arrays)[0])
+    with pltpu.force_tpu_interpret_mode():
+        for part, expected in zip(context_and_gradients(kernels._flash), plain, strict=True):
+            np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -6,9 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 SCORES_AT_ONCE = 9 * 2**18
 """Attention scores computed at once on a CPU: those of two images of 257 tokens and 16 heads."""
+
+FLASH_TOKENS = 1024
+"""The fewest queries and keys for which a TPU uses a flash kernel, so that the scores stay on the chip."""
+
+LANES = 128
+"""Numbers in a vector register of a TPU, by which the kernel's widths and lengths must divide."""
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, plain: Callable[..., jax.Array]) -> jax.Array:
@@ -21,20 +28,102 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, plain: Callabl
     Returns:
       (batch, queries, heads, head_dim) in the query's dtype.
     """
-    forms: dict[str, Callable[..., jax.Array]] = {"cpu": partial(_some_images_at_a_time, plain)}
+    forms: dict[str, Callable[..., jax.Array]] = {"cpu": partial(_some_scores_at_a_time, plain)}
+    if min(query.shape[1], key.shape[1]) >= FLASH_TOKENS:
+        forms["tpu"] = _flash_on_mesh
     if _cudnn_takes(query):
         forms["cuda"] = _cudnn
     return jax.lax.platform_dependent(query, key, value, **forms, default=plain)
 
 
-def _some_images_at_a_time(plain: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def _some_scores_at_a_time(
+    plain: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array
+) -> jax.Array:
     """Attention whose scores stay in the caches; the gradient computes them again."""
-    batch, num_queries, heads, _ = arrays[0].shape
-    images = max(1, SCORES_AT_ONCE // (heads * num_queries * arrays[1].shape[1]))
-    if batch <= images or jax.sharding.get_abstract_mesh().size > 1:
-        return plain(*arrays)
+    batch, num_queries, heads, _ = query.shape
+    rows = max(1, SCORES_AT_ONCE // (heads * key.shape[1]))
+    if batch * num_queries <= rows or jax.sharding.get_abstract_mesh().size > 1:
+        return plain(query, key, value)
+    if rows < num_queries:
+
+        def one_image(arrays: tuple[jax.Array, ...]) -> jax.Array:
+            query, key, value = arrays
+            one_query = jax.checkpoint(lambda row: plain(row[None, None], key[None], value[None])[0, 0])
+            return jax.lax.map(one_query, query, batch_size=rows)
+
+        return jax.lax.map(one_image, (query, key, value))
     one = jax.checkpoint(lambda image: plain(*(x[None] for x in image))[0])
-    return jax.lax.map(one, arrays, batch_size=images)
+    return jax.lax.map(one, (query, key, value), batch_size=max(1, rows // num_queries))
+
+
+def _flash_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`_flash`; on a mesh, each device runs it on its examples and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return _flash(query, key, value)
+    batch_axes, head_axes, batch, heads = (), (), query.shape[0], query.shape[2]
+    for axis in mesh.auto_axes:
+        size = mesh.shape[axis]
+        if axis == "tensor" and heads % size == 0:
+            head_axes = (axis,)
+        elif axis != "tensor" and batch % size == 0:
+            batch_axes, batch = (*batch_axes, axis), batch // size
+    spec = PartitionSpec(batch_axes, None, head_axes)
+    sharded = jax.shard_map(
+        _flash, in_specs=(spec, spec, spec), out_specs=spec, axis_names=set(mesh.auto_axes), check_vma=False
+    )
+    return sharded(query, key, value)
+
+
+def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """JAX's own flash kernel for TPUs. It takes the heads before the tokens, and whole blocks of whole lanes."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    batch, num_queries, _, head_dim = query.shape
+    num_keys = key.shape[1]
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % LANES), (0, -head_dim % LANES)))
+
+    query, key, value = map(padded, (query, key, value))
+    segments = None
+    if key.shape[2] > num_keys:
+        # Queries attend to the keys of their own segment only.
+        positions = jnp.broadcast_to(jnp.arange(key.shape[2]), (batch, key.shape[2]))
+        segments = pallas.SegmentIds(
+            jnp.zeros((batch, query.shape[2]), jnp.int32), (positions >= num_keys).astype(jnp.int32)
+        )
+    context = pallas.flash_attention(
+        query, key, value, segment_ids=segments, block_sizes=_flash_blocks(query.shape[2], key.shape[2], query.shape[3])
+    )
+    return context[:, :, :num_queries, :head_dim].swapaxes(1, 2)
+
+
+def _flash_blocks(num_queries: int, num_keys: int, width: int) -> Any:
+    """Blocks that fit into a TPU's fast memory, 16 MB of which are for a kernel.
+
+    A block of all keys needs no running maximum; it holds up to 4,096 keys of 128 lanes.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    def block(length: int, most: int) -> int:
+        return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)
+
+    keys = block(num_keys, 4096 * LANES // width)
+    few_queries, few_keys = block(num_queries, 512), block(num_keys, 512 * LANES // width)
+    return pallas.BlockSizes(
+        block_q=block(num_queries, 256),
+        block_k_major=keys,
+        block_k=keys,
+        block_b=1,
+        block_q_major_dkv=few_queries,
+        block_k_major_dkv=few_keys,
+        block_q_dkv=few_queries,
+        block_k_dkv=few_keys,
+        block_q_dq=few_queries,
+        block_k_major_dq=few_keys,
+        block_k_dq=few_keys,
+    )
 
 
 def _cudnn_takes(query: jax.Array) -> bool:
