@@ -126,7 +126,7 @@ class LoadedPart:
       config: what they say.
       params: the tree of parameters.
       old_names: whether its tensors have the names of diffusers before 0.18.
-      has_position_ids: whether they include the constant that is left out here.
+      has_position_ids: whether a text encoder's file has the constant that is left out here, as upstream's has.
     """
 
     part: Part
@@ -134,15 +134,17 @@ class LoadedPart:
     config: PartConfig
     params: dict[str, Any]
     old_names: bool = False
-    has_position_ids: bool = False
+    has_position_ids: bool = True
 
     def module(self, dtype: jnp.dtype, param_dtype: jnp.dtype | None) -> Any:
         return self.part.model_class(self.config, dtype=dtype, param_dtype=param_dtype or jnp.float32)
 
     def converted_values(self) -> dict[str, Any]:
         """The config for a Flax folder."""
-        source = {"old_names": self.old_names, "has_position_ids": self.has_position_ids}
-        return {**self.values, CONVERTED: source} if any(source.values()) else dict(self.values)
+        record: dict[str, Any] = {"old_names": True} if self.old_names else {}
+        if self.part is TEXT_ENCODER and not self.has_position_ids:
+            record["has_position_ids"] = False
+        return {**self.values, CONVERTED: record} if record else dict(self.values)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The tensors that upstream's file holds."""
@@ -217,16 +219,16 @@ def read_part(
     if not (files.params or files.weights):
         raise InputError(f"{files.name} holds no checkpoint: no {PARAMS}, {part.weights}.safetensors or .bin")
     values = dict(values)
-    source = values.pop(CONVERTED, None)
-    source = source if isinstance(source, dict) else {}
+    record = values.pop(CONVERTED, None)
+    record = record if isinstance(record, dict) else {}
     config = part_config(part, values, str(files.config or files.name))
     try:
         if files.params:
             rows = part_rows(part, config)
             check_shapes(params_shapes(files.params), {row.path: row.shape for row in rows})
             params = read_params(files.params, dtype, allow_non_finite, place)
-            recorded = (bool(source.get(name)) for name in ("old_names", "has_position_ids"))
-            return LoadedPart(part, values, config, params, *recorded)
+            has_position_ids = record.get("has_position_ids") is not False
+            return LoadedPart(part, values, config, params, record.get("old_names") is True, has_position_ids)
         tensors = merged(map(open_tensors, files.weights))
         return convert_part(tensors, part, values, config, dtype, allow_non_finite, place)
     except InputError as error:

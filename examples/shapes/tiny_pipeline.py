@@ -1,0 +1,156 @@
+"""Write the drawing half of the embedded default, beside its trained Q-Former: `python tiny_pipeline.py`.
+
+The parts are tiny, and their weights are random, from a seed: what the pipeline draws is noise. Pictures are 64x64.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, DEFAULT_PIPELINE
+from flax_qformer.checkpoints.parts import DRAWING_PARTS, LoadedPart, Part, part_rows
+from flax_qformer.checkpoints.pipelines import INDEX, LAVIS_SCHEDULER, PIPELINE, QFORMER_CLASS
+from flax_qformer.checkpoints.writing import write_tensors
+from flax_qformer.diffusion.autoencoder import AutoencoderConfig
+from flax_qformer.diffusion.config import PartConfig
+from flax_qformer.diffusion.text_encoder import CLIPTextConfig
+from flax_qformer.diffusion.unet import UNet2DConditionConfig
+from flax_qformer.models.config import Blip2Config
+from start import WORDS
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+SIDE = 64
+
+
+def main() -> None:
+    shutil.rmtree(DEFAULT_PIPELINE, ignore_errors=True)
+    vocabulary, merges = byte_pairs(WORDS)
+    configs = _configs(len(vocabulary))
+    index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": "0.32.2", "ctx_begin_pos": 2}
+    for seed, (name, config) in enumerate(configs.items()):
+        part = DRAWING_PARTS[name]
+        folder = DEFAULT_PIPELINE / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_bytes(part.config_file(part.config_values(config)))
+        loaded = LoadedPart(part, part.config_values(config), config, _params(part, config, seed))
+        write_tensors(folder / f"{part.weights}.safetensors", loaded.tensors())
+        index[name] = ["transformers" if part.weights == "model" else "diffusers", part.class_names[0]]
+    index |= {
+        "qformer": ["blip_diffusion", QFORMER_CLASS],
+        "scheduler": ["diffusers", LAVIS_SCHEDULER["_class_name"]],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "image_processor": ["blip_diffusion", "BlipImageProcessor"],
+        "mean": None,
+        "std": None,
+    }
+    _write_json(DEFAULT_PIPELINE / INDEX, index)
+    _write_json(DEFAULT_PIPELINE / "scheduler" / "scheduler_config.json", LAVIS_SCHEDULER)
+    _write_json(DEFAULT_PIPELINE / "tokenizer" / "vocab.json", {token: i for i, token in enumerate(vocabulary)})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (DEFAULT_PIPELINE / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n")
+    tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **tokens}
+    _write_json(DEFAULT_PIPELINE / "tokenizer" / "tokenizer_config.json", settings)
+
+
+def _configs(vocab_size: int) -> dict[str, PartConfig]:
+    width = Blip2Config.from_json(DEFAULT_MODEL / "config.json").qformer_config.hidden_size
+    return {
+        "text_encoder": CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+        ),
+        "unet": UNet2DConditionConfig(
+            sample_size=SIDE // 8,
+            block_out_channels=(24, 48),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=4,
+            cross_attention_dim=width,
+            norm_num_groups=8,
+        ),
+        "vae": AutoencoderConfig(
+            sample_size=SIDE,
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=4,
+        ),
+    }
+
+
+def byte_pairs(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """A vocabulary in the form of CLIP's that spells any text, with each of these words as one token.
+
+    Returns:
+      The tokens in the order of their ids, and the pairs that merge, first ones first.
+    """
+    letters = _byte_letters()
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        # The merges of earlier words come first when a text is split, and so they do here.
+        for pair in merges:
+            pieces = _merged(pieces, pair)
+        while len(pieces) > 1:
+            merges[pieces[0], pieces[1]] = None
+            pieces = _merged(pieces, (pieces[0], pieces[1]))
+    tokens += dict.fromkeys("".join(pair) for pair in merges)
+    return [*tokens, START, END], list(merges)
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    result: list[str] = []
+    for piece in pieces:
+        if result and (result[-1], piece) == pair:
+            result[-1] += piece
+        else:
+            result.append(piece)
+    return result
+
+
+def _byte_letters() -> list[str]:
+    """CLIP's letter for each byte: itself where it prints, else one from 256 up."""
+    printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return [chr(byte) for byte in printing] + [chr(256 + i) for i in range(len(others))]
+
+
+def _params(part: Part, config: PartConfig, seed: int) -> dict[str, Any]:
+    """Random parameters."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for row in part_rows(part, config):
+        drawn = rng.standard_normal(row.shape, np.float32)
+        if row.path.endswith("/kernel"):
+            drawn *= 0.8 / np.sqrt(np.prod(row.torch_shape[1:]))
+        elif row.path.endswith("/scale"):
+            drawn = np.ones_like(drawn)
+        elif row.path.endswith("/bias"):
+            drawn = np.zeros_like(drawn)
+        else:
+            drawn *= 0.2
+        params[row.path] = drawn
+    return unflatten_dict(params, sep="/")
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
