@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, Union
 import jax
 import tyro
 
-from flax_qformer.commands import attend, caption, convert, embed, evaluate, export, plan, push, search, train
+from flax_qformer.commands import attend, caption, convert, embed, evaluate, export, generate, plan, push, search, train
 from flax_qformer.commands.messages import OptionFormatter, with_options
 from flax_qformer.commands.options import CommonOptions, check_train_packages
 from flax_qformer.compilation import keep_programs, share_heap
@@ -22,6 +22,7 @@ from flax_qformer.parallel.stopping import Stopped
 from flax_qformer.version import __version__
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "generate": (generate.GenerateOptions, generate.run),
     "embed": (embed.EmbedOptions, embed.run),
     "attend": (attend.AttendOptions, attend.run),
     "convert": (convert.ConvertOptions, convert.run),

@@ -107,10 +107,10 @@ def check_images(images: Sequence[Path]) -> None:
         raise InputError("no image is named; name one or more image files")
 
 
-def texts_of(groups: Sequence[Sequence[str]]) -> list[str]:
+def texts_of(groups: Sequence[Sequence[str]], name: str = "text") -> list[str]:
     """All texts of an option that can be repeated."""
     if () in groups:
-        raise InputError("`text` is empty; put a text after it")
+        raise InputError(f"`{name}` is empty; put a text after it")
     return [text for group in groups for text in group]
 
 

@@ -1,0 +1,257 @@
+"""Pictures of all references, prompts and seeds of lists, and a table of them in Parquet shards."""
+
+import re
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+from jax.sharding import Mesh
+
+from flax_qformer.commands.drawing import (
+    Drawer,
+    DrawOptions,
+    finite_error,
+    input_paths,
+    read_parameters,
+    save_picture,
+    settings_of,
+)
+from flax_qformer.commands.shards import (
+    Columns,
+    ShardedRows,
+    check_apart_from,
+    check_only_shards,
+    process_share,
+    sum_of_files,
+    sum_of_ids,
+)
+from flax_qformer.data.batches import Images, open_images, open_row
+from flax_qformer.data.sources import DataSettings
+from flax_qformer.errors import InputError
+from flax_qformer.parallel.mesh import named_mesh
+from flax_qformer.processing.processor import open_image
+
+TABLE, PICTURES = "rows", "pictures"
+"""Folders inside the output. The table has its own, so that readers of Parquet folders find no pictures in it."""
+
+WRITERS = 2
+"""Threads that encode and write pictures while the devices draw the next batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkSettings:
+    """Which pictures to make.
+
+    Attributes:
+      prompts, seeds: of each reference, a picture for each pair.
+      reference: photos of one subject, whose vectors are averaged; or none, if the subject comes from a file.
+      references: instead: a source of photos, each of its own subject, see `DataSettings`.
+      image_column: see `DataSettings`.
+      output: the folder of the pictures and the table.
+      shard_size: rows in a shard of the table.
+      process: index of this process and number of processes; by default those of JAX.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    reference: tuple[Path, ...]
+    references: str | None
+    image_column: str | None
+    output: Path
+    shard_size: int
+    process: tuple[int, int] | None
+
+
+class Part(NamedTuple):
+    """The rows of one batch: numbers, errors or None, ids of references, and the writes of pictures."""
+
+    rows: range
+    errors: list[str | None]
+    references: list[str]
+    writes: list[Future[None]]
+
+
+class Plan:
+    """The rows: a picture for each reference, prompt and seed, in this order."""
+
+    def __init__(self, settings: BulkSettings, references: Images | Sequence[Mapping[str, Any]]) -> None:
+        self.settings, self.references = settings, references
+        self._shape = (len(references), len(settings.prompts), len(settings.seeds))
+
+    def __len__(self) -> int:
+        return int(np.prod(self._shape))
+
+    def __getitem__(self, row: int) -> tuple[int, str, int]:
+        """Number of the reference, prompt and seed."""
+        reference, prompt, seed = np.unravel_index(row, self._shape)
+        return int(reference), self.settings.prompts[prompt], self.settings.seeds[seed]
+
+    def name(self, row: int) -> str:
+        """The row's id, and its picture's name without suffix: unique, and readable in a listing."""
+        _, prompt, seed = self[row]
+        words = re.sub(r"\W+", "-", prompt)[:40].strip("-")
+        return f"{row:07}-{words}-{seed}"
+
+    def picture(self, row: int) -> Path:
+        return self.settings.output / PICTURES / f"{self.name(row)}.png"
+
+
+def generate_all(options: DrawOptions, settings: BulkSettings) -> str:
+    """Draw the missing pictures and write the missing shards of their table.
+
+    Returns:
+      A line on the shards in the folder.
+
+    Raises:
+      InputError: a setting, the photos or the model are unfit, the folder holds something else, or there is no space.
+      Stopped: SIGTERM or SIGINT asked to stop; pictures and complete shards are kept.
+    """
+    process_share(settings.process)
+    references: Images | list[dict[str, Any]] = [{"id": ", ".join(map(str, settings.reference or ["subject"]))}]
+    photos = [open_image(file) for file in settings.reference]
+    if settings.references:
+        check_apart_from(settings.references, settings.output)
+        references = open_images(DataSettings(settings.references, image_column=settings.image_column))
+    plan = Plan(settings, references)
+    _check_place(settings.output, plan)
+    shards = ShardedRows(
+        folder=settings.output / TABLE,
+        content="pictures",
+        unit="picture",
+        count=len(plan),
+        shard_size=settings.shard_size,
+        settings=settings_of(options) | {"shard_size": settings.shard_size, "image_column": settings.image_column},
+        sum_of_ids=sum_of_ids(references, [*settings.prompts, *map(str, settings.seeds)]),
+        sum_of_files=sum_of_files(_files(options, settings)),
+        process=settings.process,
+    )
+    mesh = named_mesh(options.mesh, jax.local_devices())
+    size = shards.batch_size(options.batch_size, mesh)
+    draw = partial(_draw, plan, photos, size=size, options=options, mesh=mesh, fingerprint=shards.sum_of_files)
+    return shards.write_missing(size, draw, partial(_table, plan))
+
+
+def _check_place(output: Path, plan: Plan) -> None:
+    """Check that the output folder holds nothing but this list's pictures and their table."""
+    if output.is_dir():
+        other = next((path for path in output.iterdir() if path.name not in (TABLE, PICTURES)), None)
+        if other and not other.name.startswith("."):
+            raise InputError(
+                f"{output} holds something else than pictures of a list, {other.name}; name another `output`"
+            )
+    check_only_shards(output / TABLE)
+    if (output / PICTURES).is_dir():
+        expected = {f"{plan.name(row)}.png" for row in range(len(plan))}
+        for path in (output / PICTURES).iterdir():
+            if path.name not in expected and not path.name.startswith("."):
+                raise InputError(
+                    f"{output} holds a picture of other references, prompts or seeds, {path.name}; name another `output`"
+                )
+
+
+def _files(options: DrawOptions, settings: BulkSettings) -> set[Path]:
+    """All files that determine the pictures, besides those of `references`."""
+    paths = [*input_paths(options), *settings.reference]
+    inside = [path for folder in paths if folder.is_dir() for path in folder.rglob("*")]
+    return {path for path in (*paths, *inside) if path.is_file()}
+
+
+def _draw(
+    plan: Plan,
+    photos: Sequence[Any],
+    batches: Sequence[range],
+    *,
+    size: int,
+    options: DrawOptions,
+    mesh: Mesh,
+    fingerprint: int,
+) -> Generator[Part]:
+    """Load the pipeline, then draw each batch of `size` rows or fewer; pictures of an earlier run are kept."""
+    drawer = Drawer(options, mesh)
+    settings = drawer.settings | {"fingerprint of the model's files": fingerprint}
+    subjects: dict[int, np.ndarray | str] = {}
+    writes: list[Future[None]] = []
+
+    def subject(number: int) -> np.ndarray | str:
+        """The vectors of a reference, or what is wrong with its photo."""
+        if not plan.settings.references:
+            return drawer.subject(photos)
+        reference: Any = plan.references[number]
+        try:
+            photo = open_row(reference["image"], reference["name"]).convert("RGB")
+        except Exception as error:
+            # On broken files Pillow's decoders raise exceptions of any type.
+            return str(error) or repr(error)
+        return drawer.subject([photo])
+
+    with ThreadPoolExecutor(WRITERS) as writers:
+        for rows in batches:
+            numbers, prompts, seeds = zip(*(plan[row] for row in rows), strict=True)
+            ids = {number: str(plan.references[number]["id"]) for number in set(numbers)}
+            wanted = [
+                {"prompt": prompt, "seed": seed, "reference": ids[number]} | settings
+                for number, prompt, seed in zip(numbers, prompts, seeds, strict=True)
+            ]
+            files = [plan.picture(row) for row in rows]
+            errors: list[str | None] = [None] * len(rows)
+            # At most two batches of pictures are in memory, and an error while writing one ends the run.
+            for write in writes:
+                write.result()
+            writes = []
+            # A batch is drawn whole: in a smaller one, the same pictures would round differently.
+            if not all(map(_is_kept, files, wanted)):
+                subjects = {number: subjects[number] if number in subjects else subject(number) for number in ids}
+                vectors = [subjects[number] for number in numbers]
+                errors = [vector if isinstance(vector, str) else None for vector in vectors]
+                good = [i for i, error in enumerate(errors) if error is None]
+                if good:
+                    pictures = drawer.draw(
+                        [prompts[i] for i in good], [vectors[i] for i in good], [seeds[i] for i in good], size
+                    )
+                    for i, picture in zip(good, pictures, strict=True):
+                        errors[i] = finite_error(picture, options.dtype)
+                        if errors[i] is None:
+                            writes.append(writers.submit(save_picture, files[i], picture, wanted[i]))
+            yield Part(rows, errors, [ids[number] for number in numbers], writes)
+
+
+def _is_kept(file: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether an earlier run wrote this picture.
+
+    Raises:
+      InputError: it has other settings.
+    """
+    before = read_parameters(file)
+    if before is None:
+        return False
+    changed = [name for name in wanted if name != "version" and before.get(name) != wanted[name]]
+    if changed:
+        told = "; ".join(f"{name} was {before.get(name)} and is now {wanted[name]}" for name in changed)
+        raise InputError(f"{file} was drawn with other settings: {told}. Set them back, or name another `output`")
+    return True
+
+
+def _table(plan: Plan, start: int, parts: Sequence[Part]) -> Columns:
+    """The columns of a shard, once its pictures are on disk."""
+    for part in parts:
+        for write in part.writes:
+            write.result()
+    rows = [row for part in parts for row in part.rows]
+    errors = [error for part in parts for error in part.errors]
+    files = [f"{PICTURES}/{plan.picture(row).name}" for row in rows]
+    columns = {
+        "id": pa.array([plan.name(row) for row in rows], pa.string()),
+        "row": pa.array(rows, pa.int64()),
+        "reference": pa.array([name for part in parts for name in part.references], pa.string()),
+        "prompt": pa.array([plan[row][1] for row in rows], pa.string()),
+        "seed": pa.array([plan[row][2] for row in rows], pa.int64()),
+        "file": pa.array([None if error else file for file, error in zip(files, errors, strict=True)], pa.string()),
+        "error": pa.array(errors, pa.string()),
+    }
+    return columns, {}

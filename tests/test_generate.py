@@ -1,0 +1,395 @@
+"""`generate`: single pictures and what their files record; lists of them, the same ones after any interruption."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pytest
+from safetensors.numpy import save_file
+
+import cases
+import flax_qformer as fq
+from flax_qformer.checkpoints.model_files import EXAMPLE_IMAGE
+from flax_qformer.commands.main import main, parse
+
+BIN = Path(sys.executable).parent
+SIDE = 64
+"""Of the embedded pipeline's pictures, in pixels."""
+
+
+@pytest.fixture(scope="module")
+def pipe() -> fq.BlipDiffusionPipeline:
+    return fq.BlipDiffusionPipeline.from_pretrained()
+
+
+def generate(output: Path, *more: Any, prompt: str = "in the snow", photo: Any = EXAMPLE_IMAGE) -> None:
+    arguments = ["generate", "--reference", photo, "--subject", "dog", "--prompt", prompt, "--output", output]
+    main(list(map(str, [*arguments, "--steps", 2, "--quiet", *more])))
+
+
+def pixels(path: Path) -> np.ndarray:
+    with PIL.Image.open(path) as image:
+        return np.asarray(image, int)
+
+
+def parameters(path: Path) -> dict[str, Any]:
+    with PIL.Image.open(path) as image:
+        return json.loads(image.info["parameters"])
+
+
+def check_close(one: np.ndarray, other: np.ndarray) -> None:
+    """Equal up to the rounding of batches of different sizes."""
+    assert one.shape == other.shape
+    assert np.abs(one - other).max() <= 1
+
+
+def test_one_picture(
+    pipe: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(tmp_path / "out.png", "--seed", 5)
+    assert capfd.readouterr().out == f"wrote {tmp_path / 'out.png'}: 1 of {SIDE}x{SIDE} pixels\n"
+    (warning,) = caplog.messages
+    assert "not trained to draw, so its pictures are noise; name a trained one" in warning
+    options = {"height": SIDE, "width": SIDE, "num_inference_steps": 2}
+    (expected,) = pipe("in the snow", EXAMPLE_IMAGE, "dog", "dog", rng=[5], **options).images
+    check_close(pixels(tmp_path / "out.png"), np.asarray(expected, int))
+    assert pixels(tmp_path / "out.png").std() > 1
+    recorded = parameters(tmp_path / "out.png")
+    wanted = {
+        "prompt": "in the snow",
+        "seed": 5,
+        "subject": "dog",
+        "target": "dog",
+        "reference": [str(EXAMPLE_IMAGE)],
+        "steps": 2,
+        "guidance": 7.5,
+        "scheduler": "PNDMScheduler",
+        "size": f"{SIDE}x{SIDE}",
+        "dtype": "float32",
+        "version": fq.__version__,
+    }
+    assert recorded | wanted == recorded
+
+
+def test_prompts_by_seeds_and_their_grid(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prompts = ["in the snow", "on a beach with many palms and a very long walk behind it"]
+    generate(tmp_path / "out.png", prompts[1], "--num-images", 2, "--seed", 3, "--grid", prompt=prompts[0])
+    assert "out-0.png to out-3.png and the grid" in capfd.readouterr().out
+    pictures = [pixels(tmp_path / f"out-{i}.png") for i in range(4)]
+    recorded = [parameters(tmp_path / f"out-{i}.png") for i in range(4)]
+    assert [(row["prompt"], row["seed"]) for row in recorded] == [(p, s) for p in prompts for s in (3, 4)]
+    assert len({picture.tobytes() for picture in pictures}) == 4
+    # A picture depends on its own seed, not on those beside it.
+    generate(tmp_path / "alone.png", "--seed", 4, prompt=prompts[1])
+    check_close(pixels(tmp_path / "alone.png"), pictures[3])
+
+    grid = pixels(tmp_path / "out.png")
+    assert parameters(tmp_path / "out.png")["seed"] == [3, 4]
+    for picture in pictures:
+        windows = np.lib.stride_tricks.sliding_window_view(grid, picture.shape)[:, :, 0]
+        corner = (windows[:, :, 0, 0] == picture[0, 0]).all(-1)
+        assert any((grid[y : y + SIDE, x : x + SIDE] == picture).all() for y, x in np.argwhere(corner))
+    # The labels are dark on white, above the columns and above each row.
+    is_dark = (grid.max(-1) < 100).any(1)
+    assert is_dark[:14].any()
+
+
+def test_options_reach_the_pipeline(pipe: Any, tmp_path: Path) -> None:
+    generate(tmp_path / "plain.png")
+    plain = pixels(tmp_path / "plain.png")
+    for name, *more in (
+        ("target", "--target", "cat"),
+        ("negative", "--negative", "blurry", "--guidance", "3"),
+        ("scheduler", "--scheduler", "ddim"),
+        ("dpm", "--scheduler", "dpm++"),
+        ("guidance", "--guidance", "1"),
+        ("dtype", "--dtype", "bfloat16"),
+    ):
+        generate(tmp_path / f"{name}.png", *more)
+        assert not np.array_equal(pixels(tmp_path / f"{name}.png"), plain), name
+    generate(tmp_path / "wide.png", "--size", "96x32")
+    assert pixels(tmp_path / "wide.png").shape == (32, 96, 3)
+
+    # Several photos are averaged, and vectors can be kept.
+    cases.image("RGB", 50, 40).save(tmp_path / "other.png")
+    photos = [EXAMPLE_IMAGE, tmp_path / "other.png"]
+    vectors = pipe.get_query_embeddings([photos], "dog")
+    fq.save_subjects(tmp_path / "dog.npz", vectors, "dog")
+    arguments = ["generate", "--prompt", "in the snow", "--steps", "2", "--quiet", "--output"]
+    main([*arguments, str(tmp_path / "two.png"), "--subject", "dog", "--reference", *map(str, photos)])
+    main([*arguments, str(tmp_path / "kept.png"), "--subject-file", str(tmp_path / "dog.npz")])
+    assert not np.array_equal(pixels(tmp_path / "two.png"), plain)
+    check_close(pixels(tmp_path / "kept.png"), pixels(tmp_path / "two.png"))
+    generate(tmp_path / "cut.png", "--preprocess", "lavis", photo=tmp_path / "other.png")
+    generate(tmp_path / "squashed.png", photo=tmp_path / "other.png")
+    assert not np.array_equal(pixels(tmp_path / "cut.png"), pixels(tmp_path / "squashed.png"))
+
+
+def test_lora(pipe: Any, tmp_path: Path) -> None:
+    kernel = pipe.params["unet"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn1"]["to_q"]["kernel"]
+    width, inner = kernel.shape[0], kernel.shape[1] * kernel.shape[2]
+    rng, name = np.random.default_rng(0), "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora"
+    up, down = rng.normal(size=(inner, 2)), rng.normal(size=(2, width))
+    file = tmp_path / "lora.safetensors"
+    save_file({f"{name}_A.weight": down.astype("f"), f"{name}_B.weight": up.astype("f")}, file)
+    generate(tmp_path / "plain.png")
+    generate(tmp_path / "zero.png", "--lora", file, "--lora-scale", 0)
+    generate(tmp_path / "with.png", "--lora", file)
+    check_close(pixels(tmp_path / "zero.png"), pixels(tmp_path / "plain.png"))
+    assert np.abs(pixels(tmp_path / "with.png") - pixels(tmp_path / "plain.png")).max() > 1
+    assert parameters(tmp_path / "zero.png")["lora_scale"] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--size", "64"], "--size is 64; write the width and the height in pixels, as in 512x768"),
+        (["--size", "0x64"], "--size is 0x64"),
+        (["--size", "66x64"], "the nearest size is"),
+        (["--steps", "5000"], "it must be a whole number from 1 to 1000"),
+        (["--guidance", "nan"], "is nan; it must be a finite number"),
+        (["--dtype", "float31"], "float31"),
+        (["--output", "out.jpg"], "out.jpg becomes a PNG picture; end the name in .png"),
+        (["--reference", "absent.png"], "there is no image absent.png"),
+        (["--reference", "bad.png"], "bad.png is not an image"),
+        (["--reference", "copy.png", "--output", "copy.png"], "copy.png is one of the inputs"),
+        (["--control", "bad.png"], "bad.png is not an image"),
+        (["--control-scale", "1"], "--control-scale goes with --control"),
+        (["--controlnet", "x"], "--controlnet needs the picture to follow; name it with --control"),
+        (["--control", "copy.png", "copy.png"], "1 ControlNets and 2 of --control; give one for each"),
+        (["--lora-scale", "1"], "--lora-scale goes with --lora"),
+        (["--lora", "absent.safetensors"], "there is no file absent.safetensors"),
+        (["--lora", "bad.png", "--lora-scale", "1", "2"], "1 files and 2 of --lora-scale"),
+        (["--lora", "bad.png"], "bad.png"),
+        (["--subject-file", "copy.png"], "--reference and --subject-file both give the subject; leave one out"),
+        (["--prompt"], "--prompt is empty; put a text after it"),
+        (["--num-images", "2", "--seed", "1", "2"], "--num-images counts on from one --seed, and 2 are named"),
+        (["--shard-size", "3"], "--shard-size goes with --prompts or --references"),
+        (["--prompts", "bad.bin"], "the prompts bad.bin are not UTF-8 text"),
+        (["--prompts", "absent.txt"], "the prompts absent.txt cannot be read"),
+        (["--prompts", "empty.txt"], "the prompts empty.txt are empty"),
+        (["--prompts", "p.txt", "--grid"], "--grid draws one picture"),
+        (["--prompts", "p.txt", "--process", "2", "2"], "there is no process 2 of 2"),
+        (["--prompts", "p.txt", "--output", "."], "holds something else than pictures of a list"),
+        (["--model", "none/of/these"], "none/of/these"),
+        (["--mesh", "data"], "the mesh is 'data'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    more: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.png").write_text("no image")
+    (tmp_path / "bad.bin").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "p.txt").write_text("in the snow\n")
+    (tmp_path / "copy.png").write_bytes(EXAMPLE_IMAGE.read_bytes())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        generate(Path("new/out.png"), *more)
+    assert caught.value.code == 2
+    *warnings, line = capfd.readouterr().err.splitlines()
+    assert line.startswith("flax-qformer generate: ")
+    assert message in line
+    assert all("its pictures are noise" in warning for warning in warnings)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt is named; put what the subject does or where it is after --prompt"),
+        (["--prompt", "a"], "no photo is named; name one or more of the subject with --reference"),
+        (["--prompt", "a", "--reference", str(EXAMPLE_IMAGE)], "the subject has no name"),
+        (["--prompt", "a", "--subject-file", "absent.npz"], "there is no file absent.npz"),
+        (["--prompt", "a", "--subject-file", str(EXAMPLE_IMAGE)], "is no subject; name an .npz of vectors"),
+    ],
+)
+def test_what_is_missing(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", *arguments])
+    assert caught.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_subject_is_chosen_by_its_name(pipe: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    vectors = np.concatenate([pipe.get_query_embeddings(EXAMPLE_IMAGE, name) for name in ("dog", "cat")])
+    fq.save_subjects(tmp_path / "both.npz", vectors, ["dog", "cat"])
+    arguments = ["generate", "--prompt", "in the snow", "--steps", "2", "--quiet", "--subject-file", "--output"]
+    arguments.insert(-1, str(tmp_path / "both.npz"))
+    with pytest.raises(SystemExit):
+        main([*arguments, str(tmp_path / "out.png")])
+    assert "both.npz holds 2 subjects; choose one with --subject: dog, cat" in capfd.readouterr().err
+    main([*arguments, str(tmp_path / "out.png"), "--subject", "dog"])
+    generate(tmp_path / "photo.png")
+    check_close(pixels(tmp_path / "out.png"), pixels(tmp_path / "photo.png"))
+
+
+def test_a_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("prompt: [a, b]\nsteps: 25\nsize: 512x768\nseed: [1, 2]\nscheduler: dpm++\nreference: dog.jpg\n")
+    options = parse(["generate", "--settings", str(file), "--steps", "20"])
+    assert (options.steps, options.size, options.seed, options.scheduler) == (20, "512x768", (1, 2), "dpm++")
+    assert options.reference == (Path("dog.jpg"),)
+
+
+PROMPTS = ["in the snow", "on a beach", "as a painting: red/blue"]
+PHOTOS, SEEDS = 5, 2
+ROWS = PHOTOS * len(PROMPTS) * SEEDS
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos, one of them broken, and prompts."""
+    folder = tmp_path_factory.mktemp("lists")
+    (folder / "photos").mkdir()
+    for i in range(PHOTOS):
+        cases.image("RGB", 30 + i, 40).save(folder / "photos" / f"{i}.png")
+    (folder / "photos" / "2.png").write_text("no image")
+    (folder / "prompts.txt").write_text("\n".join([*PROMPTS, ""]))
+    return folder
+
+
+def program(lists: Path, output: Path, *more: Any) -> list[str]:
+    arguments = ["generate", "--prompts", lists / "prompts.txt", "--references", lists / "photos", "--subject", "dog"]
+    arguments += ["--output", output, "--steps", 2, "--num-images", SEEDS, "--batch-size", 2, "--shard-size", 4]
+    return list(map(str, [*arguments, *more]))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(lists: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "new" / "pictures"
+    main(program(lists, output))
+    return output
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    files = [path for path in output.rglob("*") if path.is_file()]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+
+
+def test_every_photo_with_every_prompt_and_seed(lists: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    # As in the README.
+    rows = pd.read_parquet(uninterrupted / "rows")
+    assert rows["row"].tolist() == list(range(ROWS))
+    expected = [(f"{i}.png", prompt, seed) for i in range(PHOTOS) for prompt in PROMPTS for seed in range(SEEDS)]
+    assert list(zip(rows["reference"], rows["prompt"], rows["seed"], strict=True)) == expected
+    assert rows["id"].is_unique
+    bad = rows[rows["error"].notna()]
+    assert set(bad["reference"]) == {"2.png"}
+    assert len(bad) == len(PROMPTS) * SEEDS
+    assert bad["error"].str.contains("2.png is not an image").all()
+    assert bad["file"].isna().all()
+    files = rows["file"].dropna().tolist()
+    assert sorted(path.name for path in (uninterrupted / "pictures").iterdir()) == sorted(Path(f).name for f in files)
+    one = rows.iloc[9]
+    assert one["file"] == "pictures/0000009-on-a-beach-1.png"
+    generate(tmp_path / "alone.png", "--seed", 1, prompt="on a beach", photo=lists / "photos" / "1.png")
+    check_close(pixels(uninterrupted / one["file"]), pixels(tmp_path / "alone.png"))
+    recorded = parameters(uninterrupted / one["file"])
+    assert (recorded["prompt"], recorded["seed"], recorded["reference"]) == ("on a beach", 1, "1.png")
+
+
+def test_only_what_is_missing_is_drawn(
+    lists: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "pictures"
+    for name, content in contents(uninterrupted).items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(content)
+    # The second shard is lost with one of its pictures, as a kill leaves it; another picture is cut off.
+    (output / "rows" / "00001-of-00008.parquet").unlink()
+    (output / "pictures" / "0000006-in-the-snow-0.png").unlink()
+    picture = output / "pictures" / "0000007-in-the-snow-1.png"
+    picture.write_bytes(picture.read_bytes()[:-100])
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.p*")}
+    main(program(lists, output))
+    assert f"8 shards: {ROWS} rows, 6 with an error" in capfd.readouterr().out
+    assert contents(output) == contents(uninterrupted)
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*.p*")}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed == {"00001-of-00008.parquet", "0000006-in-the-snow-0.png", "0000007-in-the-snow-1.png"}
+    main(program(lists, output))
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.p*")} == after
+
+
+def test_two_processes_share_a_list(lists: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    for i in (1, 0):
+        main(program(lists, tmp_path / "pictures", "--process", i, 2))
+    assert contents(tmp_path / "pictures") == contents(uninterrupted)
+
+
+def test_one_subject_and_many_prompts(lists: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "--prompts", lists / "prompts.txt", "--subject", "dog", "--output", tmp_path / "out"]
+    main(list(map(str, [*arguments, "--reference", lists / "photos" / "1.png", "--steps", 2, "--seed", 7])))
+    rows = pd.read_parquet(tmp_path / "out" / "rows")
+    assert rows["prompt"].tolist() == PROMPTS
+    generate(tmp_path / "alone.png", "--seed", 7, prompt=PROMPTS[1], photo=lists / "photos" / "1.png")
+    check_close(pixels(tmp_path / "out" / rows["file"][1]), pixels(tmp_path / "alone.png"))
+
+
+def test_lists_that_cannot_resume_are_refused(
+    lists: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refused(message: str, *more: Any, output: Path = uninterrupted) -> None:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(program(lists, output, *more))
+        line = capfd.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2
+        assert message in line
+
+    before = contents(uninterrupted)
+    refused("other settings: --steps was 2 and is now 3. Set them back, or name another --output", "--steps", 3)
+    refused("other settings: --negative was", "--negative", "blurry", "--scheduler", "ddim")
+    refused("a picture of other references, prompts or seeds", "--seed", 5)
+    refused("a picture of other references, prompts or seeds", "--num-images", 1)
+    refused("lies inside the data", output=lists / "photos" / "out")
+    assert contents(uninterrupted) == before
+    # Without a complete shard, the pictures themselves tell.
+    output = tmp_path / "pictures"
+    name = "0000000-in-the-snow-0.png"
+    (output / "pictures").mkdir(parents=True)
+    (output / "pictures" / name).write_bytes(before[f"pictures/{name}"])
+    refused(f"{name} was drawn with other settings: guidance was 7.5 and is now 2.0", "--guidance", 2, output=output)
+    (output / "notes.txt").touch()
+    refused("holds something else than pictures of a list, notes.txt", output=output)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(lists: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    print("seed", seed := time.time_ns())
+    rng = random.Random(seed)
+    output, where = tmp_path / "pictures", []
+
+    def written() -> int:
+        return len(list(output.rglob("[!.]*.p*")))
+
+    for _ in range(60):
+        process = subprocess.Popen(
+            [BIN / "flax-qformer", *program(lists, output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        # During the start, or at a random moment of the work.
+        wanted, limit = written() + rng.randrange(1, 6), time.monotonic() + rng.choice([rng.random() * 15, 300])
+        while process.poll() is None and written() < wanted and time.monotonic() < limit:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.1)
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=300)
+        where.append((number.name, process.returncode, written()))
+        assert number == signal.SIGKILL or "Traceback" not in stderr or process.returncode < 0
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, stderr
+    print(where)
+    assert contents(output) == contents(uninterrupted)
