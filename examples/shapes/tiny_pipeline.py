@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, DEFAULT_PIPELINE
 from flax_qformer.checkpoints.parts import DRAWING_PARTS, LoadedPart, Part, part_rows
-from flax_qformer.checkpoints.pipelines import INDEX, LAVIS_SCHEDULER, PIPELINE, QFORMER_CLASS
+from flax_qformer.checkpoints.pipelines import INDEX, LAVIS_SCHEDULER, pipeline_index
 from flax_qformer.checkpoints.writing import write_tensors
 from flax_qformer.diffusion.autoencoder import AutoencoderConfig
 from flax_qformer.diffusion.config import PartConfig
@@ -30,7 +30,6 @@ def main() -> None:
     shutil.rmtree(DEFAULT_PIPELINE, ignore_errors=True)
     vocabulary, merges = byte_pairs(WORDS)
     configs = _configs(len(vocabulary))
-    index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": "0.32.2", "ctx_begin_pos": 2}
     for seed, (name, config) in enumerate(configs.items()):
         part = DRAWING_PARTS[name]
         folder = DEFAULT_PIPELINE / name
@@ -38,16 +37,7 @@ def main() -> None:
         (folder / "config.json").write_bytes(part.config_file(part.config_values(config)))
         loaded = LoadedPart(part, part.config_values(config), config, _params(part, config, seed))
         write_tensors(folder / f"{part.weights}.safetensors", loaded.tensors())
-        index[name] = ["transformers" if part.weights == "model" else "diffusers", part.class_names[0]]
-    index |= {
-        "qformer": ["blip_diffusion", QFORMER_CLASS],
-        "scheduler": ["diffusers", LAVIS_SCHEDULER["_class_name"]],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "image_processor": ["blip_diffusion", "BlipImageProcessor"],
-        "mean": None,
-        "std": None,
-    }
-    _write_json(DEFAULT_PIPELINE / INDEX, index)
+    _write_json(DEFAULT_PIPELINE / INDEX, pipeline_index(LAVIS_SCHEDULER["_class_name"]))
     _write_json(DEFAULT_PIPELINE / "scheduler" / "scheduler_config.json", LAVIS_SCHEDULER)
     _write_json(DEFAULT_PIPELINE / "tokenizer" / "vocab.json", {token: i for i, token in enumerate(vocabulary)})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

@@ -27,7 +27,8 @@ def check_absent(target: Path, overwrite: bool) -> None:
         raise InputError(f"{target} exists; name another place, or replace it with `overwrite=True`")
     if target.is_symlink() or not target.is_dir():
         raise InputError(f"{target} is not a folder; name another place")
-    if any(target.iterdir()) and not (target / "config.json").is_file():
+    is_model = any((target / name).is_file() for name in ("config.json", "model_index.json"))
+    if any(target.iterdir()) and not is_model:
         raise InputError(f"{target} is not the folder of a model (no config.json); name another place, or remove it")
 
 

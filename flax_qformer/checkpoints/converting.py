@@ -10,11 +10,15 @@ from jax.typing import DTypeLike
 from flax_qformer.checkpoints.atomic import check_absent, check_apart, new_folder
 from flax_qformer.checkpoints.loading import AnyConfig, Loaded, completed, load, locate_checkpoint
 from flax_qformer.checkpoints.model_files import AnyModelName, ModelFiles, locate
+from flax_qformer.checkpoints.parts import CONTROLNET
+from flax_qformer.checkpoints.pipeline_writing import convert_pipeline, export_pipeline
+from flax_qformer.checkpoints.pipelines import PipelineFiles, is_pipeline, locate_pipeline
 from flax_qformer.checkpoints.reading import as_dtype
 from flax_qformer.checkpoints.saving import small_files
 from flax_qformer.checkpoints.writing import write_files, write_params, write_tensors
 from flax_qformer.convert import export
 from flax_qformer.convert.tables.qformer import Layout
+from flax_qformer.errors import InputError
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.models.qformer import Blip2QFormerModel
 
@@ -31,12 +35,15 @@ def convert_checkpoint(
 ) -> str:
     """Convert a checkpoint to a Flax folder; `flax-qformer convert`.
 
+    Of a drawing pipeline, every part is converted, each into a Flax folder of its own.
+
     Args:
-      source: anything that `from_pretrained` takes.
+      source: anything that `from_pretrained` takes, or a pipeline's folder or hub id.
       destination: the folder to create, atomically.
       dtype: cast the parameters; by default each keeps its dtype.
       config: a `config.json`, if the checkpoint has none; the default for LAVIS's is the published geometry.
-      tokenizer: folder or hub id, if the checkpoint has none; the default is `bert-base-uncased`.
+      tokenizer: folder or hub id, if the checkpoint has none; the default is `bert-base-uncased`. Of a pipeline, it is
+        the one of the text encoder.
       overwrite: replace an existing folder.
       allow_non_finite: accept infinities and NaN.
 
@@ -47,6 +54,9 @@ def convert_checkpoint(
       InputError: the source cannot be used, or the destination exists.
     """
     target_dtype = None if dtype is None else as_dtype(dtype)
+    if config is None and is_pipeline(source):
+        pipeline = _locate_pipeline_for(destination, overwrite, source, tokenizer)
+        return convert_pipeline(pipeline, Path(destination), target_dtype, overwrite, allow_non_finite)
     files, loaded = _load_for(destination, overwrite, source, config, target_dtype, allow_non_finite)
     contents, notes = small_files(files, loaded, tokenizer)
     with new_folder(Path(destination), overwrite) as folder:
@@ -64,8 +74,10 @@ def export_checkpoint(
 ) -> str:
     """Write a folder with a PyTorch checkpoint; `flax-qformer export`.
 
+    Of a drawing pipeline, every part is written, each into a folder of its own.
+
     Args:
-      source: anything that `from_pretrained` takes.
+      source: anything that `from_pretrained` takes, or a pipeline's folder or hub id.
       destination: the folder to create, atomically.
       layout: whose names to use. "diffusers", the default, is for upstream's `Blip2QFormerModel.from_pretrained`; a
         stage-1 model without a `proj_layer` gets one that is the identity, and keeps its heads, which upstream ignores.
@@ -78,6 +90,10 @@ def export_checkpoint(
     Raises:
       InputError: the source cannot be used, or the destination exists.
     """
+    if is_pipeline(source):
+        if layout == "lavis":
+            raise InputError("a pipeline has upstream's layout alone; leave `layout` out, or export its qformer folder")
+        return export_pipeline(_locate_pipeline_for(destination, overwrite, source), Path(destination), overwrite)
     files, loaded = _load_for(destination, overwrite, source, allow_non_finite=True)
     if layout is None:
         layout = "lavis" if loaded.model_class is Blip2ForPreTraining else "diffusers"
@@ -89,6 +105,19 @@ def export_checkpoint(
         write_files(folder, contents)
         write_tensors(folder / "model.safetensors", tensors)
     return f"{loaded.summary()}; wrote {destination}{notes}"
+
+
+def _locate_pipeline_for(
+    destination: str | os.PathLike[str],
+    overwrite: bool,
+    source: AnyModelName,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> PipelineFiles:
+    """Find a pipeline that is to be written to another folder, with its ControlNet if it has one."""
+    check_absent(Path(destination), overwrite)
+    check_apart(Path(str(source)), Path(destination))
+    has_controlnet = (Path(str(source)) / CONTROLNET.name).is_dir()
+    return locate_pipeline(source, has_controlnet or None, tokenizer)
 
 
 def _load_for(

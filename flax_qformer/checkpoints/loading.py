@@ -28,6 +28,7 @@ from flax_qformer.checkpoints.model_files import (
     download_weights,
     locate,
 )
+from flax_qformer.checkpoints.parts import drawing_part, load_part
 from flax_qformer.checkpoints.reading import Place, as_dtype, params_shapes, read_params
 from flax_qformer.convert import check_shapes, convert, layout_of, parts_of
 from flax_qformer.convert.files import open_tensors
@@ -101,7 +102,8 @@ def from_pretrained(
 
     Args:
       path_or_hub_id: a Flax folder, upstream's `qformer` folder or its parent, LAVIS's folder, a single checkpoint
-        file, the `*.index.json` of a sharded one, or a hub id; by default the small model inside the package.
+        file, the `*.index.json` of a sharded one, or a hub id; by default the small model inside the package. The
+        folder of a pipeline's UNet, autoencoder, text encoder or ControlNet gives that module.
       dtype: the dtype of the computation: float32, bfloat16 or float16.
       param_dtype: the dtype of the parameters; by default each keeps its stored dtype.
       model_class: `Blip2QFormerModel` or `Blip2ForPreTraining`; by default the checkpoint's class. Modules that the
@@ -123,7 +125,13 @@ def from_pretrained(
         raise InputError(f"`model_class` is {model_class!r:.80}; it must be {' or '.join(CLASSES)}")
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     place = None if mesh is None else partial(sharding_of, mesh=mesh)
-    files = locate_checkpoint(path_or_hub_id, config)
+    files = locate(path_or_hub_id)
+    part = drawing_part(files) if model_class is None and config is None else None
+    if part is not None:
+        if lora is not None:
+            raise InputError(f"`lora` is for the Q-Former, and {files.name} is a {part.class_names[0]}; leave it out")
+        return load_part(files, part, dtype, param_dtype, mesh=mesh, allow_non_finite=allow_non_finite)
+    files = locate_checkpoint(files, config)
     loaded = load(files, model_class, config, kept, allow_non_finite, place)
     others = sorted(set(map(_kind_left_out, loaded.left_out)) - {POSITIONS, TIED_DECODER})
     if others:

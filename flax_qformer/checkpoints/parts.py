@@ -155,7 +155,7 @@ class LoadedPart:
         return tensors
 
 
-def part_class_of(files: ModelFiles) -> Part | None:
+def drawing_part(files: ModelFiles) -> Part | None:
     """The kind of part that a config names; None for the Q-Former's classes, other classes and folders without one."""
     if files.config is None:
         return None
@@ -183,7 +183,7 @@ def load_part(
     """
     compute, kept = as_dtype(dtype), None if param_dtype is None else as_dtype(param_dtype)
     files = download_weights(locate(name))
-    part = part or part_class_of(files)
+    part = part or drawing_part(files)
     if part is None:
         raise InputError(f"{files.name} is no part of a pipeline by its config.json; its classes are {_class_names()}")
     place = None if mesh is None else partial(sharding_of, mesh=mesh)

@@ -374,6 +374,24 @@ def read_subject(
     return loaded, array[0]
 
 
+def pipeline_index(scheduler: str, ctx_begin_pos: int = 2, with_controlnet: bool = False) -> dict[str, Any]:
+    """The contents of a `model_index.json`. scheduler: the name of its class."""
+    parts = {name: part for name, part in DRAWING_PARTS.items() if part is not CONTROLNET or with_controlnet}
+    libraries = {name: "blip_diffusion" if part is TEXT_ENCODER else "diffusers" for name, part in parts.items()}
+    return {
+        "_class_name": CONTROLNET_PIPELINE if with_controlnet else PIPELINE,
+        "_diffusers_version": "0.32.2",
+        **{name: [libraries[name], part.class_names[0]] for name, part in parts.items()},
+        "qformer": ["blip_diffusion", QFORMER_CLASS],
+        "scheduler": ["diffusers", scheduler],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "image_processor": ["blip_diffusion", "BlipImageProcessor"],
+        "ctx_begin_pos": ctx_begin_pos,
+        "mean": None,
+        "std": None,
+    }
+
+
 def check_widths(name: str, components: Mapping[str, Any]) -> None:
     """Raise InputError that names the parts that do not fit each other."""
     configs = {key: module.config for key, module in components.items() if not isinstance(module, tuple)}
@@ -495,16 +513,7 @@ def _lavis_pipeline(folder: Path, source: str, tokenizer: str | os.PathLike[str]
     missing = [name for name, files in parts.items() if not files.weights]
     if missing:
         raise InputError(f"{source} has no {' and no '.join(missing)}, parts of the pipeline; fetch them too")
-    classes = {name: ["diffusers", DRAWING_PARTS[name].class_names[0]] for name in parts}
-    index = {
-        "_class_name": PIPELINE,
-        **classes,
-        "qformer": ["blip_diffusion", QFORMER_CLASS],
-        "scheduler": ["diffusers", LAVIS_SCHEDULER["_class_name"]],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "image_processor": ["blip_diffusion", "BlipImageProcessor"],
-        "ctx_begin_pos": 2,
-    }
+    index = pipeline_index(LAVIS_SCHEDULER["_class_name"])
     own = folder / "tokenizer"
     tokenizer_folder = _tokenizer_folder(own, tokenizer or (None if own.is_dir() else CLIP), source)
     qformer = files_in(folder, source)
