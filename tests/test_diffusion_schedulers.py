@@ -1,5 +1,6 @@
 """The schedulers against diffusers 0.32.2, step by step, with a linear model in place of the UNet."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -57,14 +58,12 @@ def test_each_step_is_upstreams(label: str, recorded: dict[str, Any]) -> None:
     name, values, arguments = scheduler_cases.config(label)
     scheduler = SCHEDULERS[name].from_config(values)
     stride = len(scheduler.alphas_cumprod) // 15
-    # The cosine's exponents differ in the last bit between processors.
-    np.testing.assert_allclose(scheduler.alphas_cumprod[::stride], recorded[f"{label}/alphas_cumprod"], rtol=3e-7)
+    np.testing.assert_allclose(scheduler.alphas_cumprod[::stride], recorded[f"{label}/alphas_cumprod"], rtol=2e-7)
     for n in scheduler_cases.runs(label):
         state = started(scheduler, n)
         np.testing.assert_array_equal(state.timesteps, recorded[f"{label}/{n}/timesteps"])
         if f"{label}/{n}/sigmas" in recorded:
-            expected = recorded[f"{label}/{n}/sigmas"][:-1]
-            np.testing.assert_allclose(state.sigmas, expected, rtol=3e-7)
+            np.testing.assert_allclose(state.sigmas, recorded[f"{label}/{n}/sigmas"][:-1], rtol=2e-7)
         samples = run(scheduler, scheduler.padded(state, LENGTH), **arguments)[:: scheduler_cases.every(n)]
         expected = recorded[f"{label}/{n}/samples"]
         scale = np.abs(expected).max(axis=(1, 2, 3, 4), keepdims=True)
@@ -222,7 +221,10 @@ DPM = "DPMSolverMultistepScheduler"
         ("PNDMScheduler", {"beta_start": "0.1"}, "beta_start is '0.1'"),
         ("PNDMScheduler", {"beta_end": 1.5}, "beta_end"),
         ("PNDMScheduler", {"steps_offset": -1}, "steps_offset"),
+        ("PNDMScheduler", {"beta_schedule": "scaled_linear", "beta_start": -0.1}, "beta_start"),
+        ("PNDMScheduler", {"num_train_timesteps": 2, "trained_betas": [0.1, float("nan")]}, "trained_betas"),
         ("PNDMScheduler", {"num_train_timesteps": 0}, "num_train_timesteps"),
+        ("PNDMScheduler", {"num_train_timesteps": 10**12}, "num_train_timesteps"),
         ("PNDMScheduler", {"trained_betas": [0.1, 0.2]}, "num_train_timesteps must be 2"),
         ("DDIMScheduler", {"thresholding": True}, "thresholding is True"),
         ("DDPMScheduler", {"thresholding": True}, "thresholding is True"),
@@ -262,6 +264,7 @@ def test_unknown_class_is_named() -> None:
         (RUNNING["ddim"], True, "from 1 to 1000"),
         (RUNNING["pndm_prk"], 3, "at least 4 steps"),
         (RUNNING["dpm"], 1000, "repeat a noise level"),
+        (fq.DPMSolverMultistepScheduler(lambda_min_clipped=9.0), 20, "lambda_min_clipped is 9.0"),
         (fq.DDIMScheduler(steps_offset=1), 1000, "start at timestep 1000"),
         (fq.DPMSolverMultistepScheduler(steps_offset=700, timestep_spacing="leading"), 2, "start at timestep 1366"),
     ],
@@ -280,6 +283,13 @@ def test_steps_need_timesteps(label: str) -> None:
         scheduler.padded(started(scheduler, 9), 3)
 
 
+@pytest.mark.parametrize("label", ["pndm", "pndm_prk", "dpm"])
+def test_samples_must_have_the_shape_of_the_state(label: str) -> None:
+    scheduler, sample = RUNNING[label], jnp.zeros((2, 3))
+    with pytest.raises(InputError, match=r"shape \(2, 3\), and the state is for \(\)"):
+        scheduler.step(scheduler.set_timesteps(scheduler.create_state(), 5), sample, 0, sample)
+
+
 def test_ddpm_steps_through_all_training_timesteps() -> None:
     """Without `set_timesteps`, each timestep follows the one above it, as upstream."""
     scheduler, sample = fq.DDPMScheduler(clip_sample=False), jnp.ones((2, 3))
@@ -292,5 +302,5 @@ def test_ddpm_steps_through_all_training_timesteps() -> None:
 
 
 def test_names_of_fields_are_complete() -> None:
-    own = {name for c in SCHEDULERS.values() for name in (*c.FIXED, *c.__dataclass_fields__)}
+    own = {name for c in SCHEDULERS.values() for name in (*c.FIXED, *(f.name for f in dataclasses.fields(c)))}
     assert own <= schedulers.FIELDS_OF_ALL

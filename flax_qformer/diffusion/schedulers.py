@@ -151,11 +151,12 @@ class Scheduler(PartConfig):
             if getattr(self, name) not in choices:
                 known = " or ".join(map(repr, choices))
                 raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)!r:.60}; it must be {known}")
-        if self.num_train_timesteps < 1 or self.steps_offset < 0:
-            raise InputError("num_train_timesteps must be at least 1, and steps_offset at least 0")
+        if not 1 <= self.num_train_timesteps <= 100_000 or self.steps_offset < 0:
+            raise InputError("num_train_timesteps must be from 1 to 100000, and steps_offset at least 0")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise InputError(f"num_train_timesteps must be {len(self.trained_betas)}, the length of trained_betas")
-        if not ((self._betas > 0) & (self._betas < 1)).all():
+        betas = np.asarray(self.trained_betas or (self.beta_start, self.beta_end), np.float32)
+        if not ((betas > 0) & (betas < 1)).all():
             raise InputError("beta_start, beta_end and trained_betas must lie between 0 and 1")
         given = {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
         object.__setattr__(self, "_given", given)
@@ -206,11 +207,14 @@ class Scheduler(PartConfig):
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """Share of the picture's variance that is left at each training timestep, (num_train_timesteps,) float32."""
-        if not getattr(self, "rescale_betas_zero_snr", False):
-            return _cumprod(1 - self._betas)
-        alphas = _cumprod(1 - _zero_terminal_snr(self._betas))
-        alphas[-1] = self.LAST_RESCALED_ALPHA
-        return alphas
+        # torch.cumprod, too, multiplies in float64 and rounds each product.
+        alphas = np.cumprod(1 - self._betas, dtype=np.float64)
+        if getattr(self, "rescale_betas_zero_snr", False):
+            # Nothing of the picture is left at the last timestep (arXiv 2305.08891, algorithm 1).
+            roots = np.sqrt(alphas)
+            alphas = np.square((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1])))
+            alphas[-1] = self.LAST_RESCALED_ALPHA
+        return alphas.astype(np.float32)
 
     def create_state(self) -> SchedulerState:
         """The state before `set_timesteps`: all training timesteps."""
@@ -231,6 +235,11 @@ class Scheduler(PartConfig):
         return self._started(state, self._spaced(num_inference_steps), num_inference_steps)
 
     def _started(self, state: SchedulerState, timesteps: np.ndarray, num_inference_steps: int) -> SchedulerState:
+        if timesteps[0] >= self.num_train_timesteps:
+            raise InputError(
+                f"{num_inference_steps} steps with a steps_offset of {self.steps_offset} start at timestep "
+                f"{timesteps[0]:.0f}, and training had {self.num_train_timesteps}; use fewer steps or a smaller offset"
+            )
         return state.replace(
             timesteps=jnp.asarray(timesteps, jnp.int32),
             num_timesteps=jnp.int32(len(timesteps)),
@@ -248,11 +257,6 @@ class Scheduler(PartConfig):
         else:
             # arange can give one number too many, near 0; upstream then steps from timestep -1.
             timesteps = np.round(np.arange(last, 0, -last / n))[:n] - 1
-        if timesteps[0] >= last:
-            raise InputError(
-                f"{n} steps with a steps_offset of {self.steps_offset} start at timestep {timesteps[0]:.0f}, "
-                f"and training had {last}; use fewer steps"
-            )
         return timesteps.astype(np.int64)
 
     def _check_steps(self, n: int) -> None:
@@ -268,7 +272,7 @@ class Scheduler(PartConfig):
         if length < len(state.timesteps):
             raise InputError(f"the state has {len(state.timesteps)} timesteps; it cannot be padded to {length}")
         missing = length - len(state.timesteps)
-        return state.replace(timesteps=jnp.pad(state.timesteps, (0, missing), constant_values=-1))
+        return state.replace(timesteps=jnp.asarray(np.pad(state.timesteps, (0, missing), constant_values=-1)))
 
     def scale_model_input(self, state: Any, sample: jax.Array, timestep: Any = None) -> jax.Array:
         """The model's input: with these schedulers the sample itself."""
@@ -348,6 +352,7 @@ class PNDMScheduler(Scheduler):
     ) -> SchedulerOutput:
         """One step. `state` and `timestep` follow `state.timesteps` in its order; `rng` is not used."""
         steps = _started_steps(state)
+        _check_shape(state.cur_sample, sample)
         output, start = model_output.astype(jnp.float32), sample.astype(jnp.float32)
         linear = self._linear_multistep(state, output, timestep, start, self.num_train_timesteps // steps)
         if self.skip_prk_steps:
@@ -563,9 +568,9 @@ class DPMSolverMultistepScheduler(Scheduler):
     ) -> DPMSolverState:
         self._check_steps(num_inference_steps)
         timesteps, sigmas = self._timesteps_and_sigmas(num_inference_steps)
+        started = self._started(state, timesteps, num_inference_steps)
         if not (np.diff(sigmas[:-1]) < 0).all():
             raise InputError(f"{num_inference_steps} steps repeat a noise level; use fewer steps")
-        started = self._started(state, timesteps, num_inference_steps)
         return DPMSolverState(
             **vars(started),
             sigmas=jnp.asarray(sigmas[:-1]),
@@ -577,9 +582,11 @@ class DPMSolverMultistepScheduler(Scheduler):
 
     def _timesteps_and_sigmas(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """n timesteps, and n + 1 sigmas in float32."""
-        alphas = self.alphas_cumprod
+        alphas = self.alphas_cumprod.astype(np.float64)
         lambdas = np.log(np.sqrt(alphas)) - np.log(np.sqrt(1 - alphas))
         last = int(self.num_train_timesteps - np.searchsorted(lambdas[::-1], self.lambda_min_clipped))
+        if not last:
+            raise InputError(f"lambda_min_clipped is {self.lambda_min_clipped}; it must be below {lambdas[0]:.4g}")
         if self.timestep_spacing == "linspace":
             timesteps: np.ndarray = np.linspace(0, last - 1, n + 1).round()[:0:-1]
         elif self.timestep_spacing == "leading":
@@ -589,7 +596,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         all_sigmas = np.sqrt((1 - alphas) / alphas)
         if self.use_karras_sigmas:
             rho = 7.0
-            high, low = float(all_sigmas[-1]) ** (1 / rho), float(all_sigmas[0]) ** (1 / rho)
+            high, low = all_sigmas[-1] ** (1 / rho), all_sigmas[0] ** (1 / rho)
             sigmas = (high + np.linspace(0, 1, n) * (low - high)) ** rho
             timesteps = np.interp(np.log(sigmas), np.log(all_sigmas), np.arange(len(all_sigmas))).round()
         else:
@@ -678,6 +685,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         The `sde-` algorithms add noise from the key `rng`, or `variance_noise` itself.
         """
         _started_steps(state)
+        _check_shape(state.model_outputs[0], sample)
         output, start = model_output.astype(jnp.float32), sample.astype(jnp.float32)
         # A timestep can occur twice in a row; upstream starts at the second.
         found = jnp.nonzero(state.timesteps == timestep, size=2, fill_value=-1)[0]
@@ -702,8 +710,8 @@ class DPMSolverMultistepScheduler(Scheduler):
         wider: Any = super().padded(state, length)
         missing = length - len(state.timesteps)
         return wider.replace(
-            sigmas=jnp.pad(wider.sigmas, (0, missing)),
-            coefficients=jnp.pad(wider.coefficients, ((0, 0), (0, missing), (0, 0))),
+            sigmas=jnp.asarray(np.pad(wider.sigmas, (0, missing))),
+            coefficients=jnp.asarray(np.pad(wider.coefficients, ((0, 0), (0, missing), (0, 0)))),
         )
 
 
@@ -743,19 +751,6 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
     return np.where((i < n // 2) | (n == 1), rising, falling).astype(np.float32)
 
 
-def _cumprod(values: np.ndarray) -> np.ndarray:
-    """As torch.cumprod computes it on a CPU in float32: with a product in float64."""
-    return np.cumprod(values, dtype=np.float64).astype(np.float32)
-
-
-def _zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Betas rescaled so that nothing of the picture is left at the last timestep (arXiv 2305.08891, algorithm 1)."""
-    roots = np.sqrt(_cumprod(1 - betas))
-    first, last = roots[0], roots[-1]
-    alphas_cumprod = np.square((roots - last) * (first / (first - last)))
-    return 1 - np.append(alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1])
-
-
 def _previous_alpha(alphas: jax.Array, timestep: Any, set_alpha_to_one: bool) -> jax.Array:
     """The share of the picture at a timestep; those below 0 stand for the finished picture."""
     return jnp.where(timestep >= 0, alphas[jnp.maximum(timestep, 0)], 1 if set_alpha_to_one else alphas[0])
@@ -778,3 +773,11 @@ def _started_steps(state: SchedulerState) -> jax.Array:
     if state.num_inference_steps is None:
         raise InputError("the state has no timesteps; call `set_timesteps` first")
     return state.num_inference_steps
+
+
+def _check_shape(kept: jax.Array, sample: jax.Array) -> None:
+    if kept.shape != sample.shape:
+        raise InputError(
+            f"the sample has shape {sample.shape}, and the state is for {kept.shape}; "
+            "pass the sample's shape to `set_timesteps`"
+        )

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record_diffusion_schedulers
 import torch
 from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
+from record_diffusion_autoencoder import record_diffusion_autoencoder
+from record_diffusion_text_encoder import record_diffusion_text_encoder
 from transformers import BertTokenizer, Blip2Config
 from transformers.activations import ACT2FN
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
@@ -241,8 +244,11 @@ def main() -> None:
     records = {geometry: record_geometry(geometry) for geometry in cases.GEOMETRIES}
     records |= {"default": record_default(), "processor": record_processor(), "activations": record_activations()}
     records |= {"positions": record_positions()}
+    records |= {"diffusion_schedulers": record_diffusion_schedulers.record()}
     for name, answers in records.items():
         cases.save(folder / f"{name}.npz", answers)
+    record_diffusion_text_encoder(folder)
+    record_diffusion_autoencoder(folder)
 
 
 if __name__ == "__main__":
