@@ -216,6 +216,10 @@ def image(mode: str, height: int = 57, width: int = 83) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGBa") if mode == "RGBa" else rgb.convert(mode)
 
 
+KEY_BIASES = ("key.bias", "k_proj.bias", "to_k.bias")
+"""Ends of the names of attention's key biases in upstream's parts."""
+
+
 def gradient_error(gradients: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
     """The largest relative error of a gradient, and the parameter's name.
 
@@ -224,7 +228,7 @@ def gradient_error(gradients: dict[str, np.ndarray], expected: dict[str, np.ndar
     norms = {name: float(np.linalg.norm(value)) for name, value in expected.items()}
     rest = max(norms.values())
     errors = {
-        name: float(np.linalg.norm(gradients[name] - value)) / (rest if name.endswith("key.bias") else norms[name])
+        name: float(np.linalg.norm(gradients[name] - value)) / (rest if name.endswith(KEY_BIASES) else norms[name])
         for name, value in expected.items()
         if value.size
     }
