@@ -29,13 +29,13 @@ SIDE = 64
 def main() -> None:
     shutil.rmtree(DEFAULT_PIPELINE, ignore_errors=True)
     vocabulary, merges = byte_pairs(WORDS)
-    configs = _configs(len(vocabulary))
-    for seed, (name, config) in enumerate(configs.items()):
+    parts = configs(len(vocabulary))
+    for seed, (name, config) in enumerate(parts.items()):
         part = DRAWING_PARTS[name]
         folder = DEFAULT_PIPELINE / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_bytes(part.config_file(part.config_values(config)))
-        loaded = LoadedPart(part, part.config_values(config), config, _params(part, config, seed))
+        loaded = LoadedPart(part, part.config_values(config), config, random_params(part, config, seed))
         write_tensors(folder / f"{part.weights}.safetensors", loaded.tensors())
     _write_json(DEFAULT_PIPELINE / INDEX, pipeline_index(LAVIS_SCHEDULER["_class_name"]))
     _write_json(DEFAULT_PIPELINE / "scheduler" / "scheduler_config.json", LAVIS_SCHEDULER)
@@ -47,7 +47,7 @@ def main() -> None:
     _write_json(DEFAULT_PIPELINE / "tokenizer" / "tokenizer_config.json", settings)
 
 
-def _configs(vocab_size: int) -> dict[str, PartConfig]:
+def configs(vocab_size: int) -> dict[str, PartConfig]:
     width = Blip2Config.from_json(DEFAULT_MODEL / "config.json").qformer_config.hidden_size
     return {
         "text_encoder": CLIPTextConfig(
@@ -119,7 +119,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printing] + [chr(256 + i) for i in range(len(others))]
 
 
-def _params(part: Part, config: PartConfig, seed: int) -> dict[str, Any]:
+def random_params(part: Part, config: PartConfig, seed: int) -> dict[str, Any]:
     """Random parameters."""
     rng = np.random.default_rng(seed)
     params = {}

@@ -7,7 +7,7 @@ records what an export needs to write the same tensors again.
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -270,10 +270,16 @@ def part_config(part: Part, values: Mapping[str, Any], name: str) -> PartConfig:
 
 def part_rows(part: Part, config: PartConfig, old_names: bool = False) -> list[Parameter]:
     """Every parameter of a part, with its name in upstream's file."""
-    model = part.model_class(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *part.inputs(config))["params"]
-    rows = [parameter_at(path, leaf.shape) for path, leaf in flatten_dict(shapes, sep="/").items()]
+    rows = [parameter_at(path, shape) for path, shape in _shapes(part, config)]
     return [replace(row, name=old_name(row.name)) for row in rows] if old_names else rows
+
+
+@lru_cache(maxsize=8)
+def _shapes(part: Part, config: PartConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Path and shape of every parameter; tracing a full-size UNet takes seconds."""
+    model = part.model_class(config)
+    tree = jax.eval_shape(model.init, jax.random.key(0), *part.inputs(config))["params"]
+    return [(path, leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()]
 
 
 def _class_name(values: Mapping[str, Any]) -> str | None:
