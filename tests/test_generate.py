@@ -1,24 +1,32 @@
 """`generate`: single pictures and what their files record; lists of them, the same ones after any interruption."""
 
+import dataclasses
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+from flax.traverse_util import flatten_dict
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import cases
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import EXAMPLE_IMAGE
+from flax_qformer.checkpoints.model_files import DEFAULT_PIPELINE, EXAMPLE_IMAGE
 from flax_qformer.commands.main import main, parse
+from flax_qformer.convert.tables.stable_diffusion import parameter_at
+from torch_files import torch_save
 
 BIN = Path(sys.executable).parent
 SIDE = 64
@@ -30,9 +38,12 @@ def pipe() -> fq.BlipDiffusionPipeline:
     return fq.BlipDiffusionPipeline.from_pretrained()
 
 
-def generate(output: Path, *more: Any, prompt: str = "in the snow", photo: Any = EXAMPLE_IMAGE) -> None:
-    arguments = ["generate", "--reference", photo, "--subject", "dog", "--prompt", prompt, "--output", output]
-    main(list(map(str, [*arguments, "--steps", 2, "--quiet", *more])))
+def generate(
+    output: Path, *more: Any, prompts: Sequence[str] = ("in the snow",), photos: Sequence[Path] = (EXAMPLE_IMAGE,)
+) -> None:
+    """Run the command; batches of two share one compiled program."""
+    arguments = ["--prompt", *prompts, "--reference", *photos, "--subject", "dog", "--output", output]
+    main(list(map(str, ["generate", *arguments, "--steps", 2, "--batch-size", 2, "--quiet", *more])))
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -81,14 +92,14 @@ def test_one_picture(
 
 def test_prompts_by_seeds_and_their_grid(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     prompts = ["in the snow", "on a beach with many palms and a very long walk behind it"]
-    generate(tmp_path / "out.png", prompts[1], "--num-images", 2, "--seed", 3, "--grid", prompt=prompts[0])
+    generate(tmp_path / "out.png", "--num-images", 2, "--seed", 3, "--grid", prompts=prompts)
     assert "out-0.png to out-3.png and the grid" in capfd.readouterr().out
     pictures = [pixels(tmp_path / f"out-{i}.png") for i in range(4)]
     recorded = [parameters(tmp_path / f"out-{i}.png") for i in range(4)]
     assert [(row["prompt"], row["seed"]) for row in recorded] == [(p, s) for p in prompts for s in (3, 4)]
     assert len({picture.tobytes() for picture in pictures}) == 4
     # A picture depends on its own seed, not on those beside it.
-    generate(tmp_path / "alone.png", "--seed", 4, prompt=prompts[1])
+    generate(tmp_path / "alone.png", "--seed", 4, prompts=[prompts[1]])
     check_close(pixels(tmp_path / "alone.png"), pictures[3])
 
     grid = pixels(tmp_path / "out.png")
@@ -102,35 +113,100 @@ def test_prompts_by_seeds_and_their_grid(tmp_path: Path, capfd: pytest.CaptureFi
     assert is_dark[:14].any()
 
 
-def test_options_reach_the_pipeline(pipe: Any, tmp_path: Path) -> None:
-    generate(tmp_path / "plain.png")
-    plain = pixels(tmp_path / "plain.png")
-    for name, *more in (
-        ("target", "--target", "cat"),
-        ("negative", "--negative", "blurry", "--guidance", "3"),
-        ("scheduler", "--scheduler", "ddim"),
-        ("dpm", "--scheduler", "dpm++"),
-        ("guidance", "--guidance", "1"),
-        ("dtype", "--dtype", "bfloat16"),
-    ):
-        generate(tmp_path / f"{name}.png", *more)
-        assert not np.array_equal(pixels(tmp_path / f"{name}.png"), plain), name
-    generate(tmp_path / "wide.png", "--size", "96x32")
-    assert pixels(tmp_path / "wide.png").shape == (32, 96, 3)
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of calls of pipelines, which draw nothing."""
+    recorded: list[dict[str, Any]] = []
 
-    # Several photos are averaged, and vectors can be kept.
+    def record(pipe: Any, prompt: Any, **options: Any) -> fq.ImagePipelineOutput:
+        recorded.append({"pipe": pipe, "prompt": prompt, **options})
+        shape = (len(prompt), options["height"], options["width"], 3)
+        return fq.ImagePipelineOutput(np.full(shape, options["guidance_scale"] / 10, np.float32))
+
+    monkeypatch.setattr(fq.BlipDiffusionPipeline, "__call__", record)
+    monkeypatch.setattr(fq.BlipDiffusionControlNetPipeline, "__call__", record)
+    return recorded
+
+
+def write_controlnet(folder: Path) -> None:
+    """A ControlNet for the embedded pipeline, with random weights, as upstream writes it."""
+    config = json.loads((DEFAULT_PIPELINE / "unet" / "config.json").read_text())
+    names = {field.name for field in dataclasses.fields(fq.ControlNetConfig)}
+    config = {name: value for name, value in config.items() if name in names} | {"_class_name": "ControlNetModel"}
+    config["conditioning_embedding_out_channels"] = [16, 16]
+    module = fq.ControlNetModel(fq.ControlNetConfig.from_dict(config))
+    inputs = np.zeros((1, 8, 8, 4)), 0, np.zeros((1, 5, 64)), np.zeros((1, 16, 16, 3))
+    shapes = flatten_dict(jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"], sep="/")
+    rows = [parameter_at(path, leaf.shape) for path, leaf in shapes.items()]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {row.name: cases.weight(row.name, row.torch_shape) for row in rows}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_options_reach_the_pipeline(pipe: Any, calls: list[dict[str, Any]], tmp_path: Path) -> None:
     cases.image("RGB", 50, 40).save(tmp_path / "other.png")
+    write_controlnet(tmp_path / "control")
     photos = [EXAMPLE_IMAGE, tmp_path / "other.png"]
-    vectors = pipe.get_query_embeddings([photos], "dog")
-    fq.save_subjects(tmp_path / "dog.npz", vectors, "dog")
-    arguments = ["generate", "--prompt", "in the snow", "--steps", "2", "--quiet", "--output"]
-    main([*arguments, str(tmp_path / "two.png"), "--subject", "dog", "--reference", *map(str, photos)])
-    main([*arguments, str(tmp_path / "kept.png"), "--subject-file", str(tmp_path / "dog.npz")])
-    assert not np.array_equal(pixels(tmp_path / "two.png"), plain)
-    check_close(pixels(tmp_path / "kept.png"), pixels(tmp_path / "two.png"))
-    generate(tmp_path / "cut.png", "--preprocess", "lavis", photo=tmp_path / "other.png")
-    generate(tmp_path / "squashed.png", photo=tmp_path / "other.png")
-    assert not np.array_equal(pixels(tmp_path / "cut.png"), pixels(tmp_path / "squashed.png"))
+    drawing = ["--scheduler", "dpm++", "--size", "96x32", "--guidance", 3, "--negative", "blurry", "--target", "cat"]
+    more = ["--preprocess", "lavis", "--dtype", "bfloat16", "--num-images", 3, "--seed", 4, "--mesh", "data=2"]
+    control = ["--controlnet", tmp_path / "control", "--control", tmp_path / "other.png", "--control-scale", 0.5]
+    generate(tmp_path / "out.png", *drawing, *more, *control, photos=photos)
+    first, second = calls
+    vectors = first.pop("subject_embeddings")
+    expected = {
+        "prompt": ["in the snow"] * 2,
+        "target_subject_category": "cat",
+        "guidance_scale": 3.0,
+        "neg_prompt": "blurry",
+        "num_inference_steps": 2,
+        "width": 96,
+        "height": 32,
+        "rng": [4, 5],
+        "controlnet_conditioning_scale": 0.5,
+    }
+    assert first | expected == first
+    assert first["conditioning_image"].size == PIL.Image.open(tmp_path / "other.png").size
+    assert type(first["pipe"].scheduler) is fq.DPMSolverMultistepScheduler
+    assert first["pipe"].components["unet"].dtype == jnp.bfloat16
+    assert first["pipe"].mesh.shape["data"] == 2
+    assert second["rng"] == [6, 6]  # the last batch is padded
+    assert pixels(tmp_path / "out-2.png").shape == (32, 96, 3)
+    assert not (tmp_path / "out-3.png").exists()
+    # Several photos are averaged.
+    wanted = pipe.get_query_embeddings([photos], "dog", preprocess="lavis")
+    assert vectors.shape == (2, *wanted.shape[1:])
+    np.testing.assert_allclose(vectors[:1], wanted, atol=0.1)
+    assert np.abs(vectors[0] - pipe.get_query_embeddings([photos], "dog")[0]).max() > 0.2
+
+
+def test_pictures_that_are_not_finite(
+    calls: list[dict[str, Any]], lists: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        generate(tmp_path / "out.png", "--guidance", "inf", "--seed", 3)
+    assert (
+        "'in the snow' with seed 3 failed: its picture has values that are not finite in float32; choose another"
+        in (capfd.readouterr().err)
+    )
+    assert not (tmp_path / "out.png").exists()
+    main(program(lists, tmp_path / "all", "--guidance", "inf"))
+    errors = pd.read_parquet(tmp_path / "all" / "rows")["error"]
+    assert (errors == "its picture has values that are not finite in float32").sum() == ROWS - len(PROMPTS) * SEEDS
+
+
+def test_a_fine_tuned_subject(calls: list[dict[str, Any]], pipe: Any, tmp_path: Path) -> None:
+    """A file of LAVIS brings a UNet and vectors."""
+    with safe_open(DEFAULT_PIPELINE / "unet" / "diffusion_pytorch_model.safetensors", "np") as file:
+        tensors = {f"unet.{name}": file.get_tensor(name).astype(np.float32) * 2 for name in file.keys()}  # noqa: SIM118
+    vectors = pipe.get_query_embeddings(EXAMPLE_IMAGE, "dog") * 2
+    torch_save({"model": tensors | {"ctx_embeddings_cache": vectors}}, tmp_path / "dog.pth")
+    arguments = ["generate", "--subject-file", tmp_path / "dog.pth", "--prompt", "in the snow", "--target", "dog"]
+    main(list(map(str, [*arguments, "--output", tmp_path / "out.png"])))
+    np.testing.assert_array_equal(calls[0]["subject_embeddings"][:1], vectors)
+    name = "conv_in"
+    new, old = (np.asarray(p.params["unet"][name]["kernel"], np.float32) for p in (calls[0]["pipe"], pipe))
+    np.testing.assert_allclose(new, old * 2)
 
 
 def test_lora(pipe: Any, tmp_path: Path) -> None:
@@ -224,8 +300,8 @@ def test_what_is_missing(arguments: list[str], message: str, capfd: pytest.Captu
 def test_a_subject_is_chosen_by_its_name(pipe: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     vectors = np.concatenate([pipe.get_query_embeddings(EXAMPLE_IMAGE, name) for name in ("dog", "cat")])
     fq.save_subjects(tmp_path / "both.npz", vectors, ["dog", "cat"])
-    arguments = ["generate", "--prompt", "in the snow", "--steps", "2", "--quiet", "--subject-file", "--output"]
-    arguments.insert(-1, str(tmp_path / "both.npz"))
+    arguments = ["generate", "--prompt", "in the snow", "--steps", "2", "--batch-size", "2", "--quiet"]
+    arguments += ["--subject-file", str(tmp_path / "both.npz"), "--output"]
     with pytest.raises(SystemExit):
         main([*arguments, str(tmp_path / "out.png")])
     assert "both.npz holds 2 subjects; choose one with --subject: dog, cat" in capfd.readouterr().err
@@ -293,7 +369,7 @@ def test_every_photo_with_every_prompt_and_seed(lists: Path, uninterrupted: Path
     assert sorted(path.name for path in (uninterrupted / "pictures").iterdir()) == sorted(Path(f).name for f in files)
     one = rows.iloc[9]
     assert one["file"] == "pictures/0000009-on-a-beach-1.png"
-    generate(tmp_path / "alone.png", "--seed", 1, prompt="on a beach", photo=lists / "photos" / "1.png")
+    generate(tmp_path / "alone.png", "--seed", 1, prompts=["on a beach"], photos=[lists / "photos" / "1.png"])
     check_close(pixels(uninterrupted / one["file"]), pixels(tmp_path / "alone.png"))
     recorded = parameters(uninterrupted / one["file"])
     assert (recorded["prompt"], recorded["seed"], recorded["reference"]) == ("on a beach", 1, "1.png")
@@ -330,10 +406,17 @@ def test_two_processes_share_a_list(lists: Path, uninterrupted: Path, tmp_path: 
 
 def test_one_subject_and_many_prompts(lists: Path, tmp_path: Path) -> None:
     arguments = ["generate", "--prompts", lists / "prompts.txt", "--subject", "dog", "--output", tmp_path / "out"]
-    main(list(map(str, [*arguments, "--reference", lists / "photos" / "1.png", "--steps", 2, "--seed", 7])))
+    main(
+        list(
+            map(
+                str,
+                [*arguments, "--reference", lists / "photos" / "1.png", "--steps", 2, "--seed", 7, "--batch-size", 2],
+            )
+        )
+    )
     rows = pd.read_parquet(tmp_path / "out" / "rows")
     assert rows["prompt"].tolist() == PROMPTS
-    generate(tmp_path / "alone.png", "--seed", 7, prompt=PROMPTS[1], photo=lists / "photos" / "1.png")
+    generate(tmp_path / "alone.png", "--seed", 7, prompts=[PROMPTS[1]], photos=[lists / "photos" / "1.png"])
     check_close(pixels(tmp_path / "out" / rows["file"][1]), pixels(tmp_path / "alone.png"))
 
 

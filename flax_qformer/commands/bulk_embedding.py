@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ from flax_qformer.commands.shards import (
     ShardedRows,
     check_apart_from,
     check_only_shards,
+    parameter_files,
     process_share,
     sum_of_files,
     sum_of_ids,
 )
 from flax_qformer.compilation import compiler_options
-from flax_qformer.convert.files import open_tensors
 from flax_qformer.data.batches import Images, image_batches, open_images
 from flax_qformer.data.sources import DataSettings
 from flax_qformer.models.qformer import Blip2QFormerModel
@@ -111,12 +111,11 @@ def embed_data(settings: EmbedSettings) -> str:
 
 def _model_files(settings: EmbedSettings) -> set[Path]:
     source = locate_checkpoint(settings.model, settings.config)
-    config = Path(settings.config) if settings.config else source.config
-    files = {path for path in (config, source.image_processor) if path}
-    if source.params:
-        files.update(path for path in source.params.rglob("*") if path.is_file())
-    else:
-        files.update(tensor.path for path in source.weights for tensor in open_tensors(path).values())
+    if settings.config:
+        source = replace(source, config=Path(settings.config))
+    files = parameter_files(source)
+    if source.image_processor:
+        files.add(source.image_processor)
     if settings.text is not None:
         tokenizer = find_tokenizer(settings.tokenizer) if settings.tokenizer else source.tokenizer
         files.update(tokenizer / name for name in TOKENIZER_FILES if tokenizer and (tokenizer / name).is_file())

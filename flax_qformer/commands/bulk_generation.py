@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, TOKENIZER_FILES, download_weights, locate
+from flax_qformer.checkpoints.pipelines import CLIP_TOKENIZER_FILES, locate_pipeline
 from flax_qformer.commands.drawing import (
     Drawer,
     DrawOptions,
     finite_error,
-    input_paths,
     read_parameters,
     save_picture,
     settings_of,
@@ -27,6 +28,7 @@ from flax_qformer.commands.shards import (
     ShardedRows,
     check_apart_from,
     check_only_shards,
+    parameter_files,
     process_share,
     sum_of_files,
     sum_of_ids,
@@ -128,7 +130,7 @@ def generate_all(options: DrawOptions, settings: BulkSettings) -> str:
         shard_size=settings.shard_size,
         settings=settings_of(options) | {"shard_size": settings.shard_size, "image_column": settings.image_column},
         sum_of_ids=sum_of_ids(references, [*settings.prompts, *map(str, settings.seeds)]),
-        sum_of_files=sum_of_files(_files(options, settings)),
+        sum_of_files=sum_of_files(_model_files(options, settings)),
         process=settings.process,
     )
     mesh = named_mesh(options.mesh, jax.local_devices())
@@ -151,15 +153,24 @@ def _check_place(output: Path, plan: Plan) -> None:
         for path in (output / PICTURES).iterdir():
             if path.name not in expected and not path.name.startswith("."):
                 raise InputError(
-                    f"{output} holds a picture of other references, prompts or seeds, {path.name}; name another `output`"
+                    f"{output} holds a picture of other references, prompts or seeds, {path.name}; name another "
+                    "`output`"
                 )
 
 
-def _files(options: DrawOptions, settings: BulkSettings) -> set[Path]:
+def _model_files(options: DrawOptions, settings: BulkSettings) -> set[Path]:
     """All files that determine the pictures, besides those of `references`."""
-    paths = [*input_paths(options), *settings.reference]
-    inside = [path for folder in paths if folder.is_dir() for path in folder.rglob("*")]
-    return {path for path in (*paths, *inside) if path.is_file()}
+    source = None if options.model == str(DEFAULT_MODEL) else options.model
+    pipeline = locate_pipeline(source, with_controlnet=bool(options.control and not options.controlnet))
+    files = parameter_files(pipeline.qformer).union(*map(parameter_files, pipeline.parts.values()))
+    files |= {pipeline.tokenizer / name for name in CLIP_TOKENIZER_FILES}
+    if pipeline.qformer.tokenizer:
+        files |= {pipeline.qformer.tokenizer / name for name in TOKENIZER_FILES}
+    for controlnet in options.controlnet:
+        files |= parameter_files(download_weights(locate(controlnet)))
+    files |= {*options.control, *options.lora, *settings.reference}
+    files |= {options.subject_file} if options.subject_file else set()
+    return {path for path in files if path.is_file()}
 
 
 def _draw(
@@ -212,7 +223,10 @@ def _draw(
                 good = [i for i, error in enumerate(errors) if error is None]
                 if good:
                     pictures = drawer.draw(
-                        [prompts[i] for i in good], [vectors[i] for i in good], [seeds[i] for i in good], size
+                        [prompts[i] for i in good],
+                        [np.asarray(vectors[i]) for i in good],
+                        [seeds[i] for i in good],
+                        size,
                     )
                     for i, picture in zip(good, pictures, strict=True):
                         errors[i] = finite_error(picture, options.dtype)

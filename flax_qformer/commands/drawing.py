@@ -26,7 +26,7 @@ from flax_qformer.version import __version__
 
 logger = logging.getLogger(__name__)
 
-SCHEDULERS = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+SCHEDULERS: dict[str, Any] = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="")]
 Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]", help_behavior_hint="(default: 1.0)")]
@@ -164,22 +164,21 @@ class Drawer:
             pipe.load_lora(file, scale)
         if options.scheduler:
             pipe.scheduler = SCHEDULERS[options.scheduler].from_config(pipe.scheduler)
-        side = pipe.components["unet"].config.sample_size
+        side: int = pipe.components["unet"].config.sample_size
         side *= 2 ** (len(pipe.components["vae"].config.block_out_channels) - 1)
         self.width, self.height = _parse_size(options.size) or (side, side)
-        self._target = options.target or options.subject
+        target = options.target or options.subject
         self._vectors: np.ndarray | None = None
         if checkpoint:
-            self._vectors = pipe.subject_embeddings
-            if self._vectors is None:
-                raise InputError(f"{checkpoint} holds no vectors of a subject; name its photos as well")
+            self._vectors = np.asarray(pipe.subject_embeddings)
         elif options.subject_file:
             self._vectors, name = _choose_subject(options.subject_file, options.subject)
-            self._target = self._target or name
-        if self._target is None:
+            target = target or name
+        if target is None:
             raise InputError("the subject has no name; name what the photos show with `subject`, as in dog")
+        self._target = target
         self.settings = settings_of(options) | {
-            "target": self._target,
+            "target": target,
             "size": f"{self.width}x{self.height}",
             "scheduler": type(pipe.scheduler).__name__,
             "version": __version__,
@@ -188,7 +187,7 @@ class Drawer:
     def subject(self, photos: Sequence[Any] = ()) -> np.ndarray:
         """The subject's vectors (Q, D) float32: the average of its photos, or those of the subject's file."""
         if self._vectors is not None:
-            return self._vectors.reshape(self._vectors.shape[-2:])
+            return self._vectors
         name = self._options.subject or self._target
         return self._pipe.get_query_embeddings([list(photos)], name, preprocess=self._options.preprocess)[0]
 

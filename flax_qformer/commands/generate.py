@@ -44,8 +44,8 @@ class GenerateOptions(DrawOptions):
 
     There is a picture for each prompt and seed. A single one is the file --output out.png; several are out-0.png,
     out-1.png and so on, each prompt's seeds together. The text "parameters" in a PNG records its prompt, seed and
-    settings. With --prompts or --references, all pictures of lists go into a folder, with a table of them; the same command
-    resumes after a stop.
+    settings. With --prompts or --references, all pictures of lists go into a folder, with a table of them; the same
+    command resumes after a stop.
 
     Attributes:
       prompt: what the subject does or where it is, such as "swimming underwater"; one prompt or several.
@@ -179,8 +179,8 @@ def draw_grid(pictures: np.ndarray, rows: Sequence[str], columns: Sequence[str])
       rows, columns: the labels.
     """
     height, width = pictures.shape[1:3]
-    font = PIL.ImageFont.load_default(max(10, min(width // 20, 28)))
-    line, gap = int(font.size * 1.4), max(2, width // 64)
+    size, gap = max(10, min(width // 20, 28)), max(2, width // 64)
+    font, line = PIL.ImageFont.load_default(size), int(size * 1.4)
     wrapped = ["\n".join(_lines(label, font, len(columns) * (width + gap) - gap)) for label in rows]
     heights = [line * (label.count("\n") + 1) for label in wrapped]
     whole = (len(columns) * (width + gap) + gap, line + sum(heights) + len(rows) * (height + gap) + gap)
@@ -190,7 +190,7 @@ def draw_grid(pictures: np.ndarray, rows: Sequence[str], columns: Sequence[str])
         draw.text((gap + column * (width + gap) + width / 2, line / 2), label, "black", font, anchor="mm")
     images, top = iter(to_pil(pictures)), line
     for label, label_height in zip(wrapped, heights, strict=True):
-        draw.multiline_text((gap, top), label, "black", font, spacing=line - font.size)
+        draw.multiline_text((gap, top), label, "black", font, spacing=line - size)
         top += label_height
         for column in range(len(columns)):
             grid.paste(next(images), (gap + column * (width + gap), top))
@@ -216,9 +216,7 @@ def _seeds(options: GenerateOptions) -> list[int]:
     if options.num_images == 1:
         return list(options.seed)
     if len(options.seed) > 1:
-        raise InputError(
-            f"`num_images` counts seeds from the one of `seed`, and {len(options.seed)} are named; leave one out"
-        )
+        raise InputError(f"`num_images` counts on from one `seed`, and {len(options.seed)} are named; leave one out")
     if options.seed[0] + options.num_images > 2**32:
         raise InputError(f"`seed` is {options.seed[0]}; the last seed must not be above {2**32 - 1}")
     return list(range(options.seed[0], options.seed[0] + options.num_images))

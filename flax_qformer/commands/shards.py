@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from flax_qformer.checkpoints.atomic import check_writable, new_file
+from flax_qformer.checkpoints.model_files import ModelFiles
+from flax_qformer.convert.files import open_tensors
 from flax_qformer.data.batches import Images
 from flax_qformer.errors import InputError, first_line
 from flax_qformer.parallel.processes import any_process
@@ -239,10 +241,18 @@ def check_only_shards(folder: Path) -> None:
             raise InputError(f"{folder} holds something else than shards, {path.name}; name another `output`")
 
 
-def sum_of_ids(images: Images, more: Iterable[str] = ()) -> int:
+def sum_of_ids(images: Images | Sequence[Mapping[str, Any]], more: Iterable[str] = ()) -> int:
     """Fingerprint of a source: the CRC of a thousand ids, evenly spaced, and of more texts."""
     numbers = {int(number) for number in np.linspace(0, len(images) - 1, 1000)}
     return zlib.crc32("\n".join([*(images[number]["id"] for number in sorted(numbers)), *more]).encode())
+
+
+def parameter_files(files: ModelFiles) -> set[Path]:
+    """The files of a model's config and parameters."""
+    found = {files.config} if files.config else set()
+    if files.params:
+        return found.union(path for path in files.params.rglob("*") if path.is_file())
+    return found.union(tensor.path for path in files.weights for tensor in open_tensors(path).values())
 
 
 def sum_of_files(files: Iterable[Path]) -> int:
