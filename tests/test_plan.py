@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,7 +18,9 @@ import pytest
 import flax_qformer as fq
 from flax_qformer.commands.main import main
 from flax_qformer.errors import InputError
+from flax_qformer.models import attention
 from flax_qformer.models.config import BLIP2_VIT_L
+from flax_qformer.parallel.mesh import mesh_context
 from flax_qformer.planning.planner import CHIPS, flops
 from flax_qformer.planning.traffic import count_traffic
 
@@ -116,6 +119,24 @@ def test_products_count_if_they_are_used() -> None:
     assert flops(traced.jaxpr) == (2 + 5) * 2 * 8**3
 
 
+def test_convolutions_kernels_and_forms_of_a_platform_count() -> None:
+    def program(image: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features = nn.Conv(8, (3, 3), strides=2).apply({"params": {"kernel": kernel, "bias": jnp.zeros(8)}}, image)
+        return features, attention.dot_product_attention(x, x, x)[0]
+
+    kernel = jnp.ones((3, 3, 4, 8))
+    image, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 6, 10, 4), (2, 1024, 3, 40)))
+    traced = jax.make_jaxpr(program)(image, x).jaxpr
+    convolution, products = 2 * (2 * 3 * 5 * 8) * (3 * 3 * 4), 2 * 2 * 2 * 3 * 1024**2
+    assert flops(traced) == convolution + products * 40
+    # A TPU's flash kernel has 128 lanes.
+    assert flops(traced, "tpu") == convolution + products * 128
+    with mesh_context(fq.make_mesh()):
+        on_mesh = jax.make_jaxpr(program)(image, x).jaxpr
+    assert "shard_map" in str(on_mesh)
+    assert flops(on_mesh, "tpu") == convolution + products * 128
+
+
 SHALLOW = dataclasses.replace(
     BLIP2_VIT_L,
     vision_config=dataclasses.replace(BLIP2_VIT_L.vision_config, num_hidden_layers=2),
@@ -199,3 +220,33 @@ def test_texts_too_long_for_the_model(tmp_path: Path) -> None:
     done = run(tmp_path, "--topology", "v5e:4x4", "--batch", "64", "--text-length", "513", config=SHALLOW)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--text-length is 513; the model has 512 positions")
+
+
+def run_generation(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("flax-qformer")
+    command = [str(program), "plan", "--for", "generate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_drawing_at_full_size_reaches_half_of_the_peak() -> None:
+    done = run_generation("--topology", "v5e:1x1", "--batch", "8", "--size", "512x512", "--steps", "50", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    print(plan)
+    step = plan["programs"]["denoising step"]
+    assert step["runs"] == 51
+    # Published: 0.803 TFLOP for a sample, of which guidance has two.
+    assert step["flops"] == pytest.approx(16 * 0.803e12, rel=0.02)
+    assert plan["share_of_peak"] >= 0.5
+    assert plan["headroom"] > 0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_sizes_that_do_not_divide_cannot_be_planned() -> None:
+    for size, words in (("512x500", "multiples of 8"), ("512", "--size is '512'; write it as width x height")):
+        done = run_generation("--topology", "v5e:1x1", "--batch", "8", "--size", size)
+        assert done.returncode == 2
+        assert words in done.stderr

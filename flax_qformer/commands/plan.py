@@ -1,10 +1,11 @@
-"""What a training step needs of a TPU pod."""
+"""What a training step, or drawing, needs of a TPU pod."""
 
 import dataclasses
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import tyro
@@ -15,17 +16,24 @@ from flax_qformer.commands.options import CommonOptions, ModelName, Positive
 from flax_qformer.errors import InputError
 from flax_qformer.training.settings import TrainSettings
 
+if TYPE_CHECKING:
+    from flax_qformer.planning.generation import GenerationPlan
+    from flax_qformer.planning.planner import Plan
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(CommonOptions):
-    """Compile the training step for a TPU pod, without one: memory, FLOPs, traffic and least time of each chip.
+    """Compile for a TPU pod, without one: memory, FLOPs, traffic and least time of each chip.
 
     Nothing is run, and no weights are needed.
 
     Attributes:
+      purpose: what to compile: a training step, or the programs that draw pictures with Stable Diffusion 1.5's sizes.
       topology: the pod, such as v5e:16x16.
-      batch: images in a step, over all chips.
-      model: folder, hub id or config.json.
+      batch: images in a step, or pictures that are drawn together, over all chips.
+      size: width and height of the pictures.
+      steps: denoising steps.
+      model: folder, hub id or config.json of the model to train.
       mesh: how the chips share the work, such as data=-1,fsdp=4,tensor=2.
       remat: recompute each layer in the backward pass.
       train: parameters to train: vision, qformer, heads, all, or regular expressions of paths.
@@ -34,8 +42,11 @@ class PlanOptions(CommonOptions):
       json: print JSON.
     """
 
+    purpose: Annotated[Literal["train", "generate"], tyro.conf.arg(name="for")] = "train"
     topology: Annotated[str, tyro.conf.arg(metavar="POD")]
     batch: Positive
+    size: Annotated[str, tyro.conf.arg(metavar="WxH")] = "512x512"
+    steps: Positive = 50
     model: ModelName = str(DEFAULT_MODEL)
     mesh: Annotated[str, tyro.conf.arg(metavar="SIZES")] = TrainSettings.mesh
     remat: bool = False
@@ -48,15 +59,21 @@ class PlanOptions(CommonOptions):
 def run(options: PlanOptions) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("this needs the TPU's compiler as well; run pip install 'flax-qformer[tpu]'")
-    from flax_qformer.planning.planner import plan
-
-    if not options.train:
-        raise InputError("`train` names nothing; name vision, qformer, heads or all")
     # The plan needs no chip, and another program may use those of this machine.
     jax.config.update("jax_platforms", "cpu")
     # Programs of the TPU compiler cannot be read from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    result = plan(
+    result = _drawing(options) if options.purpose == "generate" else _training(options)
+    text = json.dumps(dataclasses.asdict(result) | {"bound": result.bound}) if options.json else str(result)
+    print(with_options(text, PlanOptions))
+
+
+def _training(options: PlanOptions) -> "Plan":
+    from flax_qformer.planning.planner import plan
+
+    if not options.train:
+        raise InputError("`train` names nothing; name vision, qformer, heads or all")
+    return plan(
         options.model,
         options.topology,
         options.batch,
@@ -66,5 +83,19 @@ def run(options: PlanOptions) -> None:
         text_length=options.text_length,
         dtype=options.dtype,
     )
-    text = json.dumps(dataclasses.asdict(result) | {"bound": result.bound}) if options.json else str(result)
-    print(with_options(text, PlanOptions))
+
+
+def _drawing(options: PlanOptions) -> "GenerationPlan":
+    from flax_qformer.planning.generation import plan_generation
+
+    sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", options.size)
+    if not sides:
+        raise InputError(f"`size` is {options.size!r:.40}; write it as width x height, such as 512x768")
+    return plan_generation(
+        options.topology,
+        options.batch,
+        size=(int(sides[1]), int(sides[2])),
+        steps=options.steps,
+        mesh=options.mesh,
+        dtype=options.dtype,
+    )

@@ -61,7 +61,9 @@ def _flash_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
         return _flash(query, key, value)
-    batch_axes, head_axes, batch, heads = (), (), query.shape[0], query.shape[2]
+    batch_axes: tuple[str, ...] = ()
+    head_axes: tuple[str, ...] = ()
+    batch, heads = query.shape[0], query.shape[2]
     for axis in mesh.auto_axes:
         size = mesh.shape[axis]
         if axis == "tensor" and heads % size == 0:

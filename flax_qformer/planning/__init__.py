@@ -1,1 +1,1 @@
-"""What a training step needs of a pod that is not there."""
+"""What a training step, or drawing, needs of a pod that is not there."""

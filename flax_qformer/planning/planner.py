@@ -1,9 +1,12 @@
-"""Plan a training step on a TPU pod: the TPU's compiler, which runs on any machine, reports what the step needs."""
+"""Plan a training step on a TPU pod: the TPU's compiler, which runs on any machine, reports what the step needs.
+
+`generation` plans drawing in the same way.
+"""
 
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,16 +102,16 @@ class Plan:
     def __str__(self) -> str:
         mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
         rows = [
-            ("parameters", _with_unit(self.parameters, "B")),
-            ("optimizer", _with_unit(self.optimizer, "B")),
-            ("temporaries", _with_unit(self.temporaries, "B")),
-            ("headroom" if self.fits else "missing", _with_unit(abs(self.headroom), "B")),
-            ("products", _with_unit(self.flops, "FLOP")),
+            ("parameters", with_unit(self.parameters, "B")),
+            ("optimizer", with_unit(self.optimizer, "B")),
+            ("temporaries", with_unit(self.temporaries, "B")),
+            ("headroom" if self.fits else "missing", with_unit(abs(self.headroom), "B")),
+            ("products", with_unit(self.flops, "FLOP")),
         ]
         if self.fits:
-            rows.append(("to and from memory", _with_unit(self.memory_traffic or 0, "B")))
+            rows.append(("to and from memory", with_unit(self.memory_traffic or 0, "B")))
             for kind, sent in sorted(self.wire.items()):
-                rows.append((f"{self.collectives[kind]} {kind}", _with_unit(sent, "B sent")))
+                rows.append((f"{self.collectives[kind]} {kind}", with_unit(sent, "B sent")))
             rows += [(f"time for {name}", f"{1e3 * least:.3g} ms") for name, least in self.seconds.items()]
         lines = [f"{self.topology}, {self.chips} chips as {mesh}; {self.batch} images a step; on each chip:"]
         lines += [f"  {name:24} {value:>14}" for name, value in rows]
@@ -149,8 +152,8 @@ def plan(
     Raises:
       InputError: libtpu is not installed, an argument is unfit, or the text of the compiled program is not understood.
     """
-    chip = _chip(topology)
-    pod = _pod(topology, mesh)
+    chip = chip_of(topology)
+    pod = pod_of(topology, mesh)
     check_divides(batch, pod, "`batch`")
     config = read_config(model).scanned()
     positions = config.qformer_config.max_position_embeddings
@@ -163,7 +166,7 @@ def plan(
     state, inputs = _state(module, optimizer, train, pod), _inputs(module, batch, text_length, pod)
     step: Any = make_train_step(module, optimizer, mesh=pod)
     traced = step.trace(state, inputs)
-    kept = _shard_bytes((state.trained, state.frozen)), _shard_bytes(state.opt_state)
+    kept = shard_bytes((state.trained, state.frozen)), shard_bytes(state.opt_state)
     described: dict[str, Any] = {
         "topology": topology,
         "chips": pod.size,
@@ -171,16 +174,16 @@ def plan(
         "batch": batch,
         "parameters": kept[0],
         "optimizer": kept[1],
-        "flops": flops(traced.jaxpr.jaxpr) / pod.size,
+        "flops": flops(traced.jaxpr.jaxpr, "tpu") / pod.size,
     }
     try:
         compiled = traced.lower().compile(COMPILER)
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error), chip.memory)
+        needed = memory_needed(str(error), chip.memory)
         if needed is None:
             raise InputError(f"the step does not compile for {topology}: {first_line(error)}") from None
         temporaries, headroom = needed - sum(kept), chip.memory - needed
-        advice = tuple(_advice(chip.memory, sum(kept), temporaries, _shard_bytes(state.trained), batch, pod, remat))
+        advice = tuple(_advice(chip.memory, sum(kept), temporaries, shard_bytes(state.trained), batch, pod, remat))
         unknown: dict[str, Any] = {"memory_traffic": None, "wire": {}, "collectives": {}, "seconds": {}}
         return Plan(**described, **unknown, temporaries=temporaries, headroom=headroom, fits=False, advice=advice)
     # The peak includes the arguments; `temp_size_in_bytes` exceeds the peak.
@@ -201,22 +204,43 @@ def plan(
     )
 
 
-def flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products that a program uses, once per iteration of a loop; of branches, the largest.
+def flops(jaxpr: Any, platform: str | None = None) -> float:
+    """FLOPs of the matrix products and convolutions that a program uses, once per iteration of a loop.
 
-    XLA's own analysis counts a loop's body once.
+    XLA's own analysis counts a loop's body once, and no kernels. Of branches the largest counts; of the forms for
+    different platforms, the one for `platform`, which by default is the plain form.
     """
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     total = 0.0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+        kind, params = equation.primitive.name, equation.params
+        if kind == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
             sides = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(sides[axis] for axis in contracted)
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        inner = [flops(jaxpr) for jaxpr in _inner(equation.params)]
-        total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
+        elif kind == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            products = equation.outvars[0].aval.size * kernel.size // outputs
+            total += 2.0 * products / math.prod(params["lhs_dilation"])
+        inner = [flops(jaxpr, platform) for jaxpr in _inner(params)]
+        if kind == "scan":
+            total += params["length"] * sum(inner)
+        elif kind == "pallas_call":
+            total += math.prod(params["grid_mapping"].grid) * sum(inner)
+        elif kind == "shard_map":  # its arrays are those of one device
+            total += math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * sum(inner)
+        elif kind == "cond":
+            platforms = params.get("branches_platforms") or ()
+            total += inner[_branch(platforms, platform)] if platforms else max(inner)
+        else:
+            total += sum(inner)
     return total
+
+
+def _branch(platforms: Sequence[tuple[str, ...] | None], platform: str | None) -> int:
+    """The index of a platform's form; None in `platforms` is the form for all others."""
+    return next((i for i, names in enumerate(platforms) if names and platform in names), platforms.index(None))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
@@ -228,7 +252,7 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
                 yield item
 
 
-def _chip(topology: str) -> Chip:
+def chip_of(topology: str) -> Chip:
     name = topology.split(":")[0]
     if name not in CHIPS or not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*)+", topology):
         raise InputError(f"{topology!r} is not a topology; take one such as v5e:16x16, of {', '.join(CHIPS)}")
@@ -241,15 +265,17 @@ def _chip(topology: str) -> Chip:
     return CHIPS[name]
 
 
-def _pod(topology: str, mesh: str) -> Mesh:
+def pod_of(topology: str, mesh: str) -> Mesh:
     from jax.experimental import topologies
 
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        # libtpu expects hosts of four chips unless it is told of a single chip.
+        single = {"chips_per_host_bounds": (1, 1, 1)} if set(topology.split(":")[1]) <= set("1x") else {}
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **single)
     except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
-        pod = f"{topology.split(':')[0]}:{_chip(topology).pod}"
+        pod = f"{topology.split(':')[0]}:{chip_of(topology).pod}"
         raise InputError(f"there is no pod {topology} ({first_line(error)}); take one such as {pod}") from None
     return named_mesh(mesh, described.devices)
 
@@ -278,14 +304,14 @@ def _inputs(module: Blip2ForPreTraining, batch: int, text_length: int, pod: Mesh
     return {name: jax.ShapeDtypeStruct(*shape, sharding=place) for name, shape in shapes.items()}
 
 
-def _shard_bytes(tree: Any) -> float:
+def shard_bytes(tree: Any) -> float:
     """Bytes of a tree's shards on one chip."""
     return float(
         sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     )
 
 
-def _with_unit(value: float, unit: str) -> str:
+def with_unit(value: float, unit: str) -> str:
     power = min(max(int(math.log10(value)) // 3, 0), 5) if value >= 1 else 0
     return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"
 
@@ -293,7 +319,7 @@ def _with_unit(value: float, unit: str) -> str:
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
-def _needed(error: str, memory: float) -> float | None:
+def memory_needed(error: str, memory: float) -> float | None:
     """Memory needed by a step that does not fit, from the compiler's error; None if that is another error.
 
     The compiler's temporaries include the arguments.
