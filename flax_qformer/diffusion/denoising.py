@@ -12,9 +12,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from flax_qformer.compilation import compiler_options
-from flax_qformer.parallel.mesh import interleaved, keep_batch
+from flax_qformer.parallel.mesh import BATCH, interleaved, keep_batch
 
 
 @flax.struct.dataclass
@@ -75,9 +76,25 @@ def denoising_loop(unet: Any, controlnets: tuple[Any, ...], scheduler: Any) -> C
             output = scheduler.step(state, predicted, timestep, latents, jax.random.fold_in(key, i))
             return keep_batch(output.prev_sample), output.state
 
-        return jax.lax.fori_loop(first, last, step, (latents, state))
+        latents, state = jax.lax.fori_loop(first, last, step, (latents, state))
+        if jax.sharding.get_abstract_mesh().auto_axes:
+            state = jax.lax.with_sharding_constraint(state, state_specs(state, latents.shape))
+        return latents, state
 
     return jax.jit(run, compiler_options=compiler_options())
+
+
+def state_specs(state: Any, shape: tuple[int, ...]) -> Any:
+    """How a scheduler's state is sharded, before and after each run of the loop: its samples are, by their batch.
+
+    shape: of the latents.
+    """
+
+    def of(leaf: Any) -> PartitionSpec:
+        leading = leaf.ndim - len(shape)
+        return PartitionSpec(*[None] * leading, *BATCH) if leaf.shape[leading:] == shape else PartitionSpec()
+
+    return jax.tree.map(of, state)
 
 
 def _control(

@@ -17,8 +17,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_qformer.checkpoints.model_files import AnyModelName
 from flax_qformer.checkpoints.pipeline_lora import load_pipeline_lora
+from flax_qformer.checkpoints.pipelines import load_pipeline_parts
 from flax_qformer.diffusion.control import Control, as_tuple
-from flax_qformer.diffusion.denoising import Conditions, decoder, denoising_loop, draw_noise, encode_prompts
+from flax_qformer.diffusion.denoising import (
+    Conditions,
+    decoder,
+    denoising_loop,
+    draw_noise,
+    encode_prompts,
+    state_specs,
+)
 from flax_qformer.diffusion.prompt import build_prompts, tokenize
 from flax_qformer.diffusion.subjects import centre_crop, mix_subjects, photo_groups
 from flax_qformer.errors import InputError
@@ -66,6 +74,7 @@ class BlipDiffusionPipeline:
       processor: the Q-Former's `Processor`.
       ctx_begin_pos: the position of the subject vectors among the prompt's tokens.
       mesh: over which a batch of pictures is sharded, or None.
+      subject_embeddings: (Q, D), for calls without photos and vectors; None unless LAVIS's fine-tuning has them.
     """
 
     part_names: tuple[str, ...] = ("unet", "vae", "text_encoder", "qformer")
@@ -79,6 +88,7 @@ class BlipDiffusionPipeline:
         processor: Processor,
         ctx_begin_pos: int = 2,
         mesh: Mesh | None = None,
+        subject_embeddings: ArrayLike | None = None,
     ) -> None:
         """Build a pipeline from its parts; see `from_pretrained`.
 
@@ -96,6 +106,7 @@ class BlipDiffusionPipeline:
         self.processor = processor
         self.ctx_begin_pos = ctx_begin_pos
         self.mesh = mesh
+        self.subject_embeddings = subject_embeddings
 
     @classmethod
     def from_pretrained(
@@ -122,10 +133,14 @@ class BlipDiffusionPipeline:
         Raises:
           InputError: there is no such pipeline, a part is missing, or one does not fit its config.
         """
-        from flax_qformer.checkpoints.pipelines import load_pipeline_parts
-
         parts = load_pipeline_parts(
-            path_or_hub_id, dtype, param_dtype, mesh=mesh, controlnet=controlnet, subject=subject
+            path_or_hub_id,
+            dtype,
+            param_dtype,
+            mesh=mesh,
+            with_controlnet="controlnet" in cls.part_names,
+            controlnet=controlnet,
+            subject=subject,
         )
         return cls(
             parts.components,
@@ -135,6 +150,7 @@ class BlipDiffusionPipeline:
             parts.processor,
             parts.ctx_begin_pos,
             mesh,
+            parts.subject_embeddings,
         )
 
     def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
@@ -213,7 +229,8 @@ class BlipDiffusionPipeline:
           prompt_strength, prompt_reps: their product is how often the prompt is repeated, at least once.
           num_images_per_prompt: pictures of each prompt.
           output_type: "pil", "np" or "latent".
-          rng: a random key or an integer seed, or one for each picture; by default `jax.random.key(0)`.
+          rng: a random key or an integer seed, or one for each picture; by default `jax.random.key(0)`. A picture
+            depends only on its own; the first of `rng=5` is that of `rng=[5]`.
           callback: called after each step with its number, from 0, and the latents.
           subject_embeddings: (Q, D) or (N, Q, D) instead of photos, from `get_query_embeddings` or `load_subjects`.
           preprocess: how photos become square, as in `get_query_embeddings`.
@@ -277,7 +294,9 @@ class BlipDiffusionPipeline:
                 control_scales=np.zeros((padded, 0)) if control is None else control.scales(steps, padded),
                 seed=np.asarray(jax.random.bits(keys[0])),
             )
-            drawn = self._denoise(conditions, self._placed(noise * state.init_noise_sigma), state, steps, callback)
+            start = self._placed(noise * state.init_noise_sigma, BATCH)
+            state = self._placed(state, state_specs(state, shape))
+            drawn = self._denoise(conditions, start, state, steps, callback)
             if output_type == "latent":
                 return ImagePipelineOutput(drawn)
             pictures = _to_host(decoder(self.components["vae"])(self.params["vae"], drawn))
@@ -301,6 +320,8 @@ class BlipDiffusionPipeline:
         self, count: int, photos: Any, names: str | Sequence[str] | None, vectors: ArrayLike | None, preprocess: str
     ) -> np.ndarray:
         """Subject vectors (prompts, Q, D), computed once for a subject that all prompts share."""
+        if photos is None and vectors is None:
+            vectors = self.subject_embeddings
         if (photos is None) == (vectors is None):
             raise InputError("give either `reference_image` or `subject_embeddings`")
         config = self.components["text_encoder"].config
@@ -333,9 +354,11 @@ class BlipDiffusionPipeline:
             )
         return np.broadcast_to(array, (count, *array.shape[1:]))
 
-    def _placed(self, batch: np.ndarray) -> jax.Array:
-        """A batch, sharded over the mesh if there is one."""
-        return jnp.asarray(batch) if self.mesh is None else jax.device_put(batch, NamedSharding(self.mesh, BATCH))
+    def _placed(self, arrays: Any, specs: Any) -> Any:
+        """Arrays on the devices, sharded over the mesh if there is one."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, arrays)
+        return jax.device_put(arrays, jax.tree.map(partial(NamedSharding, self.mesh), specs))
 
     def _denoise(
         self,
@@ -470,9 +493,11 @@ def _picture_keys(rng: Any, count: int) -> jax.Array:
     if isinstance(rng, int | np.integer):
         rng = jax.random.key(rng)
     elif isinstance(rng, list | tuple) and all(isinstance(seed, int | np.integer) for seed in rng):
-        rng = _keys_of_seeds(np.array(rng, np.uint32))
+        rng = jnp.stack([jax.random.key(seed) for seed in rng])
+    elif isinstance(rng, list | tuple):
+        rng = jnp.stack(rng)
     else:
-        rng = jax.numpy.asarray(rng) if not isinstance(rng, list | tuple) else jnp.stack(rng)
+        rng = jnp.asarray(rng)
     if rng.dtype == jnp.uint32 and rng.shape[-1:] == (2,):
         rng = jax.random.wrap_key_data(rng)
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.shape not in ((), (count,)):
@@ -483,10 +508,7 @@ def _picture_keys(rng: Any, count: int) -> jax.Array:
     return _split_key(rng, count) if not rng.shape else rng
 
 
-_keys_of_seeds = jax.jit(jax.vmap(jax.random.key))
-
-
 @partial(jax.jit, static_argnames=("count",))
 def _split_key(key: jax.Array, count: int) -> jax.Array:
-    """Keys (count,); the first ones are the same for every count."""
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
+    """Keys (count,): the key itself, and others derived from it. The first ones are the same for every count."""
+    return jnp.concatenate([key[None], jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(1, count))])

@@ -70,7 +70,7 @@ def load_subjects(file: str | os.PathLike[str]) -> tuple[np.ndarray, list[str]]:
             array, names = content["subject_embeddings"], content["names"]
     except OSError as error:
         raise InputError(f"the subjects {file} cannot be read ({error.strerror or first_line(error)})") from None
-    except (KeyError, ValueError, EOFError, IndexError, AttributeError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, EOFError, IndexError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} is no file of `save_subjects` ({first_line(error)})") from None
     if array.dtype != np.float32 or names.dtype.kind != "U" or names.shape != array.shape[:1]:
         raise InputError(

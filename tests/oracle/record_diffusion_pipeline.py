@@ -106,8 +106,8 @@ def record_loss(tokenizer: CLIPTokenizer, prediction_type: str) -> dict[str, np.
     label = f"loss/{prediction_type}"
     answers = {label: loss.detach().numpy(), f"{label}/subject_embeddings": subjects.grad.numpy()}
     for part in ("unet", "text_encoder") if prediction_type == "epsilon" else ():
-        for name, parameter in modules[part].named_parameters():
-            answers[f"{label}/{part}/{name}"] = unet_cases.some(parameter.grad.numpy())
+        gradients = {name: parameter.grad.numpy() for name, parameter in modules[part].named_parameters()}
+        answers[f"{label}/{part}"] = np.concatenate([unet_cases.some(gradients[name]) for name in sorted(gradients)])
     return answers
 
 
