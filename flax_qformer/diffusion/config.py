@@ -29,7 +29,8 @@ class PartConfig:
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)
             if not _fits(value, hints[field.name]):
-                raise InputError(f"{type(self).__name__}.{field.name} is {value!r:.60}; it must be {field.type}")
+                kind = getattr(field.type, "__name__", field.type)
+                raise InputError(f"{type(self).__name__}.{field.name} is {value!r:.60}; it must be {kind}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -1,6 +1,7 @@
 """The ControlNet: a copy of the UNet's first half that reads a picture, such as edges, and steers the UNet with it."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import flax.linen as nn
 import flax.struct
@@ -73,7 +74,7 @@ class ConditioningEmbedding(ImageBlock):
         """
         widths = self.config.conditioning_embedding_out_channels
         x = nn.silu(self.conv("conv_in", widths[0])(picture))
-        for i, (width, next_width) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (width, next_width) in enumerate(pairwise(widths)):
             x = nn.silu(self.conv(f"blocks_{2 * i}", width)(x))
             x = nn.silu(self.conv(f"blocks_{2 * i + 1}", next_width, stride=2)(x))
         return self.conv("conv_out", self.config.block_out_channels[0], kernel_init=nn.initializers.zeros)(x)

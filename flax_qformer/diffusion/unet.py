@@ -507,8 +507,7 @@ class UNet2DConditionModel(LatentEncoder):
         if down_block_additional_residuals is not None or mid_block_additional_residual is not None:
             residuals = [*(down_block_additional_residuals or ()), mid_block_additional_residual]
             features = [*skips, x]
-            shapes = ([jnp.shape(y) for y in maps] for maps in (residuals, features))
-            if len(set(map(str, shapes))) > 1:
+            if [getattr(residual, "shape", None) for residual in residuals] != [y.shape for y in features]:
                 raise InputError(
                     f"the UNet needs {len(skips)} down_block_additional_residuals and a mid_block_additional_residual "
                     "with the shapes of its own feature maps; take those of a ControlNet with the UNet's config"

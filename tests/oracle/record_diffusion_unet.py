@@ -1,6 +1,7 @@
 """Upstream's UNets and ControlNets on the cases of `unet_cases`."""
 
-from pathlib import Path
+import inspect
+import json
 from typing import Any
 
 import numpy as np
@@ -19,37 +20,34 @@ def build(kind: type[torch.nn.Module], config: dict[str, Any]) -> torch.nn.Modul
     return model
 
 
-def record_diffusion_unet(folder: Path) -> None:
-    """Write `diffusion_unet.npz`: feature maps are NHWC, gradients in the order of upstream's names."""
+def record() -> dict[str, np.ndarray]:
+    """The arrays of `diffusion_unet.npz`: feature maps are NHWC, gradients in the order of upstream's names."""
     answers: dict[str, np.ndarray] = {}
+    control: dict[str, list[torch.Tensor]] = {}
+    for label, config in unet_cases.CONTROLNETS.items():
+        controlnet = build(ControlNetModel, config)
+        inputs = tensors(unet_cases.inputs(config, label))
+        output = controlnet(**inputs, conditioning_scale=unet_cases.CONDITIONING_SCALE)
+        control[label] = [*output.down_block_res_samples, output.mid_block_res_sample]
+        answers |= {f"controlnet/{label}/{i}": nhwc(value) for i, value in enumerate(control[label])}
+        if label in unet_cases.WITH_GRADIENTS["controlnet"]:
+            differentiate(answers, f"controlnet/{label}", controlnet, inputs, *control[label])
     for label, config in unet_cases.UNETS.items():
         unet = build(UNet2DConditionModel, config)
         inputs = tensors(unet_cases.inputs(config, label))
-        inputs["encoder_hidden_states"].requires_grad_()
-        residuals = {}
-        if label in unet_cases.CONTROLNETS and label == "four_levels":
-            residuals = control(answers, label, inputs)
+        residuals: dict[str, Any] = {}
+        if label in unet_cases.CONTROLLED:
+            *down, middle = control[label]
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         sample = unet(**inputs, **residuals).sample
         answers[f"{label}/sample"] = nhwc(sample)
-        differentiate(answers, label, unet, inputs, sample)
-    label = "three_levels"
-    control(answers, label, tensors(unet_cases.inputs(unet_cases.CONTROLNETS[label], label)))
-    cases.save(folder / "diffusion_unet.npz", answers)
-
-
-def control(answers: dict[str, np.ndarray], label: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Record a ControlNet, and return its residuals for a UNet."""
-    config = unet_cases.CONTROLNETS[label]
-    controlnet = build(ControlNetModel, config)
-    picture = tensors(unet_cases.inputs(config, label))["controlnet_cond"]
-    text = inputs["encoder_hidden_states"].detach().requires_grad_()
-    inputs = {**inputs, "controlnet_cond": picture, "encoder_hidden_states": text}
-    output = controlnet(**inputs, conditioning_scale=unet_cases.CONDITIONING_SCALE)
-    residuals = [*output.down_block_res_samples, output.mid_block_res_sample]
-    answers |= {f"controlnet/{label}/{i}": nhwc(value) for i, value in enumerate(residuals)}
-    differentiate(answers, f"controlnet/{label}", controlnet, inputs, *residuals)
-    *down, middle = (value.detach() for value in residuals)
-    return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+        if label in unet_cases.WITH_GRADIENTS["unet"]:
+            differentiate(answers, label, unet, inputs, sample)
+    for kind in (UNet2DConditionModel, ControlNetModel):
+        signature = inspect.signature(kind.__init__).parameters.values()
+        defaults = {field.name: field.default for field in signature if field.name != "self"}
+        answers[f"{kind.__name__}/defaults"] = np.array(json.dumps(defaults))
+    return answers
 
 
 def differentiate(
@@ -61,7 +59,9 @@ def differentiate(
 ) -> None:
     """Record the gradients of a weighted sum of the outputs."""
     weights = (cases.draw(f"loss {i}", nhwc(output).shape) for i, output in enumerate(outputs))
-    loss = sum((output.permute(0, 2, 3, 1) * torch.from_numpy(w)).sum() for output, w in zip(outputs, weights))
+    loss = sum(
+        (output.permute(0, 2, 3, 1) * torch.from_numpy(w)).sum() for output, w in zip(outputs, weights, strict=True)
+    )
     loss.backward()
     answers[f"{label}/text_gradient"] = inputs["encoder_hidden_states"].grad.numpy()
     gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
@@ -69,11 +69,11 @@ def differentiate(
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Upstream's inputs: float64, images with channels first, text with a gradient."""
     made = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    return {
-        name: value if value.dim() == 1 else (value.permute(0, 3, 1, 2) if value.dim() == 4 else value).double()
-        for name, value in made.items()
-    }
+    doubles = {name: value.double() for name, value in made.items() if value.is_floating_point()}
+    images = {name: value.permute(0, 3, 1, 2) for name, value in doubles.items() if value.dim() == 4}
+    return {**made, **doubles, **images, "encoder_hidden_states": doubles["encoder_hidden_states"].requires_grad_()}
 
 
 def nhwc(value: torch.Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ SD1: dict[str, Any] = {
     "in_channels": 4,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "block_out_channels": [8, 8, 16, 16],
-    "layers_per_block": 2,
+    "layers_per_block": 1,
     "norm_num_groups": 4,
     "cross_attention_dim": 12,
     "attention_head_dim": 2,
@@ -22,7 +22,6 @@ UNETS: dict[str, dict[str, Any]] = {
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
         "block_out_channels": [8, 16],
-        "layers_per_block": 1,
         "downsample_padding": 0,
         "sample_size": 8,
     },
@@ -50,13 +49,12 @@ UNETS: dict[str, dict[str, Any]] = {
         "conv_out_kernel": 1,
     },
     "four_levels": {**SD1, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3]},
-    "plain_middle": {
+    "one_level": {
         **SD1,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [8, 8],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "block_out_channels": [8],
         "mid_block_type": "UNetMidBlock2D",
-        "layers_per_block": 1,
     },
 }
 UNETS["no_middle"] = {**UNETS["two_levels"], "mid_block_type": None, "downsample_padding": 1}
@@ -65,7 +63,7 @@ SIZES = {
     "two_levels": (8, 8),
     "three_levels": (7, 10),
     "four_levels": (9, 13),
-    "plain_middle": (4, 6),
+    "one_level": (4, 6),
     "no_middle": (5, 3),
 }
 """Height and width of the latents of each UNet."""
@@ -88,6 +86,12 @@ CONTROLNETS: dict[str, dict[str, Any]] = {
 
 CONDITIONING_SCALE = 0.7
 
+CONTROLLED = ("four_levels",)
+"""UNets that get the residuals of the ControlNet with the same label."""
+
+WITH_GRADIENTS = {"unet": ("no_middle",), "controlnet": ("three_levels",)}
+"""Cases whose gradients are recorded, too; they take long to compile."""
+
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """`cases.weight`, for which these models' embeddings are layers like others."""
@@ -95,7 +99,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def inputs(config: dict[str, Any], label: str) -> dict[str, np.ndarray]:
-    """Noisy latents (NHWC), a timestep for each and text of seven tokens; a picture if the config has a ControlNet's."""
+    """Noisy latents (NHWC), a timestep for each, and text of seven tokens; for a ControlNet also a picture."""
     height, width = SIZES[label]
     arrays = {
         "sample": cases.draw(f"{label} sample", (2, height, width, config["in_channels"])),
