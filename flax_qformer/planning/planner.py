@@ -229,7 +229,7 @@ def flops(jaxpr: Any, platform: str | None = None) -> float:
         elif kind == "pallas_call":
             total += math.prod(params["grid_mapping"].grid) * sum(inner)
         elif kind == "shard_map":  # its arrays are those of one device
-            total += math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * sum(inner)
+            total += params["mesh"].size * sum(inner)
         elif kind == "cond":
             platforms = params.get("branches_platforms") or ()
             total += inner[_branch(platforms, platform)] if platforms else max(inner)
