@@ -433,6 +433,25 @@ def test_the_embedded_pipeline() -> None:
         assert same(parts.params[name], tiny_pipeline.random_params(DRAWING_PARTS[name], config, seed))
 
 
+HOSTILE = (None, -1, 0, 3, 1e308, "x", [], [0], [-1, 2], {}, True, 2**63, 10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*int64:UserWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("name", [*PARTS, "controlnet"])
+def test_hostile_configs(modern: Path, name: str) -> None:
+    part = DRAWING_PARTS[name]
+    values = CONTROLNET if name == "controlnet" else json.loads((modern / name / "config.json").read_text())
+    refused = 0
+    for field in part.config_values(part_config(part, values, name)):
+        for value in HOSTILE:
+            try:
+                part_rows(part, part_config(part, {**values, field: value}, name))
+            except fq.InputError:
+                refused += 1
+    assert refused > 50
+
+
 MEMORY = """
 import resource, sys
 import jax, jax.numpy as jnp

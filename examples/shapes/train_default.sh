@@ -32,3 +32,5 @@ run pairs "$folder/run_two/model" --steps 6000 --batch-size 32 --seed 1 --dropou
 run more "$folder/run_pairs/model" --steps 6000 --batch-size 32 --seed 2 --dropout 0.1 --ema-decay 0.999
 run bare "$folder/run_more/model" --steps 6000 --batch-size 32 --seed 3 --dropout 0.1 --ema-decay 0.999
 flax-qformer export "$folder/run_bare/model" "$here/../../flax_qformer/assets/default" --layout diffusers --overwrite
+# The drawing pipeline around it, which the export removed with the old model.
+python "$here/tiny_pipeline.py"

@@ -32,7 +32,7 @@ from flax_qformer.diffusion.config import PartConfig
 from flax_qformer.diffusion.controlnet import ControlNetConfig, ControlNetModel
 from flax_qformer.diffusion.text_encoder import CLIPTextConfig, ContextCLIPTextModel
 from flax_qformer.diffusion.unet import UNet2DConditionConfig, UNet2DConditionModel
-from flax_qformer.errors import InputError
+from flax_qformer.errors import InputError, first_line
 from flax_qformer.json_files import read_json
 from flax_qformer.parallel.partition_rules import sharding_of
 
@@ -278,7 +278,10 @@ def part_rows(part: Part, config: PartConfig, old_names: bool = False) -> list[P
 def _shapes(part: Part, config: PartConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Path and shape of every parameter; tracing a full-size UNet takes seconds."""
     model = part.model_class(config)
-    tree = jax.eval_shape(model.init, jax.random.key(0), *part.inputs(config))["params"]
+    try:
+        tree = jax.eval_shape(model.init, jax.random.key(0), *part.inputs(config))["params"]
+    except (TypeError, OverflowError) as error:  # JAX's, of numbers beyond its integers
+        raise InputError(f"the {part.name}'s config describes no model ({first_line(error)}); fetch it again") from None
     return [(path, leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()]
 
 

@@ -509,10 +509,11 @@ def _is_lavis(folder: Path) -> bool:
 
 
 def _lavis_pipeline(folder: Path, source: str, tokenizer: str | os.PathLike[str] | None) -> PipelineFiles:
-    parts = {part.name: files_in(folder / part.name, f"{source}/{part.name}") for part in (UNET, VAE, TEXT_ENCODER)}
-    missing = [name for name, files in parts.items() if not files.weights]
+    kinds = [UNET, VAE, TEXT_ENCODER]
+    missing = [part.name for part in kinds if not (folder / part.name).is_dir()]
     if missing:
         raise InputError(f"{source} has no {' and no '.join(missing)}, parts of the pipeline; fetch them too")
+    parts = {part.name: files_in(folder / part.name, f"{source}/{part.name}") for part in kinds}
     index = pipeline_index(LAVIS_SCHEDULER["_class_name"])
     own = folder / "tokenizer"
     tokenizer_folder = _tokenizer_folder(own, tokenizer or (None if own.is_dir() else CLIP), source)
@@ -538,8 +539,8 @@ def _downloaded(hub_id: str, parts: Sequence[Part], is_pipeline: bool = False) -
             for stem in ("model", "pytorch_model", "diffusion_pytorch_model"):
                 patterns += [kind.format(name, stem) for kind in kinds]
         folder = download(hub_id, patterns)
-        files = {name: files_in(folder / name, name) for name in names}
-        names = [name for name, found in files.items() if not (found.params or found.weights)]
+        found = {name: files_in(folder / name, name) for name in names if (folder / name).is_dir()}
+        names = [name for name, files in found.items() if not (files.params or files.weights)]
         if not names:
             break
     return folder
