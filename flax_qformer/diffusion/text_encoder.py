@@ -254,7 +254,7 @@ class ContextCLIPTextModel(Block):
                 f"`input_ids` are {input_ids.dtype} of shape {input_ids.shape}; the text encoder takes whole numbers "
                 "(batch, tokens)"
             )
-        batch, length = input_ids.shape
+        (batch, length), begin = input_ids.shape, None
         if (ctx_embeddings is None) != (ctx_begin_pos is None):
             raise InputError("`ctx_embeddings` and `ctx_begin_pos` belong together; give both or neither")
         if ctx_embeddings is not None and ctx_begin_pos is not None:
@@ -265,7 +265,7 @@ class ContextCLIPTextModel(Block):
                     f"`ctx_embeddings` have shape {shape}; {batch} texts take ({batch} or 1, vectors, {c.hidden_size})"
                 )
             ctx_embeddings = jnp.broadcast_to(ctx_embeddings, (batch, *shape[1:]))
-            ctx_begin_pos = _begin_of_each(ctx_begin_pos, batch)
+            begin = _begin_of_each(ctx_begin_pos, batch)
             length += shape[1]
         if length > c.max_position_embeddings:
             raise InputError(
@@ -273,7 +273,7 @@ class ContextCLIPTextModel(Block):
                 f"text encoder has {c.max_position_embeddings} positions; shorten the text"
             )
         transformer = ContextCLIPTextTransformer(c, name="text_model", **self.policy)
-        last, states = transformer(input_ids, ctx_embeddings, ctx_begin_pos, deterministic)
+        last, states = transformer(input_ids, ctx_embeddings, begin, deterministic)
         # The end of text is the highest id of the vocabulary, or the config's if tokens were added behind it.
         ends = input_ids
         if c.eos_token_id is not None and c.eos_token_id != OLD_EOS_TOKEN_ID:

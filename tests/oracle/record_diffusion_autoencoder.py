@@ -46,7 +46,8 @@ def record_diffusion_autoencoder(folder: Path) -> None:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(torch.from_numpy(cases.weight(name, tuple(parameter.shape))))
-        answers[f"{label}/config"] = np.array(json.dumps(dict(model.config)))
+        config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        answers[f"{label}/config"] = np.array(json.dumps(config))
         channels, latent_channels = model.config.in_channels, model.config.latent_channels
         pixels = image(f"{label} pixels", (*PIXELS[label], channels))
         distribution = model.encode(pixels).latent_dist

@@ -64,9 +64,9 @@ def record_diffusion_text_encoder(folder: Path) -> None:
             keep(answers, f"{label}/one_subject", model(ctx_embeddings=same, ctx_begin_pos=[2] * BATCH, **inputs))
         output = model(ctx_embeddings=vectors, ctx_begin_pos=list(BEGIN), **inputs)
         keep(answers, f"{label}/subjects", output)
-        names = ("last_hidden_state", "pooler_output")
-        weights = [torch.from_numpy(cases.draw(f"loss {name}", tuple(output[name].shape))) for name in names]
-        sum((output[name] * weight).sum() for name, weight in zip(names, weights)).backward()
+        in_loss = {name: output[name] for name in ("last_hidden_state", "pooler_output")}
+        weights = {name: torch.from_numpy(cases.draw(f"loss {name}", tuple(x.shape))) for name, x in in_loss.items()}
+        sum((x * weights[name]).sum() for name, x in in_loss.items()).backward()
         for name, parameter in model.named_parameters():
             answers[f"{label}/gradient/{name}"] = parameter.grad.numpy()
         answers[f"{label}/gradient/ctx_embeddings"] = vectors.grad.numpy()
