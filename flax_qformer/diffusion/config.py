@@ -29,7 +29,7 @@ class PartConfig:
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)
             if not _fits(value, hints[field.name]):
-                kind = getattr(field.type, "__name__", field.type)
+                kind = field.type.__name__ if isinstance(field.type, type) else field.type
                 raise InputError(f"{type(self).__name__}.{field.name} is {value!r:.60}; it must be {kind}")
 
     @classmethod

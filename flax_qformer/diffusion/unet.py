@@ -505,7 +505,7 @@ class UNet2DConditionModel(LatentEncoder):
         x = self.conv("conv_in", config.block_out_channels[0], config.conv_in_kernel)(sample)
         skips, x = self.encode(x, time, encoder_hidden_states, deterministic)
         if down_block_additional_residuals is not None or mid_block_additional_residual is not None:
-            residuals = [*(down_block_additional_residuals or ()), mid_block_additional_residual]
+            residuals: list[Any] = [*(down_block_additional_residuals or ()), mid_block_additional_residual]
             features = [*skips, x]
             if [getattr(residual, "shape", None) for residual in residuals] != [y.shape for y in features]:
                 raise InputError(
@@ -515,7 +515,8 @@ class UNet2DConditionModel(LatentEncoder):
             *skips, x = (y + residual.astype(y.dtype) for y, residual in zip(features, residuals, strict=True))
         for i, (kind, level) in enumerate(zip(config.up_block_types, reversed(config.levels), strict=True)):
             skips, joined = skips[: -level.layers - 1], skips[-level.layers - 1 :]
-            size = skips[-1].shape[1:3] if skips else None
+            # Upsampling ends at the size of the next skip, which is odd if the size did not divide evenly.
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             block = self.block(UpBlock2D, f"up_blocks_{i}", level, kind == UP_BLOCKS[0])
             x = block(x, joined, size, time, encoder_hidden_states, deterministic)
         x = nn.silu(self.group_norm("conv_norm_out", config.norm_num_groups, config.norm_eps)(x))

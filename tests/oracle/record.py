@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import record_diffusion_schedulers
+import record_diffusion_unet
 import torch
 from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
@@ -245,6 +246,7 @@ def main() -> None:
     records |= {"default": record_default(), "processor": record_processor(), "activations": record_activations()}
     records |= {"positions": record_positions()}
     records |= {"diffusion_schedulers": record_diffusion_schedulers.record()}
+    records |= {"diffusion_unet": record_diffusion_unet.record()}
     for name, answers in records.items():
         cases.save(folder / f"{name}.npz", answers)
     record_diffusion_text_encoder(folder)
