@@ -452,17 +452,23 @@ def test_hostile_configs(modern: Path, name: str) -> None:
     assert refused > 50
 
 
+# The peak of the resident memory, over what is resident before, in parts of the parameters. getrusage would count the
+# parent's memory from before the exec.
 MEMORY = """
-import resource, sys
-import jax, jax.numpy as jnp
+import sys
+from pathlib import Path
+import jax
 from flax_qformer.checkpoints.pipelines import load_component
 
-jax.jit(jnp.sum)(jnp.ones(8)).block_until_ready()
+def resident(name):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
 load_component(sys.argv[2], "unet")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
 _, params = load_component(sys.argv[1], "unet")
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+print((resident("VmHWM") - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
@@ -477,7 +483,7 @@ def test_the_memory_of_loading(modern: Path, copied: Path) -> None:
     tensors = {row.name: np.zeros(row.torch_shape, np.float32) for row in rows}
     torch_save(tensors, copied / "unet" / "diffusion_pytorch_model.bin")
     done = subprocess.run([sys.executable, "-c", MEMORY, copied, modern], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.3
+    assert 0.9 < float(done.stdout) < 1.3
 
 
 HUB = """

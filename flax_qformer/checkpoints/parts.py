@@ -87,8 +87,9 @@ class Part:
 
     def config_values(self, config: PartConfig) -> dict[str, Any]:
         """The contents of a `config.json` as upstream writes it."""
-        names = {"architectures": [self.class_names[0]]} if self.weights == "model" else {}
-        return (names or {"_class_name": self.class_names[0]}) | config.to_dict()
+        name = self.class_names[0]
+        named = {"architectures": [name]} if self is TEXT_ENCODER else {"_class_name": name}
+        return {**named, **config.to_dict()}
 
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"

@@ -101,7 +101,7 @@ SD_1_5: dict[str, dict[str, Any]] = {
 }
 """The configs of LAVIS's parts, those of Stable Diffusion 1.5; other fields have upstream's defaults."""
 
-LAVIS_SCHEDULER = {
+LAVIS_SCHEDULER: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -225,7 +225,7 @@ def load_pipeline_parts(
             loaded = files.read(part, kept, allow_non_finite, place)
         components[name], params[name] = loaded.module(compute, kept), loaded.params
     if controlnet is not None:
-        several = controlnet if isinstance(controlnet, list | tuple) else [controlnet]
+        several: Any = controlnet if isinstance(controlnet, list | tuple) else [controlnet]
         pairs = [
             load_part(one, CONTROLNET, dtype, param_dtype, mesh=mesh, allow_non_finite=allow_non_finite)
             for one in several
