@@ -347,8 +347,8 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing subcommand Expected one of {embed, attend, convert,"),
-        (["embedd"], "Unrecognized options: embedd Available subcommands: embed, attend,"),
+        ([], "Missing subcommand Expected one of {generate, embed, attend,"),
+        (["embedd"], "Unrecognized options: embedd Available subcommands: generate, embed,"),
         (["embed", IMAGE, "--batch-size", "0"], "--batch-size: 0 is not a whole number of 1 or more"),
         (["embed", IMAGE, "--embedding-dtype", "float64"], "invalid choice 'float64' for argument '--embedding-dtype'"),
         (

@@ -70,7 +70,7 @@ class EmbedSettings:
     process: tuple[int, int] | None
 
 
-class Part(NamedTuple):
+class EmbeddedRows(NamedTuple):
     """The rows of one batch: ids, errors or None, and embeddings (n, queries, width)."""
 
     ids: list[str]
@@ -124,7 +124,7 @@ def _model_files(settings: EmbedSettings) -> set[Path]:
 
 def _embed(
     images: Images, batches: Sequence[range], *, size: int, settings: EmbedSettings, mesh: Mesh
-) -> Generator[Part]:
+) -> Generator[EmbeddedRows]:
     """Load the model, then yield the rows of each batch, `size` or fewer."""
     model, params = from_pretrained(
         settings.model, as_dtype(settings.dtype), model_class=Blip2QFormerModel, config=settings.config, mesh=mesh
@@ -142,7 +142,7 @@ def _embed(
             output = apply({"params": params}, pixel_values, **tokens)
         return output.query_embeddings.astype(settings.embedding_dtype)
 
-    def parts() -> Generator[Part]:
+    def parts() -> Generator[EmbeddedRows]:
         before: tuple[dict[str, Any], jax.Array] | None = None
         decoded = image_batches(images, processor.image_processor, batches, size, settings.num_workers)
         with contextlib.closing(decoded):
@@ -155,13 +155,13 @@ def _embed(
         if before:
             yield part(*before)
 
-    def part(batch: dict[str, Any], embeddings: jax.Array) -> Part:
-        return Part(batch["id"], batch["error"], np.asarray(embeddings)[: len(batch["id"])])
+    def part(batch: dict[str, Any], embeddings: jax.Array) -> EmbeddedRows:
+        return EmbeddedRows(batch["id"], batch["error"], np.asarray(embeddings)[: len(batch["id"])])
 
     return parts()
 
 
-def _table(start: int, parts: Sequence[Part]) -> Columns:
+def _table(start: int, parts: Sequence[EmbeddedRows]) -> Columns:
     """The columns of one shard."""
     embeddings = np.concatenate([part.embeddings for part in parts])
     shape = embeddings.shape[1:]

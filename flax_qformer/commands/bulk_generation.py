@@ -70,7 +70,7 @@ class BulkSettings:
     process: tuple[int, int] | None
 
 
-class Part(NamedTuple):
+class DrawnRows(NamedTuple):
     """The rows of one batch: numbers, errors or None, ids of references, and the writes of pictures."""
 
     rows: range
@@ -79,7 +79,7 @@ class Part(NamedTuple):
     writes: list[Future[None]]
 
 
-class Plan:
+class PictureList:
     """The rows: a picture for each reference, prompt and seed, in this order."""
 
     def __init__(self, settings: BulkSettings, references: Images | Sequence[Mapping[str, Any]]) -> None:
@@ -120,7 +120,7 @@ def generate_all(options: DrawOptions, settings: BulkSettings) -> str:
     if settings.references:
         check_apart_from(settings.references, settings.output)
         references = open_images(DataSettings(settings.references, image_column=settings.image_column))
-    plan = Plan(settings, references)
+    plan = PictureList(settings, references)
     _check_place(settings.output, plan)
     shards = ShardedRows(
         folder=settings.output / TABLE,
@@ -139,7 +139,7 @@ def generate_all(options: DrawOptions, settings: BulkSettings) -> str:
     return shards.write_missing(size, draw, partial(_table, plan))
 
 
-def _check_place(output: Path, plan: Plan) -> None:
+def _check_place(output: Path, plan: PictureList) -> None:
     """Check that the output folder holds nothing but this list's pictures and their table."""
     if output.is_dir():
         other = next((path for path in output.iterdir() if path.name not in (TABLE, PICTURES)), None)
@@ -174,7 +174,7 @@ def _model_files(options: DrawOptions, settings: BulkSettings) -> set[Path]:
 
 
 def _draw(
-    plan: Plan,
+    plan: PictureList,
     photos: Sequence[Any],
     batches: Sequence[range],
     *,
@@ -182,7 +182,7 @@ def _draw(
     options: DrawOptions,
     mesh: Mesh,
     fingerprint: int,
-) -> Generator[Part]:
+) -> Generator[DrawnRows]:
     """Load the pipeline, then draw each batch of `size` rows or fewer; pictures of an earlier run are kept."""
     drawer = Drawer(options, mesh)
     settings = drawer.settings | {"fingerprint of the model's files": fingerprint}
@@ -232,7 +232,7 @@ def _draw(
                         errors[i] = finite_error(picture, options.dtype)
                         if errors[i] is None:
                             writes.append(writers.submit(save_picture, files[i], picture, wanted[i]))
-            yield Part(rows, errors, [ids[number] for number in numbers], writes)
+            yield DrawnRows(rows, errors, [ids[number] for number in numbers], writes)
 
 
 def _is_kept(file: Path, wanted: Mapping[str, Any]) -> bool:
@@ -251,7 +251,7 @@ def _is_kept(file: Path, wanted: Mapping[str, Any]) -> bool:
     return True
 
 
-def _table(plan: Plan, start: int, parts: Sequence[Part]) -> Columns:
+def _table(plan: PictureList, start: int, parts: Sequence[DrawnRows]) -> Columns:
     """The columns of a shard, once its pictures are on disk."""
     for part in parts:
         for write in part.writes:

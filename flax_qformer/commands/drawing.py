@@ -60,15 +60,19 @@ class DrawOptions(CommonOptions):
 
     model: ModelName = str(DEFAULT_MODEL)
     dtype: Annotated[str, tyro.conf.arg(metavar="DTYPE")] = "float32"
-    subject: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
-    target: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the subject)")] = None
+    subject: Annotated[str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    target: Annotated[
+        str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the subject)")
+    ] = None
     subject_file: File = None
     preprocess: Literal["upstream", "lavis"] = "upstream"
     negative: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     guidance: float = 7.5
     steps: Positive = 50
     scheduler: Annotated[
-        Literal["pndm", "ddim", "dpm++"] | None, tyro.conf.arg(help_behavior_hint="(default: the pipeline's)")
+        Literal["pndm", "ddim", "dpm++"] | None,
+        tyro.conf.DisallowNone,
+        tyro.conf.arg(help_behavior_hint="(default: the pipeline's)"),
     ] = None
     size: Annotated[
         str | None, tyro.conf.arg(metavar="WxH", help_behavior_hint="(default: that of the UNet's config)")

@@ -43,7 +43,7 @@ NOTES = b"flax_qformer"
 """Key of the schema's metadata under which a shard keeps its settings and fingerprints."""
 
 
-Part = TypeVar("Part")
+Batch = TypeVar("Batch")
 """The rows of one batch."""
 
 Columns = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -85,8 +85,8 @@ class ShardedRows:
     def write_missing(
         self,
         batch_size: int,
-        make: Callable[[Sequence[range]], Generator[Part]],
-        table: Callable[[int, Sequence[Part]], Columns],
+        make: Callable[[Sequence[range]], Generator[Batch]],
+        table: Callable[[int, Sequence[Batch]], Columns],
     ) -> str:
         """Write this process's missing shards.
 
@@ -173,8 +173,8 @@ class ShardedRows:
         self,
         shards: Mapping[Path, range],
         batch_size: int,
-        make: Callable[[Sequence[range]], Generator[Part]],
-        table: Callable[[int, Sequence[Part]], Columns],
+        make: Callable[[Sequence[range]], Generator[Batch]],
+        table: Callable[[int, Sequence[Batch]], Columns],
     ) -> dict[Path, int]:
         """Write shards; returns the number of errors in each."""
         batches = {
@@ -188,7 +188,7 @@ class ShardedRows:
             Progress(_total(shards), self.unit) as progress,
         ):
             for path, some in batches.items():
-                shard: list[Part] = []
+                shard: list[Batch] = []
                 while len(shard) < len(some) and not signals:
                     shard.append(next(parts))
                     progress.advance(len(some[len(shard) - 1]))
@@ -205,7 +205,7 @@ class ShardedRows:
         return errors
 
     def _write(
-        self, path: Path, start: int, parts: Sequence[Part], table: Callable[[int, Sequence[Part]], Columns]
+        self, path: Path, start: int, parts: Sequence[Batch], table: Callable[[int, Sequence[Batch]], Columns]
     ) -> int:
         """Write one shard; returns the number of its rows with errors."""
         columns, notes = table(start, parts)
