@@ -1,4 +1,4 @@
-"""A forward pass in bfloat16 on a GPU, large batches, beside upstream under `torch.compile`.
+"""On a GPU in bfloat16, beside upstream under `torch.compile`: a forward pass in large batches, and whole pictures.
 
     python benchmarks/gpu.py --upstream-python PYTHON
     python benchmarks/gpu.py --toy                        # a small model, on any device
@@ -12,17 +12,25 @@ import dataclasses
 import os
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 # PyTorch shares the GPU.
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import jax
+from diffusion import GUIDANCE, Drawing
+from diffusion import TOY as DRAWING_TOY
 
 import flax_qformer as fq
+from flax_qformer.checkpoints.pipelines import SD_1_5
 from flax_qformer.models.config import BLIP_DIFFUSION
-from forward import Bench
-from side_by_side import times_faster
+from forward import PRODUCT_SIZE, Bench
+from side_by_side import Other, in_turn, product, seconds, times_faster
+
+STEPS = 50
+PICTURE_OPERATIONS = 84.4e12
+"""Of a picture in 50 steps of PNDM: 51 guided calls of the UNet at 1.607e12, and the decoder at 2.51e12."""
 
 TOY = fq.Blip2Config(
     vision_config=dataclasses.replace(
@@ -62,6 +70,34 @@ def main() -> None:
                 f"| {bench.rate(result, size):.0%} | {memory} |",
                 flush=True,
             )
+    draw_pictures(options)
+
+
+def draw_pictures(options: argparse.Namespace) -> None:
+    """Seconds per picture of 512x512 in 50 guided steps, batch 1 and 8."""
+    multiply, size = product("bfloat16", PRODUCT_SIZE["cpu" if options.toy else "gpu"]), 64 if options.toy else 512
+    print("| pictures | flax | torch.compile | times as fast | share of the peak |")
+    print("| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as temporary:
+        drawing = Drawing(DRAWING_TOY if options.toy else SD_1_5, size, STEPS, Path(temporary))
+        other = None
+        if options.upstream_python:
+            other = Other(options.upstream_python, "torch_diffusion.py", temporary)
+        for batch in (1, 8):
+            program = drawing.programs("bfloat16", batch)["picture"]
+            measures = {"flax": partial(seconds, program), "product": partial(seconds, multiply, 10)}
+            if other:
+                request = {"task": "picture", "dtype": "bfloat16", "compiled": True, "steps": STEPS}
+                measures["compiled"] = lambda: other.request(**request, guidance=GUIDANCE)["seconds"]
+            figures = in_turn(3, measures)
+            ours = statistics.median(figures["flax"]) / batch
+            theirs = faster = "-"
+            if other:
+                theirs = f"{statistics.median(figures['compiled']) / batch:.3f} s"
+                faster = f"{times_faster(figures['flax'], figures['compiled']):.2f}"
+            peak = 2 * PRODUCT_SIZE["cpu" if options.toy else "gpu"] ** 3 / statistics.median(figures["product"])
+            share = "-" if options.toy else f"{PICTURE_OPERATIONS / ours / peak:.0%}"
+            print(f"| {batch} | {ours:.3f} s each | {theirs} | {faster} | {share} |", flush=True)
 
 
 if __name__ == "__main__":
