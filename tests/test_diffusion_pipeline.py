@@ -216,6 +216,16 @@ def test_nothing_but_a_new_shape_compiles_again(pipe: Any, compilations: list[st
     assert compilations
 
 
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_other_numbers_of_steps_compile_nothing(name: str, compilations: list[str]) -> None:
+    scheduler = getattr(fq, name).from_config(pipeline_cases.SCHEDULERS["PNDMScheduler"])
+    for steps in (2, 3, 11):
+        compilations.clear()
+        state = scheduler.set_timesteps(scheduler.create_state(), steps, (1, 4, 4, 4))
+        scheduler.padded(state, 1016)
+    assert not compilations
+
+
 def test_a_callback_sees_each_step_of_the_same_program(pipe: Any, compilations: list[str]) -> None:
     seen: dict[int, Any] = {}
     expected = draw(pipe, output_type="latent", num_inference_steps=3)

@@ -7,15 +7,19 @@ another compilation.
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from flax_qformer.compilation import compiler_options
 from flax_qformer.parallel.mesh import BATCH, interleaved, keep_batch
+
+Array: TypeAlias = jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
@@ -33,10 +37,10 @@ class Conditions:
 
     text: jax.Array
     negative: jax.Array | None
-    guidance_scale: jax.Array
-    control_images: tuple[jax.Array, ...]
-    control_scales: jax.Array
-    seed: jax.Array
+    guidance_scale: ArrayLike
+    control_images: tuple[Array, ...]
+    control_scales: Array
+    seed: ArrayLike
 
 
 @functools.cache
@@ -57,9 +61,10 @@ def denoising_loop(unet: Any, controlnets: tuple[Any, ...], scheduler: Any) -> C
         first: jax.Array,
         last: jax.Array,
     ) -> tuple[jax.Array, Any]:
-        is_guided = conditions.negative is not None
+        text, negative = conditions.text, conditions.negative
+        is_guided = negative is not None
         # Both halves of a picture are neighbours, so they stay on one device.
-        text = interleaved(conditions.negative, conditions.text) if is_guided else conditions.text
+        text = text if negative is None else interleaved(negative, text)
         key = jax.random.key(conditions.seed)
 
         def step(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:

@@ -241,7 +241,8 @@ class Scheduler(PartConfig):
                 f"{timesteps[0]:.0f}, and training had {self.num_train_timesteps}; use fewer steps or a smaller offset"
             )
         return state.replace(
-            timesteps=jnp.asarray(timesteps, jnp.int32),
+            # `jnp.asarray` compiles a copy for each length.
+            timesteps=jax.device_put(timesteps.astype(np.int32)),
             num_timesteps=jnp.int32(len(timesteps)),
             num_inference_steps=jnp.int32(num_inference_steps),
         )
@@ -573,8 +574,8 @@ class DPMSolverMultistepScheduler(Scheduler):
             raise InputError(f"{num_inference_steps} steps repeat a noise level; use fewer steps")
         return DPMSolverState(
             **vars(started),
-            sigmas=jnp.asarray(sigmas[:-1]),
-            coefficients=jnp.asarray(self._coefficients(sigmas)),
+            sigmas=jax.device_put(sigmas[:-1]),
+            coefficients=jax.device_put(self._coefficients(sigmas)),
             step_index=jnp.int32(-1),
             lower_order_nums=jnp.int32(0),
             model_outputs=jnp.zeros((self.solver_order, *shape), jnp.float32),

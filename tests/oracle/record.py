@@ -15,6 +15,7 @@ import torch
 from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
 from record_diffusion_autoencoder import record_diffusion_autoencoder
+from record_diffusion_pipeline import record_diffusion_pipeline
 from record_diffusion_text_encoder import record_diffusion_text_encoder
 from transformers import BertTokenizer, Blip2Config
 from transformers.activations import ACT2FN
@@ -251,6 +252,7 @@ def main() -> None:
         cases.save(folder / f"{name}.npz", answers)
     record_diffusion_text_encoder(folder)
     record_diffusion_autoencoder(folder)
+    record_diffusion_pipeline(folder)
 
 
 if __name__ == "__main__":
