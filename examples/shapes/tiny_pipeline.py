@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, DEFAULT_PIPELINE
-from flax_qformer.checkpoints.parts import DRAWING_PARTS, LoadedPart, Part, part_rows
+from flax_qformer.checkpoints.parts import DRAWING_PARTS, DrawingPart, LoadedPart, part_rows
 from flax_qformer.checkpoints.pipelines import INDEX, LAVIS_SCHEDULER, pipeline_index
 from flax_qformer.checkpoints.writing import write_tensors
 from flax_qformer.diffusion.autoencoder import AutoencoderConfig
@@ -119,7 +119,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printing] + [chr(256 + i) for i in range(len(others))]
 
 
-def random_params(part: Part, config: PartConfig, seed: int) -> dict[str, Any]:
+def random_params(part: DrawingPart, config: PartConfig, seed: int) -> dict[str, Any]:
     """Random parameters."""
     rng = np.random.default_rng(seed)
     params = {}

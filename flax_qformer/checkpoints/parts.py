@@ -64,7 +64,7 @@ def _zeros(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 @dataclass(frozen=True)
-class Part:
+class DrawingPart:
     """A kind of part.
 
     Attributes:
@@ -94,7 +94,7 @@ class Part:
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 
-UNET = Part(
+UNET = DrawingPart(
     "unet",
     UNet2DConditionModel,
     UNet2DConditionConfig,
@@ -102,8 +102,8 @@ UNET = Part(
     DIFFUSERS_WEIGHTS,
     _unet_inputs,
 )
-VAE = Part("vae", AutoencoderKL, AutoencoderConfig, ("AutoencoderKL",), DIFFUSERS_WEIGHTS, _vae_inputs)
-TEXT_ENCODER = Part(
+VAE = DrawingPart("vae", AutoencoderKL, AutoencoderConfig, ("AutoencoderKL",), DIFFUSERS_WEIGHTS, _vae_inputs)
+TEXT_ENCODER = DrawingPart(
     "text_encoder",
     ContextCLIPTextModel,
     CLIPTextConfig,
@@ -111,7 +111,7 @@ TEXT_ENCODER = Part(
     "model",
     _text_encoder_inputs,
 )
-CONTROLNET = Part(
+CONTROLNET = DrawingPart(
     "controlnet", ControlNetModel, ControlNetConfig, ("ControlNetModel",), DIFFUSERS_WEIGHTS, _controlnet_inputs
 )
 DRAWING_PARTS = {part.name: part for part in (UNET, VAE, TEXT_ENCODER, CONTROLNET)}
@@ -130,7 +130,7 @@ class LoadedPart:
       has_position_ids: whether a text encoder's file has the constant that is left out here, as upstream's has.
     """
 
-    part: Part
+    part: DrawingPart
     values: Mapping[str, Any]
     config: PartConfig
     params: dict[str, Any]
@@ -156,7 +156,7 @@ class LoadedPart:
         return tensors
 
 
-def drawing_part(files: ModelFiles) -> Part | None:
+def drawing_part(files: ModelFiles) -> DrawingPart | None:
     """The kind of part that a config names; None for the Q-Former's classes, other classes and folders without one."""
     if files.config is None:
         return None
@@ -166,7 +166,7 @@ def drawing_part(files: ModelFiles) -> Part | None:
 
 def load_part(
     name: AnyModelName,
-    part: Part | None = None,
+    part: DrawingPart | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     *,
@@ -194,7 +194,7 @@ def load_part(
 
 def read_part(
     files: ModelFiles,
-    part: Part,
+    part: DrawingPart,
     dtype: jnp.dtype | None = None,
     allow_non_finite: bool = False,
     place: Place | None = None,
@@ -238,7 +238,7 @@ def read_part(
 
 def convert_part(
     tensors: Mapping[str, StoredTensor],
-    part: Part,
+    part: DrawingPart,
     values: Mapping[str, Any],
     config: PartConfig,
     dtype: jnp.dtype | None = None,
@@ -253,7 +253,7 @@ def convert_part(
     return LoadedPart(part, values, config, params, old_names, len(kept) < len(tensors))
 
 
-def part_config(part: Part, values: Mapping[str, Any], name: str) -> PartConfig:
+def part_config(part: DrawingPart, values: Mapping[str, Any], name: str) -> PartConfig:
     """The config of a part from the contents of its file, which errors call `name`."""
     stated = _class_name(values)
     if stated is not None and stated not in part.class_names:
@@ -269,14 +269,14 @@ def part_config(part: Part, values: Mapping[str, Any], name: str) -> PartConfig:
         raise InputError(f"{name}: {error}") from None
 
 
-def part_rows(part: Part, config: PartConfig, old_names: bool = False) -> list[Parameter]:
+def part_rows(part: DrawingPart, config: PartConfig, old_names: bool = False) -> list[Parameter]:
     """Every parameter of a part, with its name in upstream's file."""
     rows = [parameter_at(path, shape) for path, shape in _shapes(part, config)]
     return [replace(row, name=old_name(row.name)) for row in rows] if old_names else rows
 
 
 @lru_cache(maxsize=8)
-def _shapes(part: Part, config: PartConfig) -> list[tuple[str, tuple[int, ...]]]:
+def _shapes(part: DrawingPart, config: PartConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Path and shape of every parameter; tracing a full-size UNet takes seconds."""
     model = part.model_class(config)
     try:

@@ -32,8 +32,8 @@ from flax_qformer.checkpoints.parts import (
     TEXT_ENCODER,
     UNET,
     VAE,
+    DrawingPart,
     LoadedPart,
-    Part,
     convert_part,
     load_part,
     part_config,
@@ -147,7 +147,11 @@ class PipelineFiles:
         return value
 
     def read(
-        self, part: Part, dtype: jnp.dtype | None = None, allow_non_finite: bool = False, place: Place | None = None
+        self,
+        part: DrawingPart,
+        dtype: jnp.dtype | None = None,
+        allow_non_finite: bool = False,
+        place: Place | None = None,
     ) -> LoadedPart:
         """Read a drawing part."""
         values = SD_1_5[part.name] if self.is_lavis else None
@@ -462,13 +466,13 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     return index
 
 
-def _part_kinds(index: Mapping[str, Any], with_controlnet: bool | None) -> list[Part]:
+def _part_kinds(index: Mapping[str, Any], with_controlnet: bool | None) -> list[DrawingPart]:
     if with_controlnet is None:
         with_controlnet = index.get("_class_name") == CONTROLNET_PIPELINE
     return [UNET, VAE, TEXT_ENCODER, *([CONTROLNET] if with_controlnet else [])]
 
 
-def _part_files(folder: Path, part: Part, source: str) -> ModelFiles:
+def _part_files(folder: Path, part: DrawingPart, source: str) -> ModelFiles:
     if not (folder / part.name).is_dir():
         raise InputError(f"{source} has no folder {part.name}, a part of the pipeline; fetch it too")
     files = files_in(folder / part.name, f"{source}/{part.name}")
@@ -521,7 +525,7 @@ def _lavis_pipeline(folder: Path, source: str, tokenizer: str | os.PathLike[str]
     return PipelineFiles(source, index, parts, qformer, LAVIS_SCHEDULER, tokenizer_folder, None, is_lavis=True)
 
 
-def _downloaded(hub_id: str, parts: Sequence[Part], is_pipeline: bool = False) -> Path:
+def _downloaded(hub_id: str, parts: Sequence[DrawingPart], is_pipeline: bool = False) -> Path:
     """Download parts of a pipeline: of each the converted parameters, else safetensors, else pickles."""
     names = [part.name for part in parts] + (["qformer"] if is_pipeline else [])
     patterns = [f"{name}/config.json" for name in names]
