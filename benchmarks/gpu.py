@@ -73,6 +73,11 @@ def main() -> None:
     draw_pictures(options)
 
 
+def upstream_picture(other: Other) -> float:
+    request = {"task": "picture", "dtype": "bfloat16", "compiled": True, "steps": STEPS}
+    return float(other.request(**request, guidance=GUIDANCE)["seconds"])
+
+
 def draw_pictures(options: argparse.Namespace) -> None:
     """Seconds per picture of 512x512 in 50 guided steps, batch 1 and 8."""
     multiply, size = product("bfloat16", PRODUCT_SIZE["cpu" if options.toy else "gpu"]), 64 if options.toy else 512
@@ -87,8 +92,7 @@ def draw_pictures(options: argparse.Namespace) -> None:
             program = drawing.programs("bfloat16", batch)["picture"]
             measures = {"flax": partial(seconds, program), "product": partial(seconds, multiply, 10)}
             if other:
-                request = {"task": "picture", "dtype": "bfloat16", "compiled": True, "steps": STEPS}
-                measures["compiled"] = lambda: other.request(**request, guidance=GUIDANCE)["seconds"]
+                measures["compiled"] = partial(upstream_picture, other)
             figures = in_turn(3, measures)
             ours = statistics.median(figures["flax"]) / batch
             theirs = faster = "-"

@@ -97,9 +97,8 @@ def test_all_forms_update_the_same_kernels(form: Any, params: Any, tmp_path: Pat
     tensors = {}
     for part, path in KERNELS:
         values = (*matrices(part, path), np.float32(ALPHA))  # only kohya's form has an alpha
-        tensors |= {
-            name: np.asarray(value) for name, value in zip(form(part, module_of(part, path)), values, strict=False)
-        }
+        names = form(part, module_of(part, path))
+        tensors |= {name: np.asarray(value) for name, value in zip(names, values, strict=False)}
     save_file(tensors, tmp_path / "lora.safetensors")
     updated = load_pipeline_lora(tmp_path / "lora.safetensors", dict.fromkeys(params), params, scale=0.5)
     scale = 0.5 * ALPHA / RANK if form is kohya else 0.5
