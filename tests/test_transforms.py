@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 
 import cases
 import flax_qformer as fq
