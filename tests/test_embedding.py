@@ -150,27 +150,22 @@ def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
 def test_kills_at_random_moments(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     print("seed", seed := time.time_ns())
     rng = random.Random(seed)
-    for run in range(2):
-        output, where = tmp_path / str(run), []
-        for _ in range(40):
-            process = start(program(data, output))
-            # During the start, or at a random moment of the work.
-            wanted, deadline = (
-                shards(output) + rng.randrange(1, 8),
-                time.monotonic() + rng.choice([rng.random() * 9, 300]),
-            )
-            while process.poll() is None and shards(output) < wanted and time.monotonic() < deadline:
-                time.sleep(0.002)
-            time.sleep(rng.random() * 0.1)
-            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            process.send_signal(number)
-            _, stderr = process.communicate(timeout=300)
-            where.append((number.name, process.returncode, shards(output)))
-            if process.returncode == 0:
-                break
-        assert process.returncode == 0, stderr
-        print(where)
-        check_same(output, uninterrupted)
+    output = tmp_path / "embeddings"
+    for _ in range(40):
+        process = start(program(data, output))
+        # During the start, or at a random moment of the work.
+        wanted, limit = shards(output) + rng.randrange(1, 8), time.monotonic() + rng.choice([rng.random() * 9, 300])
+        while process.poll() is None and shards(output) < wanted and time.monotonic() < limit:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.1)
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=300)
+        print(number.name, process.returncode, shards(output))
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, stderr
+    check_same(output, uninterrupted)
 
 
 def test_runs_that_cannot_resume_are_refused(

@@ -46,9 +46,8 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 3))
-def test_many_damaged_files(tmp_path: Path, seed: int) -> None:
-    fuzz(seed, 10_000, tmp_path, seconds=900)
+def test_many_damaged_files(tmp_path: Path) -> None:
+    fuzz(1, 10_000, tmp_path, seconds=900)
 
 
 class Call:
