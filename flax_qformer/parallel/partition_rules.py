@@ -24,6 +24,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embedding/kernel", (None, None, None, "fsdp")),
     (r"position_embedding", (None, None, "fsdp")),
     (r"(vision_proj|text_proj|itm_head|lm_head/.*)/kernel", ("fsdp", None)),
+    (r"(to_[qkv]|[qkv]_proj)/kernel", ("fsdp", "tensor", None)),
+    (r"(to_[qkv]|[qkv]_proj)/bias", ("tensor", None)),
+    (r"(to_out_0|out_proj)/kernel", ("tensor", None, "fsdp")),
+    (r"(ff/net_0/proj|ff/net_2|time_emb_proj|linear_[12])/kernel", ("fsdp", None)),
+    (r"(conv\w*|proj_in|proj_out|quant_conv|post_quant_conv)/kernel", (None, None, None, "fsdp")),
+    (r"token_embedding/embedding", (None, "fsdp")),
 )
 """Pattern of a path's end -> mesh axis of each axis of the parameter. The first match applies, also to optimizer state.
 Parameters without a match (biases of the width, LayerNorms) are replicated."""
