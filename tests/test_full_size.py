@@ -1,4 +1,4 @@
-"""The published geometry, 494 million parameters, against upstream, with random weights.
+"""The published sizes against upstream, with random weights: the Q-Former (494 million parameters), UNet, autoencoder.
 
 `UPSTREAM_PYTHON` names the Python of an environment of `oracle/requirements.txt`; `.ci/run` makes one.
 """
@@ -7,17 +7,22 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import cases
 import flax_qformer as fq
+import unet_cases
 from conftest import write_upstream
+from flax_qformer.checkpoints.parts import DRAWING_PARTS, part_config, part_rows
+from flax_qformer.checkpoints.pipelines import SD_1_5
 from flax_qformer.convert import export
 from flax_qformer.models.config import BLIP_DIFFUSION
 
@@ -37,8 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def upstream(folder: Path) -> dict[str, np.ndarray]:
     """Upstream's outputs for it."""
+    return run_upstream("full_size.py", folder)
+
+
+def run_upstream(script: str, folder: Path) -> dict[str, np.ndarray]:
     done = subprocess.run(
-        [os.environ["UPSTREAM_PYTHON"], ORACLE / "full_size.py", folder], capture_output=True, text=True, check=False
+        [os.environ["UPSTREAM_PYTHON"], ORACLE / script, folder], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return load_file(folder / "upstream.safetensors")
@@ -64,6 +73,38 @@ def test_outputs_and_gradients(folder: Path, upstream: dict[str, np.ndarray]) ->
     error, worst = cases.gradient_error(gradients, samples)
     print(f"gradients: {error:.1e} relative ({worst})")
     assert error < 1e-4
+
+
+@pytest.mark.parametrize(("name", "size"), [("unet", 859_520_964), ("vae", 83_653_863)])
+def test_drawing(name: str, size: int) -> None:
+    """Latents of 32x32. The upstream program has ended when ours loads the weights: 12 GB of memory suffice."""
+    part = DRAWING_PARTS[name]
+    rows = part_rows(part, part_config(part, SD_1_5[name], name))
+    assert sum(int(np.prod(row.shape)) for row in rows) == size
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "config.json").write_text(json.dumps(SD_1_5[name]))
+        tensors = {row.name: unet_cases.weight(row.name, row.torch_shape) for row in rows}
+        save_file(tensors, folder / f"{part.weights}.safetensors", metadata={"format": "pt"})
+        del tensors
+        upstream = run_upstream("full_size_drawing.py", folder)
+        model, params = fq.from_pretrained(folder)
+
+    @jax.jit
+    def run(params: Any, latents: jax.Array, timestep: jax.Array, text: jax.Array, pixels: jax.Array) -> dict[str, Any]:
+        apply = partial(model.apply, {"params": params})
+        if name == "unet":
+            return vars(apply(latents, timestep, text))
+        return vars(apply(pixels, method="encode")) | {"decoded": apply(latents, method="decode")}
+
+    outputs = run(params, **unet_cases.full_inputs())
+    assert outputs.keys() == upstream.keys()
+    for key, output in outputs.items():
+        expected = upstream[key].transpose(0, 2, 3, 1)
+        assert output.shape == expected.shape
+        error, scale = np.abs(output - expected).max(), np.abs(expected).max()
+        print(f"{key}: {error:.1e} of {scale:.1f}")
+        assert error < 1e-3 * scale, key
 
 
 def test_peak_memory_of_a_conversion(folder: Path, tmp_path: Path) -> None:

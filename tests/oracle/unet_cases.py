@@ -113,6 +113,16 @@ def inputs(config: dict[str, Any], label: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def full_inputs() -> dict[str, np.ndarray]:
+    """Latents (NHWC), a timestep and text for the published UNet, and a picture for the published autoencoder."""
+    return {
+        "latents": cases.draw("full latents", (1, 32, 32, 4)),
+        "timestep": np.array([501]),
+        "text": cases.draw("full text", (1, 77, 768)),
+        "pixels": np.clip(0.5 * cases.draw("full picture", (1, 256, 256, 3)), -1, 1),
+    }
+
+
 def some(gradient: np.ndarray) -> np.ndarray:
     """About a dozen numbers of a gradient in upstream's shape."""
     return np.ascontiguousarray(gradient.ravel()[:: max(1, gradient.size // 12) | 1])
