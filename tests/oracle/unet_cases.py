@@ -8,8 +8,8 @@ import cases
 
 SD1: dict[str, Any] = {
     "in_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "block_out_channels": [8, 8, 16, 16],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "block_out_channels": [8, 16],
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "cross_attention_dim": 12,
@@ -19,24 +19,22 @@ SD1: dict[str, Any] = {
 UNETS: dict[str, dict[str, Any]] = {
     "two_levels": {
         **SD1,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "block_out_channels": [8, 16],
         "downsample_padding": 0,
         "sample_size": 8,
     },
     # Stable Diffusion 2's form, and every other field that has a choice.
-    "three_levels": {
+    "every_field": {
         **SD1,
         "in_channels": 5,
         "out_channels": 3,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "block_out_channels": [8, 12, 16],
-        "layers_per_block": [1, 2, 1],
-        "attention_head_dim": [2, 3, 4],
-        "transformer_layers_per_block": [1, 2, 1],
-        "only_cross_attention": [True, False, True],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [12, 16],
+        "layers_per_block": [2, 1],
+        "attention_head_dim": [3, 4],
+        "transformer_layers_per_block": [1, 2],
+        "only_cross_attention": [True, False],
         "use_linear_projection": True,
         "upcast_attention": True,
         "resnet_time_scale_shift": "scale_shift",
@@ -48,7 +46,6 @@ UNETS: dict[str, dict[str, Any]] = {
         "conv_in_kernel": 5,
         "conv_out_kernel": 1,
     },
-    "four_levels": {**SD1, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3]},
     "one_level": {
         **SD1,
         "down_block_types": ["CrossAttnDownBlock2D"],
@@ -59,23 +56,17 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 UNETS["no_middle"] = {**UNETS["two_levels"], "mid_block_type": None, "downsample_padding": 1}
 
-SIZES = {
-    "two_levels": (8, 8),
-    "three_levels": (7, 10),
-    "four_levels": (9, 13),
-    "one_level": (4, 6),
-    "no_middle": (5, 3),
-}
+SIZES = {"two_levels": (8, 8), "every_field": (7, 10), "one_level": (4, 6), "no_middle": (5, 3)}
 """Height and width of the latents of each UNet."""
 
 CONTROLNETS: dict[str, dict[str, Any]] = {
-    "four_levels": {**SD1, "conditioning_embedding_out_channels": [4, 6]},
-    "three_levels": {
+    "two_levels": {**SD1, "downsample_padding": 0, "conditioning_embedding_out_channels": [4, 6]},
+    "every_field": {
         **SD1,
         "use_linear_projection": True,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "block_out_channels": [8, 12, 16],
-        "num_attention_heads": [2, 3, 4],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "block_out_channels": [12, 16],
+        "num_attention_heads": [3, 4],
         "mid_block_type": "UNetMidBlock2D",
         "resnet_time_scale_shift": "scale_shift",
         "conditioning_channels": 2,
@@ -86,10 +77,10 @@ CONTROLNETS: dict[str, dict[str, Any]] = {
 
 CONDITIONING_SCALE = 0.7
 
-CONTROLLED = ("four_levels",)
+CONTROLLED = ("two_levels",)
 """UNets that get the residuals of the ControlNet with the same label."""
 
-WITH_GRADIENTS = {"unet": ("no_middle",), "controlnet": ("three_levels",)}
+WITH_GRADIENTS = {"unet": ("no_middle",), "controlnet": ("every_field",)}
 """Cases whose gradients are recorded, too; they take long to compile."""
 
 
