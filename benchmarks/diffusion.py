@@ -26,7 +26,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
-from flax_qformer.checkpoints.parts import DRAWING_PARTS, Part, part_config, part_rows
+from flax_qformer.checkpoints.parts import DRAWING_PARTS, DrawingPart, part_config, part_rows
 from flax_qformer.checkpoints.pipelines import LAVIS_SCHEDULER, SD_1_5
 from flax_qformer.diffusion.denoising import Conditions, decoder, denoising_loop, encode_prompts
 from flax_qformer.diffusion.schedulers import scheduler_from_config
@@ -119,7 +119,7 @@ class Drawing:
         }
 
 
-def random_tensors(part: Part, values: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def random_tensors(part: DrawingPart, values: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Random weights by upstream's names, for which activations neither vanish nor grow."""
     rng = np.random.default_rng(0)
     for row in part_rows(part, part_config(part, values, part.name)):
