@@ -143,7 +143,7 @@ def test_ctrl_c_while_workers_start(data: Path, tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGINT, stderr
     assert "Traceback" not in stderr
     assert "stopping after the work so far is saved" in stderr
-    assert stderr.splitlines()[-1].endswith("shards to go; the same command goes on with them")
+    assert stderr.splitlines()[-1].endswith("shards to go; run the same command to write them")
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_runs_that_cannot_resume_are_refused(
     refused("00000-of-00026.parquet is no shard of embeddings", output=other)
     refused("lies inside the data", output=data / "embeddings")
     (other / "kept.parquet").touch()
-    refused("other holds something else than shards, kept.parquet", output=other)
+    refused("other holds other files than shards, kept.parquet", output=other)
     refused("is not a folder", output=other / "kept.parquet")
     refused("cannot write", output=other / "kept.parquet" / "below")
     refused("no process 2 of 2; number them from 0 to 1", "--process", 2, 2, output=tmp_path / "out")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 import cases
 import flax_qformer as fq
 from flax_qformer.checkpoints.model_files import DEFAULT_PIPELINE, EXAMPLE_IMAGE
+from flax_qformer.commands.drawing import _default_size
 from flax_qformer.commands.main import main, parse
 from flax_qformer.convert.tables.stable_diffusion import parameter_at
 from torch_files import torch_save
@@ -144,6 +146,22 @@ def write_controlnet(folder: Path) -> None:
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.parametrize(("sample_size", "size"), [(8, (64, 64)), ((8, 12), (96, 64))])
+def test_the_default_size_is_that_of_the_unet(sample_size: Any, size: tuple[int, int]) -> None:
+    assert _default_size(sized_pipe(sample_size)) == size
+
+
+@pytest.mark.parametrize("sample_size", [None, (8,)])
+def test_a_unet_without_a_size_needs_the_option(sample_size: Any) -> None:
+    with pytest.raises(fq.InputError, match="`size`"):
+        _default_size(sized_pipe(sample_size))
+
+
+def sized_pipe(sample_size: Any) -> Any:
+    configs = {"unet": SimpleNamespace(sample_size=sample_size), "vae": SimpleNamespace(downscale=8)}
+    return SimpleNamespace(components={name: SimpleNamespace(config=config) for name, config in configs.items()})
+
+
 def test_options_reach_the_pipeline(pipe: Any, calls: list[dict[str, Any]], tmp_path: Path) -> None:
     cases.image("RGB", 50, 40).save(tmp_path / "other.png")
     write_controlnet(tmp_path / "control")
@@ -254,7 +272,7 @@ def test_lora(pipe: Any, tmp_path: Path) -> None:
         (["--prompts", "empty.txt"], "the prompts empty.txt are empty"),
         (["--prompts", "p.txt", "--grid"], "--grid draws one picture"),
         (["--prompts", "p.txt", "--process", "2", "2"], "there is no process 2 of 2"),
-        (["--prompts", "p.txt", "--output", "."], "holds something else than pictures of a list"),
+        (["--prompts", "p.txt", "--output", "."], "holds other files than pictures of a list"),
         (["--model", "none/of/these"], "none/of/these"),
         (["--mesh", "data"], "the mesh is 'data'"),
     ],
@@ -445,7 +463,7 @@ def test_lists_that_cannot_resume_are_refused(
     (output / "pictures" / name).write_bytes(before[f"pictures/{name}"])
     refused(f"{name} was drawn with other settings: guidance was 7.5 and is now 2.0", "--guidance", 2, output=output)
     (output / "notes.txt").touch()
-    refused("holds something else than pictures of a list, notes.txt", output=output)
+    refused("holds other files than pictures of a list, notes.txt", output=output)
 
 
 @pytest.mark.slow

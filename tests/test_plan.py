@@ -246,7 +246,7 @@ def test_drawing_at_full_size_reaches_half_of_the_peak() -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_sizes_that_do_not_divide_cannot_be_planned() -> None:
-    for size, words in (("512x500", "multiples of 8"), ("512", "--size is '512'; write it as width x height")):
+    for size, words in (("512x500", "multiples of 8"), ("512", "--size is 512; write the width and the height")):
         done = run_generation("--topology", "v5e:1x1", "--batch", "8", "--size", size)
         assert done.returncode == 2
         assert words in done.stderr

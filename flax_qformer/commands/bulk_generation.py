@@ -51,7 +51,7 @@ class BulkSettings:
     """Which pictures to make.
 
     Attributes:
-      prompts, seeds: of each reference, a picture for each pair.
+      prompts, seeds: each reference is drawn with every pair of these.
       reference: photos of one subject, whose vectors are averaged; or none, if the subject comes from a file.
       references: instead: a source of photos, each of its own subject, see `DataSettings`.
       image_column: see `DataSettings`.
@@ -70,6 +70,14 @@ class BulkSettings:
     process: tuple[int, int] | None
 
 
+class Wanted(NamedTuple):
+    """A row: the number of its reference, its prompt and its seed."""
+
+    reference: int
+    prompt: str
+    seed: int
+
+
 class DrawnRows(NamedTuple):
     """The rows of one batch: numbers, errors or None, ids of references, and the writes of pictures."""
 
@@ -80,25 +88,36 @@ class DrawnRows(NamedTuple):
 
 
 class PictureList:
-    """The rows: a picture for each reference, prompt and seed, in this order."""
+    """The rows: a picture for each reference, prompt and seed, in this order.
 
-    def __init__(self, settings: BulkSettings, references: Images | Sequence[Mapping[str, Any]]) -> None:
-        self.settings, self.references = settings, references
+    photos: of the subject, if all rows share one; otherwise each reference has its own photo.
+    """
+
+    def __init__(
+        self, settings: BulkSettings, references: Images | Sequence[Mapping[str, Any]], photos: Sequence[Any]
+    ) -> None:
+        self.settings, self.references, self._photos = settings, references, photos
         self._shape = (len(references), len(settings.prompts), len(settings.seeds))
 
     def __len__(self) -> int:
         return int(np.prod(self._shape))
 
-    def __getitem__(self, row: int) -> tuple[int, str, int]:
-        """Number of the reference, prompt and seed."""
+    def __getitem__(self, row: int) -> Wanted:
         reference, prompt, seed = np.unravel_index(row, self._shape)
-        return int(reference), self.settings.prompts[prompt], self.settings.seeds[seed]
+        return Wanted(int(reference), self.settings.prompts[prompt], self.settings.seeds[seed])
+
+    def photos_of(self, number: int) -> Sequence[Any]:
+        """The photos of a reference."""
+        if not self.settings.references:
+            return self._photos
+        reference: Any = self.references[number]
+        return [open_row(reference["image"], reference["name"]).convert("RGB")]
 
     def name(self, row: int) -> str:
         """The row's id, and its picture's name without suffix: unique, and readable in a listing."""
-        _, prompt, seed = self[row]
-        words = re.sub(r"\W+", "-", prompt)[:40].strip("-")
-        return f"{row:07}-{words}-{seed}"
+        wanted = self[row]
+        words = re.sub(r"\W+", "-", wanted.prompt)[:40].strip("-")
+        return f"{row:07}-{words}-{wanted.seed}"
 
     def picture(self, row: int) -> Path:
         return self.settings.output / PICTURES / f"{self.name(row)}.png"
@@ -120,13 +139,13 @@ def generate_all(options: DrawOptions, settings: BulkSettings) -> str:
     if settings.references:
         check_apart_from(settings.references, settings.output)
         references = open_images(DataSettings(settings.references, image_column=settings.image_column))
-    plan = PictureList(settings, references)
-    _check_place(settings.output, plan)
+    picture_list = PictureList(settings, references, photos)
+    _check_place(settings.output, picture_list)
     shards = ShardedRows(
         folder=settings.output / TABLE,
         content="pictures",
         unit="picture",
-        count=len(plan),
+        count=len(picture_list),
         shard_size=settings.shard_size,
         settings=settings_of(options) | {"shard_size": settings.shard_size, "image_column": settings.image_column},
         sum_of_ids=sum_of_ids(references, [*settings.prompts, *map(str, settings.seeds)]),
@@ -135,21 +154,19 @@ def generate_all(options: DrawOptions, settings: BulkSettings) -> str:
     )
     mesh = named_mesh(options.mesh, jax.local_devices())
     size = shards.batch_size(options.batch_size, mesh)
-    draw = partial(_draw, plan, photos, size=size, options=options, mesh=mesh, fingerprint=shards.sum_of_files)
-    return shards.write_missing(size, draw, partial(_table, plan))
+    draw = partial(_draw, picture_list, size=size, options=options, mesh=mesh, fingerprint=shards.sum_of_files)
+    return shards.write_missing(size, draw, partial(_table, picture_list))
 
 
-def _check_place(output: Path, plan: PictureList) -> None:
+def _check_place(output: Path, picture_list: PictureList) -> None:
     """Check that the output folder holds nothing but this list's pictures and their table."""
     if output.is_dir():
         other = next((path for path in output.iterdir() if path.name not in (TABLE, PICTURES)), None)
         if other and not other.name.startswith("."):
-            raise InputError(
-                f"{output} holds something else than pictures of a list, {other.name}; name another `output`"
-            )
+            raise InputError(f"{output} holds other files than pictures of a list, {other.name}; name another `output`")
     check_only_shards(output / TABLE)
     if (output / PICTURES).is_dir():
-        expected = {f"{plan.name(row)}.png" for row in range(len(plan))}
+        expected = {f"{picture_list.name(row)}.png" for row in range(len(picture_list))}
         for path in (output / PICTURES).iterdir():
             if path.name not in expected and not path.name.startswith("."):
                 raise InputError(
@@ -174,8 +191,7 @@ def _model_files(options: DrawOptions, settings: BulkSettings) -> set[Path]:
 
 
 def _draw(
-    plan: PictureList,
-    photos: Sequence[Any],
+    picture_list: PictureList,
     batches: Sequence[range],
     *,
     size: int,
@@ -188,51 +204,56 @@ def _draw(
     settings = drawer.settings | {"fingerprint of the model's files": fingerprint}
     subjects: dict[int, np.ndarray | str] = {}
     writes: list[Future[None]] = []
-
-    def subject(number: int) -> np.ndarray | str:
-        """The vectors of a reference, or what is wrong with its photo."""
-        if not plan.settings.references:
-            return drawer.subject(photos)
-        reference: Any = plan.references[number]
-        try:
-            photo = open_row(reference["image"], reference["name"]).convert("RGB")
-        except Exception as error:
-            # On broken files Pillow's decoders raise exceptions of any type.
-            return str(error) or repr(error)
-        return drawer.subject([photo])
-
     with ThreadPoolExecutor(WRITERS) as writers:
         for rows in batches:
-            numbers, prompts, seeds = zip(*(plan[row] for row in rows), strict=True)
-            ids = {number: str(plan.references[number]["id"]) for number in set(numbers)}
-            wanted = [
-                {"prompt": prompt, "seed": seed, "reference": ids[number]} | settings
-                for number, prompt, seed in zip(numbers, prompts, seeds, strict=True)
+            batch = [picture_list[row] for row in rows]
+            ids = {row.reference: str(picture_list.references[row.reference]["id"]) for row in batch}
+            files = [picture_list.picture(row) for row in rows]
+            parameters = [
+                {"prompt": row.prompt, "seed": row.seed, "reference": ids[row.reference]} | settings for row in batch
             ]
-            files = [plan.picture(row) for row in rows]
-            errors: list[str | None] = [None] * len(rows)
+            results: Sequence[np.ndarray | str | None] = [None] * len(batch)
             # At most two batches of pictures are in memory, and an error while writing one ends the run.
             for write in writes:
                 write.result()
-            writes = []
             # A batch is drawn whole: in a smaller one, the same pictures would round differently.
-            if not all(map(_is_kept, files, wanted)):
-                subjects = {number: subjects[number] if number in subjects else subject(number) for number in ids}
-                vectors = [subjects[number] for number in numbers]
-                errors = [vector if isinstance(vector, str) else None for vector in vectors]
-                good = [i for i, error in enumerate(errors) if error is None]
-                if good:
-                    pictures = drawer.draw(
-                        [prompts[i] for i in good],
-                        [np.asarray(vectors[i]) for i in good],
-                        [seeds[i] for i in good],
-                        size,
-                    )
-                    for i, picture in zip(good, pictures, strict=True):
-                        errors[i] = finite_error(picture, options.dtype)
-                        if errors[i] is None:
-                            writes.append(writers.submit(save_picture, files[i], picture, wanted[i]))
-            yield DrawnRows(rows, errors, [ids[number] for number in numbers], writes)
+            if not all(map(_is_kept, files, parameters)):
+                subjects = {
+                    number: subjects[number] if number in subjects else _read_subject(drawer, picture_list, number)
+                    for number in ids
+                }
+                results = _draw_batch(drawer, batch, subjects, size, options.dtype)
+            writes = [
+                writers.submit(save_picture, *picture)
+                for picture in zip(files, results, parameters, strict=True)
+                if isinstance(picture[1], np.ndarray)
+            ]
+            errors = [result if isinstance(result, str) else None for result in results]
+            yield DrawnRows(rows, errors, [ids[row.reference] for row in batch], writes)
+
+
+def _read_subject(drawer: Drawer, picture_list: PictureList, number: int) -> np.ndarray | str:
+    """The vectors of a reference, or what is wrong with its photo."""
+    try:
+        photos = picture_list.photos_of(number)
+    except Exception as error:
+        # On broken files Pillow's decoders raise exceptions of any type.
+        return str(error) or repr(error)
+    return drawer.subject(photos)
+
+
+def _draw_batch(
+    drawer: Drawer, batch: Sequence[Wanted], subjects: Mapping[int, np.ndarray | str], size: int, dtype: str
+) -> list[np.ndarray | str]:
+    """The picture of each row, (height, width, 3) float32, or what is wrong with it."""
+    results = [subjects[row.reference] for row in batch]
+    good = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    if good:
+        vectors = [np.asarray(results[i]) for i in good]
+        pictures = drawer.draw([batch[i].prompt for i in good], vectors, [batch[i].seed for i in good], size)
+        for i, picture in zip(good, pictures, strict=True):
+            results[i] = finite_error(picture, dtype) or picture
+    return results
 
 
 def _is_kept(file: Path, wanted: Mapping[str, Any]) -> bool:
@@ -246,25 +267,25 @@ def _is_kept(file: Path, wanted: Mapping[str, Any]) -> bool:
         return False
     changed = [name for name in wanted if name != "version" and before.get(name) != wanted[name]]
     if changed:
-        told = "; ".join(f"{name} was {before.get(name)} and is now {wanted[name]}" for name in changed)
-        raise InputError(f"{file} was drawn with other settings: {told}. Set them back, or name another `output`")
+        changes = "; ".join(f"{name} was {before.get(name)} and is now {wanted[name]}" for name in changed)
+        raise InputError(f"{file} was drawn with other settings: {changes}. Set them back, or name another `output`")
     return True
 
 
-def _table(plan: PictureList, start: int, parts: Sequence[DrawnRows]) -> Columns:
+def _table(picture_list: PictureList, start: int, parts: Sequence[DrawnRows]) -> Columns:
     """The columns of a shard, once its pictures are on disk."""
     for part in parts:
         for write in part.writes:
             write.result()
     rows = [row for part in parts for row in part.rows]
     errors = [error for part in parts for error in part.errors]
-    files = [f"{PICTURES}/{plan.picture(row).name}" for row in rows]
+    files = [f"{PICTURES}/{picture_list.picture(row).name}" for row in rows]
     columns = {
-        "id": pa.array([plan.name(row) for row in rows], pa.string()),
+        "id": pa.array([picture_list.name(row) for row in rows], pa.string()),
         "row": pa.array(rows, pa.int64()),
         "reference": pa.array([name for part in parts for name in part.references], pa.string()),
-        "prompt": pa.array([plan[row][1] for row in rows], pa.string()),
-        "seed": pa.array([plan[row][2] for row in rows], pa.int64()),
+        "prompt": pa.array([picture_list[row].prompt for row in rows], pa.string()),
+        "seed": pa.array([picture_list[row].seed for row in rows], pa.int64()),
         "file": pa.array([None if error else file for file, error in zip(files, errors, strict=True)], pa.string()),
         "error": pa.array(errors, pa.string()),
     }

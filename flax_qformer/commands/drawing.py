@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from PIL.PngImagePlugin import PngInfo
 
 from flax_qformer.checkpoints.atomic import new_file
-from flax_qformer.checkpoints.loading import as_dtype
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
-from flax_qformer.commands.options import CommonOptions, File, ModelName, Positive
+from flax_qformer.checkpoints.reading import as_dtype
+from flax_qformer.commands.options import CommonOptions, File, ModelName, Positive, size_of
+from flax_qformer.diffusion.control import Control
 from flax_qformer.diffusion.pipeline import BlipDiffusionControlNetPipeline, BlipDiffusionPipeline, to_pil
 from flax_qformer.diffusion.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from flax_qformer.diffusion.subjects import load_subjects
@@ -26,10 +27,18 @@ from flax_qformer.version import __version__
 
 logger = logging.getLogger(__name__)
 
-SCHEDULERS: dict[str, Any] = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+OFFERED_SCHEDULERS: dict[str, Any] = {
+    "pndm": PNDMScheduler,
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+}
 
 Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="")]
 Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]", help_behavior_hint="(default: 1.0)")]
+Starts = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]", help_behavior_hint="(default: 0.0)")]
+
+SUBJECT_SUFFIXES = (".npz", ".pth", ".pt")
+"""Of files that hold a subject's vectors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +48,20 @@ class DrawOptions(CommonOptions):
     Attributes:
       model: folder or hub id of a pipeline: as upstream publishes it, converted, or LAVIS's.
       dtype: dtype of the computation: float32, bfloat16 or float16.
-      subject: what the photos show, such as "dog".
+      subject: what the photos show, such as "dog"; or a file, as --subject-file takes it.
       target: what to draw, if it is something else, such as "cat".
       subject_file: instead of photos: an .npz file of `save_subjects`, or the .pth file of LAVIS's fine-tuning, which
         also replaces the UNet.
       preprocess: upstream squashes a photo into a square; lavis cuts its longer side.
       negative: what to avoid.
       guidance: how strongly to follow the prompt; 1 turns guidance off.
+      prompt_strength, prompt_reps: their product is how often the prompt is repeated, which strengthens it.
       steps: denoising steps; with --scheduler dpm++, 20 to 25 are enough.
       scheduler: instead of the pipeline's own.
       size: width and height in pixels, as in 512x768.
       control: the picture that a ControlNet follows, such as edges; one for each ControlNet.
       control_scale: how strongly each ControlNet acts.
+      control_guidance_start, control_guidance_end: the part of the steps in which each ControlNet acts, from 0 to 1.
       controlnet: folder or hub id of a ControlNet, or several, instead of the pipeline's own.
       lora: LoRA files of diffusers, peft or kohya.
       lora_scale: factor on all LoRA files, or on each.
@@ -60,7 +71,7 @@ class DrawOptions(CommonOptions):
 
     model: ModelName = str(DEFAULT_MODEL)
     dtype: Annotated[str, tyro.conf.arg(metavar="DTYPE")] = "float32"
-    subject: Annotated[str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    subject: Annotated[str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME|FILE", help_behavior_hint="")] = None
     target: Annotated[
         str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the subject)")
     ] = None
@@ -68,6 +79,8 @@ class DrawOptions(CommonOptions):
     preprocess: Literal["upstream", "lavis"] = "upstream"
     negative: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     guidance: float = 7.5
+    prompt_strength: float = 1.0
+    prompt_reps: Positive = 20
     steps: Positive = 50
     scheduler: Annotated[
         Literal["pndm", "ddim", "dpm++"] | None,
@@ -79,6 +92,8 @@ class DrawOptions(CommonOptions):
     ] = None
     control: Files = ()
     control_scale: Numbers = ()
+    control_guidance_start: Starts = ()
+    control_guidance_end: Numbers = ()
     controlnet: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint="(default: the pipeline's)")
     ] = ()
@@ -95,11 +110,13 @@ UNRELATED = ("quiet", "batch_size", "mesh")
 def check_options(options: DrawOptions) -> None:
     """Refuse options that do not fit together, before a model is loaded."""
     as_dtype(options.dtype)
-    _parse_size(options.size)
+    if options.size is not None:
+        size_of(options.size)
     if options.controlnet and not options.control:
         raise InputError("`controlnet` needs the picture to follow; name it with `control`")
-    if options.control_scale and not options.control:
-        raise InputError("`control_scale` goes with `control`; name the picture to follow, or leave it out")
+    for name in ("control_scale", "control_guidance_start", "control_guidance_end"):
+        if getattr(options, name) and not options.control:
+            raise InputError(f"`{name}` goes with `control`; name the picture to follow, or leave it out")
     if options.control and len(options.control) != max(1, len(options.controlnet)):
         raise InputError(
             f"{max(1, len(options.controlnet))} ControlNets and {len(options.control)} of `control`; give one for each"
@@ -110,13 +127,19 @@ def check_options(options: DrawOptions) -> None:
     ):
         if len(scales) > 1 and len(scales) != len(of):
             raise InputError(f"{len(of)} files and {len(scales)} of `{name}`; give one for all, or one for each")
+    if options.control:
+        start, end = options.control_guidance_start or 0.0, options.control_guidance_end or 1.0
+        Control.build(list(options.control), len(options.control), options.control_scale or 1.0, start, end)
     if options.lora_scale and not options.lora:
         raise InputError("`lora_scale` goes with `lora`; name a LoRA file, or leave it out")
     for file in (*options.lora, *([options.subject_file] if options.subject_file else [])):
         if not file.is_file():
             raise InputError(f"there is no file {file}; check the name")
-    if options.subject_file and options.subject_file.suffix not in (".npz", ".pth", ".pt"):
+    if options.subject_file and options.subject_file.suffix not in SUBJECT_SUFFIXES:
         raise InputError(f"{options.subject_file} is no subject; name an .npz of vectors, or the .pth of LAVIS")
+    is_named = options.subject or options.target or not options.subject_file or options.subject_file.suffix == ".npz"
+    if not is_named:
+        raise InputError(f"the subject of {options.subject_file} has no name; name it with `target`, as in dog")
 
 
 def input_paths(options: DrawOptions) -> list[Path]:
@@ -167,22 +190,20 @@ class Drawer:
         for file, scale in zip(options.lora, scales * len(options.lora) if len(scales) == 1 else scales, strict=True):
             pipe.load_lora(file, scale)
         if options.scheduler:
-            pipe.scheduler = SCHEDULERS[options.scheduler].from_config(pipe.scheduler)
-        side: int = pipe.components["unet"].config.sample_size
-        side *= 2 ** (len(pipe.components["vae"].config.block_out_channels) - 1)
-        self.width, self.height = _parse_size(options.size) or (side, side)
-        target = options.target or options.subject
+            pipe.scheduler = OFFERED_SCHEDULERS[options.scheduler].from_config(
+                # Latents exceed 1. Configs of PNDM rarely say so, and DDIM clips by default.
+                {"clip_sample": False} | pipe.scheduler.config
+            )
+        self.width, self.height = _default_size(pipe) if options.size is None else size_of(options.size)
+        self._target = options.target or options.subject or ""
         self._vectors: np.ndarray | None = None
         if checkpoint:
             self._vectors = np.asarray(pipe.subject_embeddings)
         elif options.subject_file:
             self._vectors, name = _choose_subject(options.subject_file, options.subject)
-            target = target or name
-        if target is None:
-            raise InputError("the subject has no name; name what the photos show with `subject`, as in dog")
-        self._target = target
+            self._target = self._target or name
         self.settings = settings_of(options) | {
-            "target": target,
+            "target": self._target,
             "size": f"{self.width}x{self.height}",
             "scheduler": type(pipe.scheduler).__name__,
             "version": __version__,
@@ -211,6 +232,8 @@ class Drawer:
             scales = list(options.control_scale or (1.0,))
             more["conditioning_image"] = self._control if len(self._control) > 1 else self._control[0]
             more["controlnet_conditioning_scale"] = scales if len(scales) > 1 else scales[0]
+            more["control_guidance_start"] = options.control_guidance_start or 0.0
+            more["control_guidance_end"] = options.control_guidance_end or 1.0
         output = self._pipe(
             [prompts[i] for i in chosen],
             target_subject_category=self._target,
@@ -219,6 +242,8 @@ class Drawer:
             width=self.width,
             num_inference_steps=options.steps,
             neg_prompt=options.negative,
+            prompt_strength=options.prompt_strength,
+            prompt_reps=options.prompt_reps,
             output_type="np",
             rng=[seeds[i] for i in chosen],
             subject_embeddings=np.stack([subjects[i] for i in chosen]),
@@ -256,14 +281,13 @@ def read_parameters(path: Path) -> Any:
         return None
 
 
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    """Width and height."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
-        raise InputError(f"`size` is {text}; write the width and the height in pixels, as in 512x768")
-    return int(sides[0]), int(sides[1])
+def _default_size(pipe: BlipDiffusionPipeline) -> tuple[int, int]:
+    """Width and height of the pictures that the UNet was trained on, in pixels."""
+    latents, factor = pipe.components["unet"].config.sample_size, pipe.components["vae"].config.downscale
+    sides = latents if isinstance(latents, tuple) else (latents, latents)
+    if latents is None or len(sides) != 2:
+        raise InputError(f"the UNet's sample_size is {latents}; name the `size` of the pictures, as in 512x512")
+    return sides[1] * factor, sides[0] * factor
 
 
 def _choose_subject(file: Path, name: str | None) -> tuple[np.ndarray, str]:
@@ -272,5 +296,6 @@ def _choose_subject(file: Path, name: str | None) -> tuple[np.ndarray, str]:
     if len(names) == 1:
         return vectors[0], names[0]
     if name not in names:
-        raise InputError(f"{file} holds {len(names)} subjects; choose one with `subject`: {listed(names)}")
+        raise InputError(f"{file} holds {len(names)} subjects; choose one with `subject`: {listed(names)}, and name the file with "
+            "`subject_file`")
     return vectors[names.index(name)], name

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -15,6 +15,7 @@ import tyro
 
 from flax_qformer.checkpoints.atomic import check_writable
 from flax_qformer.commands.drawing import (
+    SUBJECT_SUFFIXES,
     Drawer,
     DrawOptions,
     Files,
@@ -89,6 +90,8 @@ class GenerateOptions(DrawOptions):
 
 
 def run(options: GenerateOptions) -> None:
+    if options.subject and not options.subject_file and Path(options.subject).suffix in SUBJECT_SUFFIXES:
+        options = replace(options, subject=None, subject_file=Path(options.subject))
     is_bulk = options.prompts is not None or options.references is not None
     prompts, seeds = texts_of(options.prompt, "prompt"), _seeds(options)
     if options.prompts:

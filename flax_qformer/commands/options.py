@@ -1,6 +1,7 @@
 """Options and steps that several commands share."""
 
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,14 @@ def texts_of(groups: Sequence[Sequence[str]], name: str = "text") -> list[str]:
     if () in groups:
         raise InputError(f"`{name}` is empty; put a text after it")
     return [text for group in groups for text in group]
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Width and height in pixels, from a text such as 512x768."""
+    sides = re.fullmatch(r"([1-9]\d{0,4})[xX]([1-9]\d{0,4})", text, re.ASCII)
+    if not sides:
+        raise InputError(f"`size` is {text:.40}; write the width and the height in pixels, as in 512x768")
+    return int(sides[1]), int(sides[2])
 
 
 def batches(total: int, size: int) -> Iterator[list[int]]:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +11,7 @@ import tyro
 
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL
 from flax_qformer.commands.messages import with_options
-from flax_qformer.commands.options import CommonOptions, ModelName, Positive
+from flax_qformer.commands.options import CommonOptions, ModelName, Positive, size_of
 from flax_qformer.errors import InputError
 from flax_qformer.training.settings import TrainSettings
 
@@ -88,13 +87,10 @@ def _training(options: PlanOptions) -> "Plan":
 def _drawing(options: PlanOptions) -> "GenerationPlan":
     from flax_qformer.planning.generation import plan_generation
 
-    sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", options.size)
-    if not sides:
-        raise InputError(f"`size` is {options.size!r:.40}; write it as width x height, such as 512x768")
     return plan_generation(
         options.topology,
         options.batch,
-        size=(int(sides[1]), int(sides[2])),
+        size=size_of(options.size),
         steps=options.steps,
         mesh=options.mesh,
         dtype=options.dtype,

@@ -57,7 +57,7 @@ class ShardedRows:
     Attributes:
       folder: of the shards.
       content: what the rows hold, as messages name it: "embeddings".
-      unit: what a row is made of, as messages name it: "image".
+      unit: what a row is about, as messages name it: "image".
       count: number of rows.
       shard_size: rows in a shard.
       settings: those that determine the rows or their shards; a resumed run must not change them. `model` is one.
@@ -158,10 +158,10 @@ class ShardedRows:
             )
         changed = [name for name in changed if name in self.settings]
         if changed:
-            told = "; ".join(f"`{name}` was {before.get(name)} and is now {self.settings[name]}" for name in changed)
+            changes = "; ".join(f"`{name}` was {before.get(name)} and is now {self.settings[name]}" for name in changed)
             raise InputError(
-                f"the shards in {self.folder} cannot be completed with other settings: {told}. Set them back, or name "
-                "another `output`"
+                f"the shards in {self.folder} cannot be completed with other settings: {changes}. Set them back, or "
+                "name another `output`"
             )
 
     def _notes(self) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class ShardedRows:
         errors = {path: writing.result() for path, writing in written.items()}
         if len(errors) < len(shards):
             left = len(shards) - len(errors)
-            raise Stopped(signals[0], f"stopped with {left} shards to go; the same command goes on with them")
+            raise Stopped(signals[0], f"stopped with {left} shards to go; run the same command to write them")
         return errors
 
     def _write(
@@ -238,7 +238,7 @@ def check_only_shards(folder: Path) -> None:
     """Check that a folder of shards holds nothing else."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if not re.fullmatch(r"\..*|\d{5,}-of-\d{5,}\.parquet", path.name):
-            raise InputError(f"{folder} holds something else than shards, {path.name}; name another `output`")
+            raise InputError(f"{folder} holds other files than shards, {path.name}; name another `output`")
 
 
 def sum_of_ids(images: Images | Sequence[Mapping[str, Any]], more: Iterable[str] = ()) -> int:
