@@ -1,12 +1,16 @@
-"""BLIP-Diffusion's Q-Former in JAX/Flax.
+"""BLIP-Diffusion in JAX/Flax: the Q-Former, and Stable Diffusion, which draws the subject that it reads.
 
 Example::
 
     import flax_qformer as fq
 
+    pipe = fq.BlipDiffusionPipeline.from_pretrained("Salesforce/blipdiffusion")
+    output = pipe("swimming underwater", "dog.jpg", "dog")
+    output.images[0].save("picture.png")
+
     model, params = fq.from_pretrained()
     processor = fq.Processor.from_pretrained()
-    output = model.apply({"params": params}, **processor(images=image, text="dog"))
+    output = model.apply({"params": params}, **processor(images="dog.jpg", text="dog"))
 """
 
 from flax_qformer.checkpoints.converting import convert_checkpoint, export_checkpoint

@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
 }
 """The options of each command and the function that runs it, in the order of `flax-qformer --help`."""
 
-DESCRIPTION = "BLIP-Diffusion's Q-Former in JAX/Flax. flax-qformer COMMAND --help shows the options of a command; "
+DESCRIPTION = "BLIP-Diffusion in JAX/Flax. flax-qformer COMMAND --help shows the options of a command; "
 DESCRIPTION += "flax-qformer --version prints the version."
 
 
