@@ -41,8 +41,15 @@ def used(gradients: Any) -> dict[str, np.ndarray]:
     return {name: leaf for name, leaf in flat.items() if leaf.any()}
 
 
-@pytest.mark.parametrize("geometry", ["frequency_2", pytest.param("frequency_1", marks=pytest.mark.slow)])
-def test_values_attentions_states_and_gradients(geometry: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("geometry", "gradient_checkpointing"),
+    [
+        ("frequency_2", True),
+        pytest.param("frequency_1", True, marks=pytest.mark.slow),
+        pytest.param("frequency_1", False, marks=pytest.mark.slow),
+    ],
+)
+def test_values_attentions_states_and_gradients(geometry: str, gradient_checkpointing: bool, tmp_path: Path) -> None:
     model, scanned, params = models(geometry, tmp_path)
     batch = inputs(geometry)
 
@@ -54,12 +61,12 @@ def test_values_attentions_states_and_gradients(geometry: str, tmp_path: Path) -
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     gradients, output = run(model, params)
-    for each in (scanned, fq.Blip2QFormerModel(checkpointing(scanned.config, True))):
-        looped, looped_output = run(each, fq.stack_layers(params))
-        for a, b in zip(jax.tree.leaves(output), jax.tree.leaves(looped_output), strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-6 * max(1, float(jnp.abs(a).max())))
-        error, name = cases.gradient_error(used(fq.unstack_layers(looped)), used(gradients))
-        assert error <= 1e-5, name
+    scanned = fq.Blip2QFormerModel(checkpointing(scanned.config, gradient_checkpointing))
+    looped, looped_output = run(scanned, fq.stack_layers(params))
+    for a, b in zip(jax.tree.leaves(output), jax.tree.leaves(looped_output), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6 * max(1, float(jnp.abs(a).max())))
+    error, name = cases.gradient_error(used(fq.unstack_layers(looped)), used(gradients))
+    assert error <= 1e-5, name
 
 
 @pytest.mark.slow
