@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from safetensors.numpy import save_file
 
 import cases
 import flax_qformer as fq
-from flax_qformer.checkpoints.model_files import DEFAULT_PIPELINE, EXAMPLE_IMAGE
+from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, DEFAULT_PIPELINE, EXAMPLE_IMAGE
 from flax_qformer.commands.drawing import _default_size
 from flax_qformer.commands.main import main, parse
 from flax_qformer.convert.tables.stable_diffusion import parameter_at
@@ -135,9 +136,9 @@ def write_controlnet(folder: Path) -> None:
     config = json.loads((DEFAULT_PIPELINE / "unet" / "config.json").read_text())
     names = {field.name for field in dataclasses.fields(fq.ControlNetConfig)}
     config = {name: value for name, value in config.items() if name in names} | {"_class_name": "ControlNetModel"}
-    config["conditioning_embedding_out_channels"] = [16, 16]
+    config["conditioning_embedding_out_channels"] = [4] * 4
     module = fq.ControlNetModel(fq.ControlNetConfig.from_dict(config))
-    inputs = np.zeros((1, 8, 8, 4)), 0, np.zeros((1, 5, 64)), np.zeros((1, 16, 16, 3))
+    inputs = np.zeros((1, 8, 8, 4)), 0, np.zeros((1, 5, 64)), np.zeros((1, SIDE, SIDE, 3))
     shapes = flatten_dict(jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"], sep="/")
     rows = [parameter_at(path, leaf.shape) for path, leaf in shapes.items()]
     folder.mkdir()
@@ -169,6 +170,7 @@ def test_options_reach_the_pipeline(pipe: Any, calls: list[dict[str, Any]], tmp_
     drawing = ["--scheduler", "dpm++", "--size", "96x32", "--guidance", 3, "--negative", "blurry", "--target", "cat"]
     more = ["--preprocess", "lavis", "--dtype", "bfloat16", "--num-images", 3, "--seed", 4, "--mesh", "data=2"]
     control = ["--controlnet", tmp_path / "control", "--control", tmp_path / "other.png", "--control-scale", 0.5]
+    control += ["--control-guidance-start", 0.2, "--control-guidance-end", 0.7, "--prompt-reps", 3]
     generate(tmp_path / "out.png", *drawing, *more, *control, photos=photos)
     first, second = calls
     vectors = first.pop("subject_embeddings")
@@ -182,6 +184,10 @@ def test_options_reach_the_pipeline(pipe: Any, calls: list[dict[str, Any]], tmp_
         "height": 32,
         "rng": [4, 5],
         "controlnet_conditioning_scale": 0.5,
+        "control_guidance_start": (0.2,),
+        "control_guidance_end": (0.7,),
+        "prompt_strength": 1.0,
+        "prompt_reps": 3,
     }
     assert first | expected == first
     assert first["conditioning_image"].size == PIL.Image.open(tmp_path / "other.png").size
@@ -196,6 +202,34 @@ def test_options_reach_the_pipeline(pipe: Any, calls: list[dict[str, Any]], tmp_
     assert vectors.shape == (2, *wanted.shape[1:])
     np.testing.assert_allclose(vectors[:1], wanted, atol=0.1)
     assert np.abs(vectors[0] - pipe.get_query_embeddings([photos], "dog")[0]).max() > 0.2
+
+
+def test_a_controlnet_steers_a_picture(tmp_path: Path) -> None:
+    cases.image("RGB", 50, 40).save(tmp_path / "edges.png")
+    write_controlnet(tmp_path / "control")
+    control = ["--controlnet", tmp_path / "control", "--control", tmp_path / "edges.png", "--prompt-reps", 1]
+    ways = {"on": [], "off": ["--control-scale", 0], "early": ["--control-guidance-end", 0.5]}
+    for name, more in ways.items():
+        generate(tmp_path / f"{name}.png", *control, *more)
+    generate(tmp_path / "plain.png", "--prompt-reps", 1)
+    on, off, early, plain = (pixels(tmp_path / f"{name}.png") for name in (*ways, "plain"))
+    check_close(off, plain)
+    assert np.abs(on - plain).max() > 1
+    assert np.abs(early - plain).max() > 1
+    assert np.abs(early - on).max() > 1
+    assert parameters(tmp_path / "early.png")["control_guidance_end"] == [0.5]
+
+
+def test_a_scheduler_does_not_clip_latents(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Whatever the pipeline's own config says, or does not say."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(DEFAULT_PIPELINE, folder)
+    shutil.copytree(DEFAULT_MODEL, folder / "qformer", ignore=lambda *_: ["pipeline"])
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert config.pop("clip_sample") is False
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    generate(tmp_path / "out.png", "--model", folder, "--scheduler", "ddim")
+    assert calls[0]["pipe"].scheduler == fq.DDIMScheduler.from_config(config, clip_sample=False)
 
 
 def test_pictures_that_are_not_finite(
@@ -219,7 +253,7 @@ def test_a_fine_tuned_subject(calls: list[dict[str, Any]], pipe: Any, tmp_path: 
         tensors = {f"unet.{name}": file.get_tensor(name).astype(np.float32) * 2 for name in file.keys()}  # noqa: SIM118
     vectors = pipe.get_query_embeddings(EXAMPLE_IMAGE, "dog") * 2
     torch_save({"model": tensors | {"ctx_embeddings_cache": vectors}}, tmp_path / "dog.pth")
-    arguments = ["generate", "--subject-file", tmp_path / "dog.pth", "--prompt", "in the snow", "--target", "dog"]
+    arguments = ["generate", "--subject", tmp_path / "dog.pth", "--prompt", "in the snow", "--target", "dog"]
     main(list(map(str, [*arguments, "--output", tmp_path / "out.png"])))
     np.testing.assert_array_equal(calls[0]["subject_embeddings"][:1], vectors)
     name = "conv_in"
@@ -240,6 +274,11 @@ def test_lora(pipe: Any, tmp_path: Path) -> None:
     check_close(pixels(tmp_path / "zero.png"), pixels(tmp_path / "plain.png"))
     assert np.abs(pixels(tmp_path / "with.png") - pixels(tmp_path / "plain.png")).max() > 1
     assert parameters(tmp_path / "zero.png")["lora_scale"] == [0.0]
+    other = fq.BlipDiffusionPipeline.from_pretrained()
+    other.load_lora(file, 0.5)
+    changed = other.params["unet"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn1"]["to_q"]["kernel"]
+    expected = np.asarray(kernel) + 0.5 * (up @ down).T.reshape(kernel.shape)
+    np.testing.assert_allclose(changed, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +298,8 @@ def test_lora(pipe: Any, tmp_path: Path) -> None:
         (["--control-scale", "1"], "--control-scale goes with --control"),
         (["--controlnet", "x"], "--controlnet needs the picture to follow; name it with --control"),
         (["--control", "copy.png", "copy.png"], "1 ControlNets and 2 of --control; give one for each"),
+        (["--control-guidance-end", "0.5"], "--control-guidance-end goes with --control"),
+        (["--control", "copy.png", "--control-guidance-start", "1"], "acts from --control-guidance-start 1.0 to"),
         (["--lora-scale", "1"], "--lora-scale goes with --lora"),
         (["--lora", "absent.safetensors"], "there is no file absent.safetensors"),
         (["--lora", "bad.png", "--lora-scale", "1", "2"], "1 files and 2 of --lora-scale"),
@@ -304,6 +345,7 @@ def test_bad_input_is_one_line(
         (["--prompt", "a"], "no photo is named; name one or more of the subject with --reference"),
         (["--prompt", "a", "--reference", str(EXAMPLE_IMAGE)], "the subject has no name"),
         (["--prompt", "a", "--subject-file", "absent.npz"], "there is no file absent.npz"),
+        (["--prompt", "a", "--subject", "absent.pth"], "there is no file absent.pth"),
         (["--prompt", "a", "--subject-file", str(EXAMPLE_IMAGE)], "is no subject; name an .npz of vectors"),
     ],
 )
@@ -326,6 +368,15 @@ def test_a_subject_is_chosen_by_its_name(pipe: Any, tmp_path: Path, capfd: pytes
     main([*arguments, str(tmp_path / "out.png"), "--subject", "dog"])
     generate(tmp_path / "photo.png")
     check_close(pixels(tmp_path / "out.png"), pixels(tmp_path / "photo.png"))
+    # A file with one subject needs no other option, and brings the subject's name.
+    fq.save_subjects(tmp_path / "one.npz", vectors[:1], "dog")
+    shared = ["generate", "--prompt", "in the snow", "--steps", "2", "--batch-size", "2", "--quiet"]
+    main([*shared, "--subject", str(tmp_path / "one.npz"), "--output", str(tmp_path / "one.png")])
+    np.testing.assert_array_equal(pixels(tmp_path / "one.png"), pixels(tmp_path / "out.png"))
+    (tmp_path / "unnamed.pth").touch()
+    with pytest.raises(SystemExit):
+        main([*shared, "--subject", str(tmp_path / "unnamed.pth")])
+    assert "unnamed.pth has no name; name it with --target, as in dog" in capfd.readouterr().err
 
 
 def test_a_settings_file(tmp_path: Path) -> None:

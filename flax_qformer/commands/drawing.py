@@ -71,7 +71,9 @@ class DrawOptions(CommonOptions):
 
     model: ModelName = str(DEFAULT_MODEL)
     dtype: Annotated[str, tyro.conf.arg(metavar="DTYPE")] = "float32"
-    subject: Annotated[str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME|FILE", help_behavior_hint="")] = None
+    subject: Annotated[
+        str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME|FILE", help_behavior_hint="")
+    ] = None
     target: Annotated[
         str | None, tyro.conf.DisallowNone, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the subject)")
     ] = None
@@ -296,6 +298,8 @@ def _choose_subject(file: Path, name: str | None) -> tuple[np.ndarray, str]:
     if len(names) == 1:
         return vectors[0], names[0]
     if name not in names:
-        raise InputError(f"{file} holds {len(names)} subjects; choose one with `subject`: {listed(names)}, and name the file with "
-            "`subject_file`")
+        raise InputError(
+            f"{file} holds {len(names)} subjects; choose one with `subject`: {listed(names)}, and name the file with "
+            "`subject_file`"
+        )
     return vectors[names.index(name)], name
