@@ -17,7 +17,7 @@ from flax_qformer.convert.files import open_tensors
 from flax_qformer.convert.tables.stable_diffusion import parameter_at
 from flax_qformer.convert.tensors import StoredTensor
 from flax_qformer.convert.trees import PARAMETER_DTYPES
-from flax_qformer.errors import InputError, listed
+from flax_qformer.errors import InputError
 
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 """Names of the file in a folder that diffusers wrote."""
@@ -88,7 +88,7 @@ def load_pipeline_lora(
             f"{file} is a LoRA of Stable Diffusion XL; this pipeline needs one that was trained on Stable Diffusion 1.5"
         )
     if misfits or not updates:
-        described = listed(misfits) if misfits else "it has no tensors"
+        described = ", ".join(misfits) if misfits else "it has no tensors"
         raise InputError(
             f"{file} does not fit the UNet and the text encoder: {described}; take a LoRA of this base model, in the "
             "form of diffusers, peft or kohya"
