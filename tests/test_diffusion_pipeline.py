@@ -183,6 +183,30 @@ def test_the_loss_and_its_gradients_are_upstreams(pipe: Any, golden: Golden) -> 
         assert np.linalg.norm(value - expected) < 1e-4 * np.linalg.norm(expected), name
 
 
+def test_the_loss_is_differentiated_on_a_mesh(shared: dict[str, Any], pipe: Any) -> None:
+    """Parameters and batch are sharded."""
+    mesh = fq.make_mesh(data=1, fsdp=2)
+    inputs = pipeline_cases.loss_inputs()
+    pair = {name: np.concatenate([value] * 2) for name, value in inputs.items() if len(value) == 1} | {
+        name: value for name, value in inputs.items() if len(value) > 1
+    }
+    assert len({len(value) for value in pair.values()}) == 1
+    sharded = build(shared, "two", "DDIMScheduler", mesh=mesh)
+
+    def loss(pipe: Any, params: Any, batch: Any) -> jax.Array:
+        return denoising_loss(pipe, {**pipe.params, **params}, **batch)
+
+    results = []
+    for one, batch in ((pipe, pair), (sharded, fq.shard_batch(pair, mesh))):
+        params = {name: one.params[name] for name in ("unet", "text_encoder")}
+        results.append(jax.jit(jax.value_and_grad(partial(loss, one)))(params, batch))
+    (alone, expected), (value, gradients) = results
+    assert abs(value - alone) < 1e-5
+    for path, leaf in flatten_dict(gradients, sep="/").items():
+        wanted = np.asarray(flatten_dict(expected, sep="/")[path])
+        assert np.linalg.norm(np.asarray(leaf) - wanted) < 1e-4 * np.linalg.norm(wanted) + 1e-6, path
+
+
 def test_the_loss_predicts_what_the_scheduler_says(pipe: Any, golden: Golden) -> None:
     subjects = pipeline_cases.loss_inputs()["subject_embeddings"]
     changed, params = (

@@ -227,6 +227,10 @@ def test_other_controlnets(published: Path, tmp_path: Path) -> None:
     assert not same(own.params["controlnet"], one.params["controlnet"])
     assert same(two.params["controlnet"][0], one.params["controlnet"])
     assert not same(*two.params["controlnet"])
+    pipe = fq.BlipDiffusionControlNetPipeline.from_pretrained(published, controlnet=[tmp_path / "1", tmp_path / "2"])
+    assert same(pipe.params, two.params)
+    pipe = fq.BlipDiffusionControlNetPipeline.from_pretrained(published)
+    assert same(pipe.params, own.params)
     with pytest.raises(fq.InputError, match="that of a UNet2DConditionModel; the controlnet must be a ControlNetModel"):
         load_pipeline_parts(published, controlnet=published / "unet")
     for seed in (1, 2):
@@ -303,6 +307,15 @@ def test_a_fine_tuned_file_of_lavis(modern: Path, tmp_path: Path) -> None:
     parts, base = load_pipeline_parts(modern, subject=file), load_pipeline_parts(modern)
     assert base.subject_embeddings is None
     np.testing.assert_array_equal(parts.subject_embeddings, vectors[0])
+    pipe = fq.BlipDiffusionPipeline.from_pretrained(modern, subject=file)
+    assert same(pipe.params, parts.params)
+    # A call without photos draws the file's subject.
+    options = {"target_subject_category": "dog", "height": 16, "width": 16, "num_inference_steps": 1}
+    drawn, wanted = (
+        pipe("in the snow", subject_embeddings=subject, output_type="latent", **options).images
+        for subject in (None, vectors)
+    )
+    np.testing.assert_array_equal(drawn, wanted)
     assert same(parts.params["vae"], base.params["vae"])
     for path, leaf in flatten_dict(parts.params["unet"]).items():
         np.testing.assert_array_equal(leaf, flatten_dict(base.params["unet"])[path] + 1)
