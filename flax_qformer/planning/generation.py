@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_qformer.checkpoints.parts import DRAWING_PARTS
 from flax_qformer.checkpoints.pipelines import LAVIS_SCHEDULER, SD_1_5
 from flax_qformer.checkpoints.reading import as_dtype
-from flax_qformer.diffusion.denoising import Conditions, decoder, denoising_loop, encode_prompts
+from flax_qformer.diffusion.denoising import Conditions, decoder, denoising_loop, encode_prompts, state_specs
 from flax_qformer.diffusion.schedulers import scheduler_from_config
 from flax_qformer.errors import InputError, first_line
 from flax_qformer.parallel.mesh import BATCH, check_divides, mesh_context
@@ -22,8 +22,6 @@ from flax_qformer.planning.traffic import count_traffic
 
 QUERIES = 16
 """Subject vectors in a prompt."""
-
-PARTS = ("text_encoder", "unet", "vae")
 
 
 @dataclass(frozen=True)
@@ -146,78 +144,17 @@ def plan_generation(
     """
     chip, pod = chip_of(topology), pod_of(topology, mesh)
     check_divides(batch, pod, "`batch`")
-    computed = as_dtype(dtype)
-    modules, params = {}, {}
-    for name in PARTS:
-        part = DRAWING_PARTS[name]
-        config = part.config_class.from_dict(SD_1_5[name])
-        modules[name] = part.model_class(config, dtype=computed, param_dtype=computed)
-        inputs = part.inputs(config)
-        shapes = jax.eval_shape(modules[name].init, jax.random.key(0), *inputs)["params"]
-        params[name] = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, shardings(shapes, pod))
+    modules, params = _parts(as_dtype(dtype), pod)
     factor = modules["vae"].config.downscale
     if any(side % factor for side in size):
         raise InputError(f"`size` is {size[0]}x{size[1]}; both must be multiples of {factor}")
     latents = (batch, size[1] // factor, size[0] // factor, modules["unet"].config.in_channels)
-
-    by_batch, everywhere = NamedSharding(pod, BATCH), NamedSharding(pod, PartitionSpec())
-
-    def array(shape: tuple[int, ...], kind: Any, sharding: NamedSharding = everywhere) -> Any:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-
-    encoder = modules["text_encoder"].config
-    length, width = encoder.max_position_embeddings, encoder.hidden_size
-    text = array((batch, length, width), computed, by_batch)
-    samples = array(latents, jnp.float32, by_batch)
-    scheduler: Any = scheduler_from_config(LAVIS_SCHEDULER)
-    state = jax.eval_shape(lambda: scheduler.set_timesteps(scheduler.create_state(), steps, latents))
-    calls = len(state.timesteps)
-    # The scheduler's running values are (..., batch, height, width, channels).
-    running = NamedSharding(pod, PartitionSpec(None, *BATCH))
-    state = jax.tree.map(
-        lambda leaf: array(
-            leaf.shape, leaf.dtype, {len(latents): by_batch, len(latents) + 1: running}.get(len(leaf.shape), everywhere)
-        ),
-        state,
-    )
-    conditions = Conditions(
-        text, text, array((), jnp.float32), (), array((calls, 0), jnp.float32), array((), jnp.uint32)
-    )
-
-    def encode(params: Any, ids: Any, subjects: Any, negative: Any) -> Any:
-        return encode_prompts(modules["text_encoder"], params, ids, subjects, negative, begin=2, repeats=1)
-
-    # The compiled functions have options of this machine's backend; the functions inside have none.
-    loop: Any = denoising_loop(modules["unet"], (), scheduler)
-    decode: Any = decoder(modules["vae"])
-    programs = {
-        "text encoder": (
-            1,
-            encode,
-            (
-                params["text_encoder"],
-                array((batch, length - QUERIES), jnp.int32, by_batch),
-                array((batch, QUERIES, width), jnp.float32, by_batch),
-                array((batch, length), jnp.int32, by_batch),
-            ),
-        ),
-        # The number of steps is an argument of the loop, so the program's text has the work of one step.
-        "denoising step": (
-            calls,
-            loop.__wrapped__,
-            ({"unet": params["unet"]}, conditions, samples, state, *[array((), jnp.int32)] * 2),
-        ),
-        "decoder": (1, decode.__wrapped__, (params["vae"], samples)),
-    }
+    programs = _programs(modules, params, latents, steps, pod)
+    plans = {name: _plan_program(program, chip, pod, topology) for name, program in programs.items()}
     parameters = shard_bytes(params)
-    plans = {
-        name: _plan_program(function, arguments, runs, chip, pod, topology)
-        for name, (runs, function, arguments) in programs.items()
-    }
     # The parameters of the other programs stay in memory.
     needed = max(
-        plan.peak + parameters - shard_bytes(arguments[0])
-        for plan, (_, _, arguments) in zip(plans.values(), programs.values(), strict=True)
+        plans[name].peak + parameters - shard_bytes(program.arguments[0]) for name, program in programs.items()
     )
     rate = share = None
     if needed <= chip.memory:
@@ -225,25 +162,88 @@ def plan_generation(
         rate = batch / seconds
         share = sum(plan.runs * plan.flops for plan in plans.values()) / seconds / chip.flops
     return GenerationPlan(
-        topology,
-        pod.size,
-        dict(pod.shape),
-        batch,
-        f"{size[0]}x{size[1]}",
-        steps,
-        parameters,
-        chip.memory - needed,
-        plans,
-        rate,
-        share,
+        topology=topology,
+        chips=pod.size,
+        mesh=dict(pod.shape),
+        batch=batch,
+        size=f"{size[0]}x{size[1]}",
+        steps=steps,
+        parameters=parameters,
+        headroom=chip.memory - needed,
+        programs=plans,
+        pictures_per_second=rate,
+        share_of_peak=share,
     )
 
 
-def _plan_program(
-    function: Callable[..., Any], arguments: tuple[Any, ...], runs: int, chip: Chip, pod: Mesh, topology: str
-) -> ProgramPlan:
+def _parts(dtype: jnp.dtype, pod: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The modules by name, and the shapes and shardings of their parameters."""
+    modules, params = {}, {}
+    for name, values in SD_1_5.items():
+        part = DRAWING_PARTS[name]
+        config = part.config_class.from_dict(values)
+        modules[name] = part.model_class(config, dtype=dtype, param_dtype=dtype)
+        shapes = jax.eval_shape(modules[name].init, jax.random.key(0), *part.inputs(config))["params"]
+        params[name] = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, shardings(shapes, pod))
+    return modules, params
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function, the shapes and shardings of its arguments, the parameters first, and how often it runs."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    runs: int
+
+
+def _programs(
+    modules: dict[str, Any], params: dict[str, Any], latents: tuple[int, ...], steps: int, pod: Mesh
+) -> dict[str, Program]:
+    """The programs of a batch of pictures; latents: their shape."""
+
+    def array(shape: tuple[int, ...], kind: Any, spec: PartitionSpec | None = None) -> Any:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(pod, spec or PartitionSpec()))
+
+    encoder = modules["text_encoder"]
+    batch, length, width = latents[0], encoder.config.max_position_embeddings, encoder.config.hidden_size
+
+    def encode(params: Any, ids: Any, subjects: Any, negative: Any) -> Any:
+        return encode_prompts(encoder, params, ids, subjects, negative, begin=2, repeats=1)
+
+    prompts = (
+        array((batch, length - QUERIES), jnp.int32, BATCH),
+        array((batch, QUERIES, width), jnp.float32, BATCH),
+        array((batch, length), jnp.int32, BATCH),
+    )
+    scheduler: Any = scheduler_from_config(LAVIS_SCHEDULER)
+    state = jax.eval_shape(lambda: scheduler.set_timesteps(scheduler.create_state(), steps, latents))
+    calls = len(state.timesteps)
+    state = jax.tree.map(lambda leaf, spec: array(leaf.shape, leaf.dtype, spec), state, state_specs(state, latents))
+    text, samples = array((batch, length, width), encoder.dtype, BATCH), array(latents, jnp.float32, BATCH)
+    conditions = Conditions(
+        text=text,
+        negative=text,
+        guidance_scale=array((), jnp.float32),
+        control_images=(),
+        control_scales=array((calls, 0), jnp.float32),
+        seed=array((), jnp.uint32),
+    )
+    # The number of steps is an argument of the loop, so the program's text has the work of one step.
+    loop_arguments = ({"unet": params["unet"]}, conditions, samples, state, *[array((), jnp.int32)] * 2)
+    # The compiled functions have options of this machine's backend; the functions inside have none.
+    loop: Any = denoising_loop(modules["unet"], (), scheduler)
+    decode: Any = decoder(modules["vae"])
+    return {
+        "text encoder": Program(encode, (params["text_encoder"], *prompts), 1),
+        "denoising step": Program(loop.__wrapped__, loop_arguments, calls),
+        "decoder": Program(decode.__wrapped__, (params["vae"], samples), 1),
+    }
+
+
+def _plan_program(program: Program, chip: Chip, pod: Mesh, topology: str) -> ProgramPlan:
     with mesh_context(pod if pod.size > 1 else None):
-        traced = jax.jit(function).trace(*arguments)
+        traced = jax.jit(program.function).trace(*program.arguments)
     useful, executed = (flops(traced.jaxpr.jaxpr, platform) / pod.size for platform in (None, "tpu"))
     try:
         compiled = traced.lower().compile(COMPILER)
@@ -251,7 +251,7 @@ def _plan_program(
         needed = memory_needed(str(error), chip.memory)
         if needed is None:
             raise InputError(f"the program does not compile for {topology}: {first_line(error)}") from None
-        return ProgramPlan(runs, useful, executed, None, None, needed, {"compute": math.inf})
+        return ProgramPlan(program.runs, useful, executed, None, None, needed, {"compute": math.inf})
     peak, traffic = compiled.memory_analysis().peak_memory_in_bytes, count_traffic(compiled.as_text())
     sent = sum(traffic.wire.values())
     seconds = {
@@ -259,4 +259,4 @@ def _plan_program(
         "memory": traffic.memory / chip.memory_rate,
         "interconnect": sent / chip.link_rate,
     }
-    return ProgramPlan(runs, useful, executed, traffic.memory, sent, float(peak), seconds)
+    return ProgramPlan(program.runs, useful, executed, traffic.memory, sent, float(peak), seconds)
