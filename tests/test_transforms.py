@@ -56,7 +56,9 @@ def half_each(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value.reshape(2, 2, *value.shape[1:]) for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (jnp.float32, jnp.float16))]
+)
 def test_jit_vmap_pmap_and_grad_in_every_dtype(dtype: Any, params: Any, batch: Any, exact: jax.Array) -> None:
     function = apply(dtype)
     tolerance = {jnp.float32: 2e-6, jnp.bfloat16: 4e-2, jnp.float16: 5e-3}[dtype] * float(jnp.abs(exact).max())
