@@ -129,7 +129,7 @@ def as_drawn(label: str) -> dict[str, Any]:
     }
 
 
-# The others have one of these two schedulers, or the one of other tests.
+# The others have a scheduler of `control` or of other fast tests.
 FAST = ("dpm", "control")
 
 
