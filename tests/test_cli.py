@@ -412,7 +412,10 @@ def test_bad_input_of_the_installed_command(bad: Path) -> None:
     assert not (bad / "embeddings.npz").exists()
 
 
-@pytest.mark.parametrize(("into", "printed"), [("| true", ""), ("> /dev/full", "No space left on device")])
+@pytest.mark.parametrize(
+    ("into", "printed"),
+    [("| true", ""), pytest.param("> /dev/full", "No space left on device", marks=pytest.mark.slow)],
+)
 def test_a_closed_output_pipe(into: str, printed: str, tmp_path: Path) -> None:
     command = f"{BIN / 'flax-qformer'} embed {EXAMPLE_IMAGE} {into}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -207,6 +207,7 @@ def test_the_loss_is_differentiated_on_a_mesh(shared: dict[str, Any], pipe: Any)
         assert np.linalg.norm(np.asarray(leaf) - wanted) < 1e-4 * np.linalg.norm(wanted) + 1e-6, path
 
 
+@pytest.mark.slow
 def test_the_loss_predicts_what_the_scheduler_says(pipe: Any, golden: Golden) -> None:
     subjects = pipeline_cases.loss_inputs()["subject_embeddings"]
     changed, params = (
@@ -405,6 +406,7 @@ def test_the_scheduler_can_be_swapped_and_scales_the_input(pipe: Any) -> None:
     assert np.abs(noisy[0] - noisy[2]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_batch_is_sharded_over_a_mesh(shared: dict[str, Any], pipe: Any, compilations: list[str]) -> None:
     sharded = build(shared, "two", "PNDMScheduler", mesh=fq.make_mesh(data=2))
     prompts = ["in the water", "on a tree"]
@@ -452,6 +454,7 @@ def test_each_prompt_has_its_conditioning_image(control_pipe: Any) -> None:
     np.testing.assert_allclose(each[1], alone[0], atol=PICTURE_ERROR)
 
 
+@pytest.mark.slow
 def test_several_controlnets_add_up(control_pipe: Any) -> None:
     edges, other = pipeline_cases.conditioning(pipeline_cases.DRAWINGS["control"]), cases.image("RGB", 20, 20)
     module, params = control_pipe.components["controlnet"], control_pipe.params["controlnet"]

@@ -164,6 +164,7 @@ def test_the_same_parts_from_every_kind_of_folder(modern: Path, published: Path,
     np.testing.assert_array_equal(unet["conv_in"]["kernel"], tensors["conv_in.weight"].transpose(2, 3, 1, 0))
 
 
+@pytest.mark.slow
 def test_a_text_encoder_without_position_ids_is_exported_without(copied: Path, tmp_path: Path) -> None:
     tensors = tensors_in(copied / "text_encoder")
     del tensors["text_model.embeddings.position_ids"]
@@ -218,6 +219,7 @@ def test_a_pipeline_saved_from_memory(published: Path, tmp_path: Path) -> None:
         save_pipeline(tmp_path / "two", parts.components | {"controlnet": (1, 2)}, *arguments[1:])
 
 
+@pytest.mark.slow
 def test_other_controlnets(published: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         write_controlnet(tmp_path / str(seed), seed)
@@ -289,6 +291,7 @@ def test_the_unpacked_tar_of_lavis(modern: Path, tmp_path: Path, monkeypatch: py
         load_pipeline_parts(tmp_path / "lavis", tokenizer=modern / "tokenizer")
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_file_of_lavis(modern: Path, tmp_path: Path) -> None:
     tensors = {f"unet.{name}": value + 1 for name, value in tensors_in(modern / "unet").items()}
     vectors = np.random.default_rng(0).standard_normal((1, 8, WIDTH), np.float32)
@@ -506,6 +509,7 @@ print(sorted(parts.components))
 """
 
 
+@pytest.mark.slow
 def test_a_pipeline_from_the_hub(published: Path, hub: tuple[type[fake_hub.Hub], dict[str, str]]) -> None:
     served, environment = hub
     shutil.copytree(published, served.files, dirs_exist_ok=True)

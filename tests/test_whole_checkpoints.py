@@ -101,9 +101,9 @@ def check_bytes(exported: Path, source: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "parts", "more"),
     [
-        ("lavis", tuple(PARTS), [*SPLIT, "--train", "qformer", "proj_layer"]),
+        pytest.param("lavis", tuple(PARTS), [*SPLIT, "--train", "qformer", "proj_layer"], marks=pytest.mark.slow),
         pytest.param("lavis", tuple(PARTS), ["--train", "all"], marks=pytest.mark.slow),
-        pytest.param("diffusers", ("proj_layer",), ["--train", "all"], marks=pytest.mark.slow),
+        ("diffusers", ("proj_layer",), ["--train", "all"]),
         pytest.param("diffusers", ("proj_layer",), [*SPLIT, "--train", "all"], marks=pytest.mark.slow),
     ],
 )
