@@ -44,6 +44,7 @@ def embeddings(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme(tmp_path: Path) -> None:
     done = run("embed", EXAMPLE_IMAGE, "--text", "red circle", folder=tmp_path, XLA_FLAGS="")
     assert (done.returncode, done.stderr) == (0, "")

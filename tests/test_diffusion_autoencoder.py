@@ -96,6 +96,7 @@ def test_tiles_equal_upstreams(answers: dict[str, Any]) -> None:
     check(jitted(model, params, pixels, latents), answers, "tiled")
 
 
+@pytest.mark.slow
 def test_pictures_are_tiled_above_1024_pixels_only() -> None:
     model = AutoencoderKL(AutoencoderConfig.from_dict(TWO_LEVELS | {"sample_size": 512}))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2, 2, 3)))["params"]

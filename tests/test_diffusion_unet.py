@@ -117,6 +117,7 @@ def test_controlnet_equals_upstream(golden: Golden, label: str) -> None:
         agrees(value, expected)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_keeps_less() -> None:
     def kept_bytes(gradient_checkpointing: bool) -> int:
         """Bytes that a gradient keeps between the forward and the backward pass."""

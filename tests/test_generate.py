@@ -204,6 +204,7 @@ def test_options_reach_the_pipeline(pipe: Any, calls: list[dict[str, Any]], tmp_
     assert np.abs(vectors[0] - pipe.get_query_embeddings([photos], "dog")[0]).max() > 0.2
 
 
+@pytest.mark.slow
 def test_a_controlnet_steers_a_picture(tmp_path: Path) -> None:
     cases.image("RGB", 50, 40).save(tmp_path / "edges.png")
     write_controlnet(tmp_path / "control")

@@ -271,6 +271,7 @@ def write_lavis(modern: Path, folder: Path) -> None:
         torch_save(values, folder / name)
 
 
+@pytest.mark.slow
 def test_the_unpacked_tar_of_lavis(modern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lavis(modern, tmp_path / "lavis")
     small = {name: json.loads((modern / name / "config.json").read_text()) for name in PARTS}
