@@ -399,14 +399,15 @@ def pipeline_index(scheduler: str, ctx_begin_pos: int = 2, with_controlnet: bool
 
 def check_widths(name: str, components: Mapping[str, Any]) -> None:
     """Raise InputError that names the parts that do not fit each other."""
-    configs = {key: module.config for key, module in components.items() if not isinstance(module, tuple)}
+    controlnets = components.get("controlnet", ())
+    configs = {key: module.config for key, module in components.items() if key != "controlnet"}
     width = configs["text_encoder"].hidden_size
     widths = {
         "the Q-Former's vectors": configs["qformer"].qformer_config.hidden_size,
         "the unet's cross_attention_dim": configs["unet"].cross_attention_dim,
     }
-    if "controlnet" in configs:
-        widths["the controlnet's cross_attention_dim"] = configs["controlnet"].cross_attention_dim
+    for i, module in enumerate(controlnets if isinstance(controlnets, tuple) else (controlnets,)):
+        widths[f"the cross_attention_dim of controlnet {i}"] = module.config.cross_attention_dim
     wrong = [f"{what} ({size})" for what, size in widths.items() if size != width]
     if wrong:
         raise InputError(

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -199,7 +199,7 @@ class BlipDiffusionPipeline:
         height: int = 512,
         width: int = 512,
         num_inference_steps: int = 50,
-        neg_prompt: str | Sequence[str] = "",
+        neg_prompt: str | Sequence[str] | None = "",
         prompt_strength: float = 1.0,
         prompt_reps: int = 20,
         num_images_per_prompt: int = 1,
@@ -225,7 +225,7 @@ class BlipDiffusionPipeline:
           guidance_scale: how strongly to follow the prompt; 1 and less turn guidance off, which is another program.
           height, width: of the pictures, in pixels.
           num_inference_steps: from 1 to the number of steps that the model was trained with.
-          neg_prompt: what to avoid.
+          neg_prompt: what to avoid; None is "".
           prompt_strength, prompt_reps: their product is how often the prompt is repeated, at least once.
           num_images_per_prompt: pictures of each prompt.
           output_type: "pil", "np" or "latent".
@@ -239,7 +239,7 @@ class BlipDiffusionPipeline:
         Raises:
           InputError: an argument cannot be used; the message names it.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _items(prompt)
         if not prompts or not all(isinstance(item, str) for item in prompts):
             raise InputError("`prompt` must be a string or a list of strings, at least one")
         if output_type not in OUTPUT_TYPES:
@@ -251,8 +251,8 @@ class BlipDiffusionPipeline:
             ("prompt_strength", prompt_strength),
             ("prompt_reps", prompt_reps),
         ):
-            if not math.isfinite(value):
-                raise InputError(f"`{name}` is {value}; it must be a finite number")
+            if isinstance(value, str) or not math.isfinite(value):
+                raise InputError(f"`{name}` is {value!r:.40}; it must be a finite number")
         targets = target_subject_category if target_subject_category is not None else source_subject_category
         if targets is None:
             raise InputError("`target_subject_category` is missing: name what to draw, such as 'dog'")
@@ -270,7 +270,7 @@ class BlipDiffusionPipeline:
         length = self.components["text_encoder"].config.max_position_embeddings
         negative_ids = None
         if guidance_scale > 1:
-            negative_ids = tokenize(self.tokenizer, _for_each(neg_prompt, len(prompts), "`neg_prompt`"), length)
+            negative_ids = tokenize(self.tokenizer, _for_each(neg_prompt or "", len(prompts), "`neg_prompt`"), length)
         keys = _picture_keys(rng, count)
         noise = np.asarray(draw_noise(keys, shape[1:])) if latents is None else _checked_latents(latents, shape)
         with mesh_context(self.mesh):
@@ -461,9 +461,14 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def _items(value: Any) -> list[Any]:
+    """The items of a list, or a single value."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
 def _for_each(value: str | Sequence[str], count: int, name: str, of: str = "prompts") -> list[str]:
     """A string for each prompt, from one for all or from a list."""
-    items = [value] if isinstance(value, str) else list(value)
+    items = _items(value)
     if not all(isinstance(item, str) for item in items):
         raise InputError(f"{name} must be a string or a list of strings")
     if len(items) not in (1, count):
