@@ -371,6 +371,23 @@ def test_output_types_show_the_same_picture(pipe: Any) -> None:
     assert latents.shape == (1, 4, 4, 4)
 
 
+def test_half_precision_draws_the_same_picture(pipe: Any) -> None:
+    half = fq.BlipDiffusionPipeline(
+        {name: module.clone(dtype=jnp.bfloat16) for name, module in pipe.components.items()},
+        jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pipe.params),
+        pipe.scheduler,
+        pipe.tokenizer,
+        pipe.processor,
+    )
+    expected, latents = draw(pipe, output_type="latent"), draw(half, output_type="latent")
+    # The scheduler's arithmetic is in float32.
+    assert latents.dtype == jnp.float32
+    assert 0 < np.abs(latents - expected).mean() < 0.1 * expected.std()
+    pictures = draw(half)
+    assert pictures.dtype == np.float32
+    assert np.isfinite(pictures).all()
+
+
 class DoublingScheduler(fq.DDIMScheduler):
     """A scheduler that scales the model's input."""
 
