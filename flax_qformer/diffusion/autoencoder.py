@@ -16,10 +16,10 @@ from flax_qformer.models.attention import dot_product_attention
 from flax_qformer.parallel.mesh import keep_batch
 
 EPS = 1e-6
-"""Of all of the autoencoder's group norms."""
+"""Epsilon of the autoencoder's group norms."""
 
 OVERLAP = 4
-"""Neighbouring tiles share a quarter of their side: one part in this number."""
+"""Neighbouring tiles overlap by their side divided by this."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,12 @@ class AutoencoderConfig(PartConfig):
         super().__post_init__()
         levels = len(self.block_out_channels)
         for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            types = getattr(self, name)
-            if not levels or types != (block,) * levels:
-                raise InputError(
-                    f"AutoencoderConfig.{name} is {types!r:.200}; it must be {block!r} for each of the {levels} "
-                    "block_out_channels"
-                )
-        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-            if not 1 <= getattr(self, name) <= 2**16:
-                raise InputError(f"AutoencoderConfig.{name} is {getattr(self, name)}; it must be 1 to {2**16}")
-        wrong = [channels for channels in self.block_out_channels if channels < 1 or channels % self.norm_num_groups]
-        if wrong:
-            raise InputError(
-                f"AutoencoderConfig.block_out_channels has {wrong[0]}; it must be a multiple of norm_num_groups, here "
-                f"{self.norm_num_groups}"
-            )
+            if not levels or getattr(self, name) != (block,) * levels:
+                self._refuse(name, f"{block!r} for each of the {levels} block_out_channels")
+        self._check_numbers("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+        self._check_numbers("block_out_channels")
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            self._refuse("block_out_channels", f"multiples of norm_num_groups {self.norm_num_groups}")
 
     @property
     def downscale(self) -> int:
@@ -86,6 +77,7 @@ class DiagonalGaussianDistribution:
         return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
     def mode(self) -> jax.Array:
+        """The most likely latents."""
         return self.mean
 
 
@@ -281,7 +273,7 @@ class AutoencoderKL(ImageBlock):
         return side // c.downscale
 
     def _in_tiles(self, method: Callable[..., jax.Array], x: jax.Array, side: int, out_side: int) -> jax.Array:
-        """Apply a method to overlapping tiles of x, and blend the results. side, out_side: of a tile before and after.
+        """Apply a method to overlapping tiles of x, and blend the results. side, out_side: of an input and output tile.
 
         Tiles at the edges are smaller. Those of one shape run in one loop, so that XLA compiles them once and holds
         the activations of one.

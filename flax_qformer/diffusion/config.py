@@ -2,11 +2,14 @@
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from flax_qformer.errors import InputError
+
+LARGEST = 2**16
+"""Default bound on sizes in a config, so that a damaged one is an error and not an endless loop."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,25 @@ class PartConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as upstream writes it, every field spelled out."""
         return dataclasses.asdict(self)
+
+    def _check_numbers(self, *names: str, low: int = 1, high: int = LARGEST) -> None:
+        """Raise InputError unless the fields, or all items of them, are from `low` to `high`."""
+        for name in names:
+            if not all(low <= number <= high for number in _items(getattr(self, name))):
+                self._refuse(name, f"from {low} to {high}")
+
+    def _check_choices(self, name: str, choices: Collection[Any]) -> None:
+        """Raise InputError unless a field, or all items of it, are among the choices."""
+        if not all(item in choices for item in _items(getattr(self, name))):
+            self._refuse(name, " or ".join(map(repr, choices)))
+
+    def _refuse(self, name: str, supported: str) -> None:
+        value = repr(getattr(self, name))
+        raise InputError(f"{type(self).__name__}.{name} is {value:.80}; it must be {supported}")
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -41,13 +41,13 @@ FIELDS_OF_ALL = frozenset(
     "timestep_type trained_betas use_beta_sigmas use_exponential_sigmas use_flow_sigmas use_karras_sigmas "
     "use_lu_lambdas variance_type".split()
 )
-"""Fields of all schedulers in diffusers whose configs can be exchanged. A scheduler ignores those it does not have."""
+"""Fields of diffusers' schedulers whose configs are exchangeable. A scheduler ignores those that it does not have."""
 
 NO_THRESHOLDING: Mapping[str, tuple[Any, ...]] = {"thresholding": (False, None)}
 
 
 class SchedulerState(struct.PyTreeNode):
-    """What all schedulers keep.
+    """The state that all schedulers have.
 
     Attributes:
       timesteps: (n,) int32, from noise to picture: one for each call of the model.
@@ -63,7 +63,7 @@ class SchedulerState(struct.PyTreeNode):
 
 
 class PNDMState(SchedulerState):
-    """With the running values of PNDM.
+    """The state of PNDM.
 
     Attributes:
       counter: steps done.
@@ -79,7 +79,7 @@ class PNDMState(SchedulerState):
 
 
 class DPMSolverState(SchedulerState):
-    """With the running values and coefficients of DPM-Solver.
+    """The state of DPM-Solver.
 
     Attributes:
       sigmas: noise level, relative to the signal, of each timestep, (n,).
@@ -111,8 +111,8 @@ class SchedulerOutput(struct.PyTreeNode):
 class SchedulerConfig(dict[str, Any]):
     """A scheduler's config as upstream's: a dictionary whose items are also attributes.
 
-    `_use_default_values` lists the fields that the scheduler was not given. `from_config` of another class takes its
-    own defaults for them.
+    `_use_default_values` lists the fields that were left at their defaults. `from_config` of another class replaces
+    them by its own defaults.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -148,9 +148,7 @@ class Scheduler(PartConfig):
             object.__setattr__(self, "trained_betas", self.trained_betas.tolist())
         super().__post_init__()
         for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = " or ".join(map(repr, choices))
-                raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)!r:.60}; it must be {known}")
+            self._check_choices(name, choices)
         if not 1 <= self.num_train_timesteps <= 100_000 or self.steps_offset < 0:
             raise InputError("num_train_timesteps must be from 1 to 100000, and steps_offset at least 0")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
@@ -182,7 +180,7 @@ class Scheduler(PartConfig):
 
     @property
     def config(self) -> SchedulerConfig:
-        """All fields, with those of other classes that the config had."""
+        """All fields, and those of other classes that the config had."""
         given: dict[str, Any] = self._given  # type: ignore[attr-defined]
         defaults = [field.name for field in dataclasses.fields(self) if field.name not in given]
         return SchedulerConfig(given | self.to_dict() | {"_use_default_values": defaults})
@@ -206,11 +204,11 @@ class Scheduler(PartConfig):
 
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        """Share of the picture's variance that is left at each training timestep, (num_train_timesteps,) float32."""
+        """Share of the signal in the variance at each training timestep, (num_train_timesteps,) float32."""
         # torch.cumprod, too, multiplies in float64 and rounds each product.
         alphas = np.cumprod(1 - self._betas, dtype=np.float64)
         if getattr(self, "rescale_betas_zero_snr", False):
-            # Nothing of the picture is left at the last timestep (arXiv 2305.08891, algorithm 1).
+            # Zero signal at the last timestep (arXiv 2305.08891, algorithm 1).
             roots = np.sqrt(alphas)
             alphas = np.square((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1])))
             alphas[-1] = self.LAST_RESCALED_ALPHA
@@ -494,7 +492,7 @@ class DDPMScheduler(Scheduler):
         """One step to the next of `state.timesteps`, with noise from the key `rng`, or `variance_noise` itself."""
         output, start = model_output.astype(jnp.float32), sample.astype(jnp.float32)
         alphas = jnp.asarray(self.alphas_cumprod)
-        # Padding stands for the finished picture.
+        # Padding is timestep -1, the finished picture.
         following = jnp.append(state.timesteps[1:], -1)
         before = following[jnp.argmax(state.timesteps == timestep)]
         alpha, alpha_before = alphas[timestep], _previous_alpha(alphas, before, set_alpha_to_one=True)
@@ -646,9 +644,8 @@ class DPMSolverMultistepScheduler(Scheduler):
 
         Args:
           order: 1 to 3.
-          h: by how much the logarithm of the ratio of picture to noise grows.
-          alphas: the picture's standard deviation before and after the step.
-          sigmas: that of the noise.
+          h: the step in lambda, the logarithm of the ratio of signal to noise.
+          alphas, sigmas: the standard deviations of signal and noise, before and after the step.
         """
         (alpha, alpha_next), (sigma, sigma_next) = alphas, sigmas
         if self.algorithm_type == "dpmsolver++":
@@ -753,7 +750,7 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
 
 
 def _previous_alpha(alphas: jax.Array, timestep: Any, set_alpha_to_one: bool) -> jax.Array:
-    """The share of the picture at a timestep; those below 0 stand for the finished picture."""
+    """`alphas_cumprod` at a timestep; timesteps below 0 are the finished picture."""
     return jnp.where(timestep >= 0, alphas[jnp.maximum(timestep, 0)], 1 if set_alpha_to_one else alphas[0])
 
 

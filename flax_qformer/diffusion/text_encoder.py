@@ -1,5 +1,6 @@
 """Token ids and subject vectors to the states that a UNet reads: CLIP's text encoder."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -17,7 +18,7 @@ from flax_qformer.models.layers import ACTIVATIONS, Block, Embed
 from flax_qformer.parallel.mesh import keep_batch
 
 OLD_EOS_TOKEN_ID = 2
-"""What `eos_token_id` is in the configs of CLIP from before 2023, whatever the tokenizer's end of text is."""
+"""`eos_token_id` in CLIP's configs from before 2023, whatever the tokenizer's end of text is."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,16 @@ class CLIPTextConfig(PartConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"CLIPTextConfig.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.num_hidden_layers <= 1000:
-            raise InputError(f"CLIPTextConfig.num_hidden_layers is {self.num_hidden_layers}; it must be 0 to 1000")
+        self._check_numbers("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+        self._check_numbers("vocab_size", high=2**31 - 1)
+        self._check_numbers("num_hidden_layers", low=0, high=1000)
+        self._check_choices("hidden_act", ACTIVATIONS)
         if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"CLIPTextConfig: {self.num_attention_heads} attention heads do not divide hidden_size "
-                f"{self.hidden_size}; set num_attention_heads to a divisor of it"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"CLIPTextConfig.hidden_act is {self.hidden_act!r:.60}; known are {', '.join(ACTIVATIONS)}"
-            )
-        if not 0 <= self.attention_dropout <= 1 or self.layer_norm_eps < 0:
-            raise InputError("CLIPTextConfig: attention_dropout must be from 0 to 1, and layer_norm_eps at least 0")
+            self._refuse("hidden_size", f"a multiple of num_attention_heads {self.num_attention_heads}")
+        if not 0 <= self.attention_dropout <= 1:
+            self._refuse("attention_dropout", "from 0 to 1")
+        if not 0 <= self.layer_norm_eps < math.inf:
+            self._refuse("layer_norm_eps", "a finite number from 0")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -210,13 +199,20 @@ class ContextCLIPTextTransformer(Block):
         ctx_embeddings: jax.Array | None,
         ctx_begin_pos: jax.Array | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Returns the last state, normalised, and the states before and after each block, (batch, length, width)."""
-        embeddings = ContextCLIPTextEmbeddings(self.config, name="embeddings", **self.policy)
+    ) -> TextOutput:
+        """input_ids: (batch, tokens), ctx_embeddings: (batch, vectors, width), ctx_begin_pos: (batch,)"""
+        c = self.config
+        embeddings = ContextCLIPTextEmbeddings(c, name="embeddings", **self.policy)
         x = embeddings(input_ids, ctx_embeddings, ctx_begin_pos)
-        states = CLIPEncoder(self.config, name="encoder", **self.policy)(x, deterministic)
+        states = CLIPEncoder(c, name="encoder", **self.policy)(x, deterministic)
         # Upstream's final norm has PyTorch's eps, not the config's.
-        return self.layer_norm("final_layer_norm", 1e-5)(states[-1]), states
+        last = self.layer_norm("final_layer_norm", 1e-5)(states[-1])
+        # The end of text is the highest id of the vocabulary, or the config's if tokens were added after it.
+        ends = input_ids
+        if c.eos_token_id is not None and c.eos_token_id != OLD_EOS_TOKEN_ID:
+            ends = jnp.where(input_ids == c.eos_token_id, jnp.iinfo(input_ids.dtype).max, input_ids)
+        pooled = jnp.take_along_axis(last, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
+        return TextOutput(last, pooled, tuple(states))
 
 
 class ContextCLIPTextModel(Block):
@@ -273,13 +269,8 @@ class ContextCLIPTextModel(Block):
                 f"text encoder has {c.max_position_embeddings} positions; shorten the text"
             )
         transformer = ContextCLIPTextTransformer(c, name="text_model", **self.policy)
-        last, states = transformer(input_ids, ctx_embeddings, begin, deterministic)
-        # The end of text is the highest id of the vocabulary, or the config's if tokens were added behind it.
-        ends = input_ids
-        if c.eos_token_id is not None and c.eos_token_id != OLD_EOS_TOKEN_ID:
-            ends = jnp.where(input_ids == c.eos_token_id, jnp.iinfo(input_ids.dtype).max, input_ids)
-        pooled = jnp.take_along_axis(last, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
-        return TextOutput(last, pooled, tuple(states) if output_hidden_states else None)
+        output: Any = transformer(input_ids, ctx_embeddings, begin, deterministic)
+        return output if output_hidden_states else output.replace(hidden_states=None)
 
 
 def _begin_of_each(begin: Any, batch: int) -> jax.Array:

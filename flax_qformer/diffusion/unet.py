@@ -24,8 +24,6 @@ from flax_qformer.models.layers import ACTIVATIONS, Block
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
-LARGEST = 2**16
-"""Bound on sizes in a config, so that a damaged one is an error and not an endless loop."""
 
 
 @dataclass(frozen=True)
@@ -129,25 +127,11 @@ class EncoderConfig(PartConfig):
         *finer, last = (kind == DOWN_BLOCKS[0] for kind in self.down_block_types)
         return (*finer, last or self.mid_block_type == MID_BLOCKS[0])
 
-    def _check_numbers(self, *names: str, low: int = 1) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not all(low <= number <= LARGEST for number in (value if isinstance(value, tuple) else (value,))):
-                self._refuse(name, f"from {low} to {LARGEST}")
-
     def _check_length(self, name: str) -> None:
+        """Raise InputError unless a tuple has an entry for each level."""
         value = getattr(self, name)
         if isinstance(value, tuple) and len(value) != len(self.block_out_channels):
             self._refuse(name, f"as long as block_out_channels, which has {len(self.block_out_channels)} entries")
-
-    def _check_choices(self, name: str, choices: tuple[Any, ...]) -> None:
-        value = getattr(self, name)
-        if not all(item in choices for item in (value if isinstance(value, tuple) else (value,))):
-            self._refuse(name, " or ".join(map(repr, choices)))
-
-    def _refuse(self, name: str, supported: str) -> None:
-        value = repr(getattr(self, name))
-        raise InputError(f"{type(self).__name__}.{name} is {value:.80}; it must be {supported}")
 
 
 @dataclass(frozen=True)
@@ -229,7 +213,7 @@ class UNetAttention(Block):
 
 
 class GEGLU(Block):
-    """A linear layer whose one half is multiplied by GELU of its other half. Source: diffusers `GEGLU`."""
+    """A linear layer; one half of its output is gated by the GELU of the other. Source: diffusers `GEGLU`."""
 
     width: int
 
@@ -241,7 +225,7 @@ class GEGLU(Block):
 
 
 class FeedForward(Block):
-    """Source: diffusers `FeedForward`."""
+    """Two linear layers with GEGLU in between. Source: diffusers `FeedForward`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -256,7 +240,7 @@ class BasicTransformerBlock(Block):
 
     heads: int
     only_cross_attention: bool
-    """Whether the first attention, too, attends to the text."""
+    """Whether the first attention attends to the text, too."""
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
@@ -297,7 +281,11 @@ RecomputedTransformer = nn.remat(Transformer2DModel)
 
 
 class UNetBlock(ImageBlock):
-    """Base of the down, mid and up blocks: residual blocks at one resolution, with a transformer each or without."""
+    """Base of the down, mid and up blocks: residual blocks at one resolution, with a transformer each or without.
+
+    Arguments of all: x (batch, height, width, any), time (batch, width of the embedding), context (batch, tokens,
+    cross_attention_dim).
+    """
 
     config: EncoderConfig
     level: Level
@@ -331,7 +319,10 @@ class DownBlock2D(UNetBlock):
 
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, deterministic: bool) -> list[jax.Array]:
-        """The feature map after each layer, then the downsampled one unless this is the last block."""
+        """The feature map after each layer, then the downsampled one unless this is the last block.
+
+        They are (batch, height, width, channels of the level); height and width are halved in the downsampled one.
+        """
         skips = []
         for i in range(self.level.layers):
             x = self.resnet(i, x, time, deterministic)
@@ -351,6 +342,7 @@ class MidBlock2D(UNetBlock):
 
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, deterministic: bool) -> jax.Array:
+        """Returns the shape of x."""
         x = self.resnet(0, x, time, deterministic)
         if self.attends:
             x = self.transformer(0, x, context)
@@ -371,7 +363,11 @@ class UpBlock2D(UNetBlock):
         context: jax.Array,
         deterministic: bool,
     ) -> jax.Array:
-        """Join each layer with a skip, the last first, and resize to `size` unless it is None."""
+        """Concatenate a skip to the input of each layer, the last skip first; upsample to `size` unless it is None.
+
+        Returns:
+          (batch, *size, channels of the level)
+        """
         for i, skip in enumerate(reversed(skips)):
             x = self.resnet(i, jnp.concatenate([x, skip], axis=-1), time, deterministic)
             if self.attends:
@@ -402,6 +398,8 @@ class TimestepEmbedding(Block):
 
 
 class Encoded(NamedTuple):
+    """Feature maps of the down blocks and the mid block."""
+
     skips: list[jax.Array]
     """The input of the first block, and what each layer and each downsampling returns."""
     middle: jax.Array
@@ -437,7 +435,7 @@ class LatentEncoder(ImageBlock):
 
     @nn.nowrap
     def encode(self, x: jax.Array, time: jax.Array, context: jax.Array, deterministic: bool = True) -> Encoded:
-        """Run the down blocks and the mid block."""
+        """Run the down blocks and the mid block on x (batch, height, width, first of block_out_channels)."""
         config, levels = self.config, self.config.levels
         skips = [x]
         for i, (kind, level) in enumerate(zip(config.down_block_types, levels, strict=True)):
@@ -454,6 +452,7 @@ class LatentEncoder(ImageBlock):
 
     @nn.nowrap
     def check_inputs(self, sample: jax.Array, encoder_hidden_states: jax.Array) -> None:
+        """Raise InputError if latents or text have the wrong shape."""
         channels, width = self.config.in_channels, self.config.cross_attention_dim
         if sample.ndim != 4 or sample.shape[-1] != channels:
             raise InputError(f"sample has the shape {sample.shape}; it must be (batch, height, width, {channels})")
@@ -503,7 +502,8 @@ class UNet2DConditionModel(LatentEncoder):
         if config.center_input_sample:
             sample = 2 * sample - 1
         x = self.conv("conv_in", config.block_out_channels[0], config.conv_in_kernel)(sample)
-        skips, x = self.encode(x, time, encoder_hidden_states, deterministic)
+        encoded = self.encode(x, time, encoder_hidden_states, deterministic)
+        skips, x = encoded.skips, encoded.middle
         if down_block_additional_residuals is not None or mid_block_additional_residual is not None:
             residuals: list[Any] = [*(down_block_additional_residuals or ()), mid_block_additional_residual]
             features = [*skips, x]
