@@ -27,10 +27,10 @@ class Control:
 
     @classmethod
     def build(cls, images: Any, controlnets: int, factor: Any, start: Any, end: Any) -> Self:
-        """Check the arguments of a call; numbers are one for all ControlNets, or one for each.
+        """Check the arguments of a call. A number holds for all ControlNets; a list has one for each.
 
         Raises:
-          InputError: there is not one of each for each ControlNet, or a number is out of range.
+          InputError: a list has not one item for each ControlNet, or a number is out of range.
         """
         own = list(images) if controlnets > 1 and isinstance(images, list | tuple) else [images]
         if len(own) != controlnets:
@@ -75,6 +75,7 @@ class Control:
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A list or tuple as a tuple, anything else as a tuple of one."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 

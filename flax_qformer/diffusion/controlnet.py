@@ -127,7 +127,7 @@ class ControlNetModel(LatentEncoder):
         time = self.embed_time(timestep, batch, 4 * config.block_out_channels[0])
         x = self.conv("conv_in", config.block_out_channels[0])(sample)
         x += ConditioningEmbedding(config, name="controlnet_cond_embedding", **self.policy)(controlnet_cond)
-        skips, middle = self.encode(x, time, encoder_hidden_states)
+        encoded = self.encode(x, time, encoder_hidden_states)
 
         def residual(name: str, features: jax.Array) -> jax.Array:
             # Zero at first, so that an untrained ControlNet changes nothing.
@@ -135,5 +135,5 @@ class ControlNetModel(LatentEncoder):
             features = zero_conv(features)
             return features * jnp.asarray(conditioning_scale, features.dtype)
 
-        down = tuple(residual(f"controlnet_down_blocks_{i}", skip) for i, skip in enumerate(skips))
-        return ControlNetOutput(down, residual("controlnet_mid_block", middle))
+        down = tuple(residual(f"controlnet_down_blocks_{i}", skip) for i, skip in enumerate(encoded.skips))
+        return ControlNetOutput(down, residual("controlnet_mid_block", encoded.middle))

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from flax_qformer.compilation import compiler_options
+from flax_qformer.diffusion.controlnet import ControlNetOutput
 from flax_qformer.parallel.mesh import BATCH, interleaved, keep_batch
 
 Array: TypeAlias = jax.Array | np.ndarray
@@ -28,7 +29,7 @@ class Conditions:
 
     Attributes:
       text: (batch, T, D), from the text encoder.
-      negative: the same of what to avoid. None turns guidance off.
+      negative: the negative prompts, same shape. None turns guidance off.
       guidance_scale: scalar float32.
       control_images: for each ControlNet (batch or 1, height, width, 3), in [0, 1].
       control_scales: (steps, ControlNets) float32, the factor on a ControlNet's residuals in each step.
@@ -63,7 +64,7 @@ def denoising_loop(unet: Any, controlnets: tuple[Any, ...], scheduler: Any) -> C
     ) -> tuple[jax.Array, Any]:
         text, negative = conditions.text, conditions.negative
         is_guided = negative is not None
-        # Both halves of a picture are neighbours, so they stay on one device.
+        # A picture's negative and positive rows are adjacent, so they stay on one device.
         text = text if negative is None else interleaved(negative, text)
         key = jax.random.key(conditions.seed)
 
@@ -72,8 +73,9 @@ def denoising_loop(unet: Any, controlnets: tuple[Any, ...], scheduler: Any) -> C
             timestep = state.timesteps[i]
             sample = scheduler.scale_model_input(state, latents, timestep)
             sample = interleaved(sample, sample) if is_guided else sample
-            down, mid = _control(controlnets, params, conditions, i, sample, timestep, text)
-            predicted = unet.apply({"params": params["unet"]}, sample, timestep, text, down, mid).sample
+            control = _control(controlnets, params, conditions, i, sample, timestep, text)
+            residuals = () if control is None else (control.down_block_res_samples, control.mid_block_res_sample)
+            predicted = unet.apply({"params": params["unet"]}, sample, timestep, text, *residuals).sample
             predicted = predicted.astype(jnp.float32)
             if is_guided:
                 away, towards = jnp.moveaxis(predicted.reshape(-1, 2, *predicted.shape[1:]), 1, 0)
@@ -90,9 +92,9 @@ def denoising_loop(unet: Any, controlnets: tuple[Any, ...], scheduler: Any) -> C
 
 
 def state_specs(state: Any, shape: tuple[int, ...]) -> Any:
-    """How a scheduler's state is sharded, before and after each run of the loop: its samples are, by their batch.
+    """Partition specs of a scheduler's state: its samples are sharded by batch, the rest is replicated.
 
-    shape: of the latents.
+    shape: (batch, h, w, channels), of the latents.
     """
 
     def of(leaf: Any) -> PartitionSpec:
@@ -110,20 +112,16 @@ def _control(
     sample: jax.Array,
     timestep: jax.Array,
     text: jax.Array,
-) -> tuple[Any, Any]:
-    """The sums of the ControlNets' residuals, or None without ControlNets."""
+) -> ControlNetOutput | None:
+    """The sum of the ControlNets' residuals, or None without ControlNets."""
     outputs = []
     for number, controlnet in enumerate(controlnets):
         image = conditions.control_images[number]
         image = jnp.broadcast_to(image, (len(conditions.text), *image.shape[1:]))
         image = image if conditions.negative is None else interleaved(image, image)
         tree = {"params": params["controlnet"][number]}
-        output = controlnet.apply(tree, sample, timestep, text, image, conditions.control_scales[i, number])
-        outputs.append((tuple(output.down_block_res_samples), output.mid_block_res_sample))
-    if not outputs:
-        return None, None
-    down, mid = jax.tree.map(lambda *residuals: sum(residuals), *outputs)
-    return down, mid
+        outputs.append(controlnet.apply(tree, sample, timestep, text, image, conditions.control_scales[i, number]))
+    return jax.tree.map(lambda *residuals: sum(residuals), *outputs) if outputs else None
 
 
 @partial(jax.jit, static_argnames=("text_encoder", "begin", "repeats"))
@@ -137,9 +135,13 @@ def encode_prompts(
     begin: int,
     repeats: int,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Encode prompts with subject vectors, and what to avoid without; each result stands there `repeats` times.
+    """Encode prompts with subject vectors and negative prompts without; each row is repeated `repeats` times.
 
-    input_ids: (prompts, T), subjects: (prompts, Q, D), negative_ids: (prompts, T + Q) -> two (batch, T + Q, D).
+    input_ids: (prompts, T), subjects: (prompts, Q, D), negative_ids: (prompts, T + Q).
+
+    Returns:
+      The prompts' states and the negative prompts' states, (prompts * repeats, T + Q, D) each; None without
+      `negative_ids`.
     """
 
     def encode(ids: jax.Array, *subject: Any) -> jax.Array:
@@ -152,7 +154,7 @@ def encode_prompts(
 
 @partial(jax.jit, static_argnames=("shape",))
 def draw_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise, a sample from each key, so a picture does not depend on the others of its batch."""
+    """Standard normal noise (keys, *shape), a sample from each key, so that a picture does not depend on its batch."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 

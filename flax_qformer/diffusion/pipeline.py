@@ -39,7 +39,7 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 PREPROCESS = ("upstream", "lavis")
 
 EXTRA_STEPS = 16
-"""How many more times than steps a scheduler may call the UNet, as PNDM does at its start."""
+"""Upper bound on a scheduler's UNet calls beyond the number of steps; PNDM's Runge-Kutta steps take nine."""
 
 NAME_TOKENS = 8
 """Subjects' names are padded to a multiple of this, so that few lengths are compiled."""
@@ -95,8 +95,8 @@ class BlipDiffusionPipeline:
         Raises:
           InputError: a part is missing.
         """
-        for kind, given in (("components", components), ("params", params)):
-            missing = [name for name in self.part_names if name not in given]
+        for kind, trees in (("components", components), ("params", params)):
+            missing = [name for name in self.part_names if name not in trees]
             if missing:
                 raise InputError(f"`{kind}` has no {' and no '.join(missing)}, which {type(self).__name__} needs")
         self.components = dict(components)
@@ -118,6 +118,7 @@ class BlipDiffusionPipeline:
         mesh: Mesh | None = None,
         controlnet: AnyModelName | Sequence[AnyModelName] | None = None,
         subject: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a pipeline.
 
@@ -129,6 +130,7 @@ class BlipDiffusionPipeline:
           mesh: shard the parameters and each batch of pictures over it, see `make_mesh`.
           controlnet: a ControlNet, or several, instead of the pipeline's own.
           subject: a file of LAVIS's fine-tuning, which replaces the UNet and brings the subject's vectors.
+          tokenizer: folder or hub id of CLIP's tokenizer, if the pipeline has none.
 
         Raises:
           InputError: there is no such pipeline, a part is missing, or one does not fit its config.
@@ -141,6 +143,7 @@ class BlipDiffusionPipeline:
             with_controlnet="controlnet" in cls.part_names,
             controlnet=controlnet,
             subject=subject,
+            tokenizer=tokenizer,
         )
         return cls(
             parts.components,
@@ -213,7 +216,7 @@ class BlipDiffusionPipeline:
     ) -> ImagePipelineOutput:
         """Draw pictures.
 
-        With N prompts, every list has one item, which holds for all prompts, or N.
+        With N prompts, a list has N items, or one item for all prompts.
 
         Args:
           prompt: what the subject does or where it is, such as "swimming underwater".
@@ -222,19 +225,20 @@ class BlipDiffusionPipeline:
           source_subject_category: what the photo shows, such as "dog".
           target_subject_category: what to draw; by default the same.
           latents: (pictures, height / 8, width / 8, channels), standard normal noise to start from.
-          guidance_scale: how strongly to follow the prompt; 1 and less turn guidance off, which is another program.
+          guidance_scale: how strongly to follow the prompt; 1 and below turn guidance off, which compiles another
+            program.
           height, width: of the pictures, in pixels.
           num_inference_steps: from 1 to the number of steps that the model was trained with.
           neg_prompt: what to avoid; None is "".
-          prompt_strength, prompt_reps: their product is how often the prompt is repeated, at least once.
+          prompt_strength, prompt_reps: the prompt is repeated `prompt_strength * prompt_reps` times, at least once.
           num_images_per_prompt: pictures of each prompt.
           output_type: "pil", "np" or "latent".
           rng: a random key or an integer seed, or one for each picture; by default `jax.random.key(0)`. A picture
-            depends only on its own; the first of `rng=5` is that of `rng=[5]`.
+            depends on its own key only; the first picture of `rng=5` is that of `rng=[5]`.
           callback: called after each step with its number, from 0, and the latents.
           subject_embeddings: (Q, D) or (N, Q, D) instead of photos, from `get_query_embeddings` or `load_subjects`.
           preprocess: how photos become square, as in `get_query_embeddings`.
-          control: what `BlipDiffusionControlNetPipeline` makes of its arguments.
+          control: made by `BlipDiffusionControlNetPipeline` from its arguments.
 
         Raises:
           InputError: an argument cannot be used; the message names it.
@@ -246,57 +250,42 @@ class BlipDiffusionPipeline:
             raise InputError(f"`output_type` is {output_type!r:.40}; it must be one of {', '.join(OUTPUT_TYPES)}")
         _check_whole("num_images_per_prompt", num_images_per_prompt, None)
         _check_whole("num_inference_steps", num_inference_steps, self.scheduler.config.num_train_timesteps)
-        for name, value in (
-            ("guidance_scale", guidance_scale),
-            ("prompt_strength", prompt_strength),
-            ("prompt_reps", prompt_reps),
-        ):
-            if isinstance(value, str) or not math.isfinite(value):
-                raise InputError(f"`{name}` is {value!r:.40}; it must be a finite number")
+        _check_finite(guidance_scale=guidance_scale, prompt_strength=prompt_strength, prompt_reps=prompt_reps)
         targets = target_subject_category if target_subject_category is not None else source_subject_category
         if targets is None:
             raise InputError("`target_subject_category` is missing: name what to draw, such as 'dog'")
+        targets = _for_each(targets, len(prompts), "`target_subject_category`")
+        negatives = (
+            _for_each("" if neg_prompt is None else neg_prompt, len(prompts), "`neg_prompt`")
+            if guidance_scale > 1
+            else None
+        )
         count = len(prompts) * num_images_per_prompt
         if self.mesh is not None:
             check_divides(count, self.mesh, "pictures (prompts x `num_images_per_prompt`)")
         shape = (count, *self._latent_size(height, width), self.components["unet"].config.in_channels)
-
         subjects = self._subjects(
             len(prompts), reference_image, source_subject_category, subject_embeddings, preprocess
         )
-        named = build_prompts(
-            prompts, _for_each(targets, len(prompts), "`target_subject_category`"), prompt_strength, prompt_reps
-        )
-        length = self.components["text_encoder"].config.max_position_embeddings
-        negative_ids = None
-        if guidance_scale > 1:
-            negative_ids = tokenize(self.tokenizer, _for_each(neg_prompt or "", len(prompts), "`neg_prompt`"), length)
         keys = _picture_keys(rng, count)
         noise = np.asarray(draw_noise(keys, shape[1:])) if latents is None else _checked_latents(latents, shape)
+        state = self.scheduler.set_timesteps(self.scheduler.create_state(), num_inference_steps, shape)
+        padded = self.scheduler.config.num_train_timesteps + EXTRA_STEPS
+        state = jax.tree.map(np.asarray, self.scheduler.padded(state, padded))
         with mesh_context(self.mesh):
-            text, negative = encode_prompts(
-                self.components["text_encoder"],
-                self.params["text_encoder"],
-                tokenize(self.tokenizer, named, length - subjects.shape[1]),
-                subjects,
-                negative_ids,
-                begin=self.ctx_begin_pos,
-                repeats=num_images_per_prompt,
-            )
-            state = self.scheduler.set_timesteps(self.scheduler.create_state(), num_inference_steps, shape)
-            steps, padded = len(state.timesteps), self.scheduler.config.num_train_timesteps + EXTRA_STEPS
-            state = jax.tree.map(np.asarray, self.scheduler.padded(state, padded))
+            named = build_prompts(prompts, targets, prompt_strength, prompt_reps)
+            text, negative = self._encode(named, subjects, negatives, num_images_per_prompt)
             conditions = Conditions(
                 text=text,
                 negative=negative,
                 guidance_scale=np.float32(guidance_scale),
                 control_images=() if control is None else control.pictures(height, width, len(prompts), count),
-                control_scales=np.zeros((padded, 0)) if control is None else control.scales(steps, padded),
+                control_scales=np.zeros((padded, 0))
+                if control is None
+                else control.scales(int(state.num_timesteps), padded),
                 seed=np.asarray(jax.random.bits(keys[0])),
             )
-            start = self._placed(noise * state.init_noise_sigma, BATCH)
-            state = self._placed(state, state_specs(state, shape))
-            drawn = self._denoise(conditions, start, state, steps, callback)
+            drawn = self._denoise(conditions, noise * state.init_noise_sigma, state, callback)
             if output_type == "latent":
                 return ImagePipelineOutput(drawn)
             pictures = _to_host(decoder(self.components["vae"])(self.params["vae"], drawn))
@@ -354,26 +343,39 @@ class BlipDiffusionPipeline:
             )
         return np.broadcast_to(array, (count, *array.shape[1:]))
 
-    def _placed(self, arrays: Any, specs: Any) -> Any:
-        """Arrays on the devices, sharded over the mesh if there is one."""
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, arrays)
-        return jax.device_put(arrays, jax.tree.map(partial(NamedSharding, self.mesh), specs))
+    def _encode(
+        self, prompts: Sequence[str], subjects: np.ndarray, negatives: Sequence[str] | None, repeats: int
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The text encoder's states of the prompts and of the negative prompts, (pictures, T, D) each."""
+        encoder = self.components["text_encoder"]
+        length = encoder.config.max_position_embeddings
+        return encode_prompts(
+            encoder,
+            self.params["text_encoder"],
+            tokenize(self.tokenizer, prompts, length - subjects.shape[1]),
+            subjects,
+            None if negatives is None else tokenize(self.tokenizer, negatives, length),
+            begin=self.ctx_begin_pos,
+            repeats=repeats,
+        )
 
     def _denoise(
         self,
         conditions: Conditions,
-        latents: jax.Array,
+        noise: np.ndarray,
         state: Any,
-        steps: int,
         callback: Callable[[int, jax.Array], None] | None,
     ) -> jax.Array:
-        """Run all steps at once, or one after the other while somebody watches."""
-        controlnets = as_tuple(self.components.get("controlnet", ())) if conditions.control_images else ()
+        """Run all steps in one call, or in a call each to report progress; returns the latents."""
+        params = {"unet": self.params["unet"]}
+        controlnets: tuple[Any, ...] = ()
+        if conditions.control_images:
+            controlnets = as_tuple(self.components["controlnet"])
+            params["controlnet"] = as_tuple(self.params["controlnet"])
         run = denoising_loop(self.components["unet"], controlnets, self.scheduler)
-        params = {"unet": self.params["unet"], "controlnet": as_tuple(self.params.get("controlnet", ()))}
-        if not controlnets:
-            del params["controlnet"]
+        steps = int(state.num_timesteps)
+        latents = self._placed(noise, BATCH)
+        state = self._placed(state, state_specs(state, noise.shape))
         with Progress(steps, "step", "drawing") as progress:
             if callback is None and not progress.is_shown:
                 return run(params, conditions, latents, state, np.int32(0), np.int32(steps))[0]
@@ -386,6 +388,12 @@ class BlipDiffusionPipeline:
                 if callback is not None:
                     callback(i, latents)
             return latents
+
+    def _placed(self, arrays: Any, specs: Any) -> Any:
+        """Arrays on the devices, sharded over the mesh if there is one."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, arrays)
+        return jax.device_put(arrays, jax.tree.map(partial(NamedSharding, self.mesh), specs))
 
 
 class BlipDiffusionControlNetPipeline(BlipDiffusionPipeline):
@@ -413,8 +421,8 @@ class BlipDiffusionControlNetPipeline(BlipDiffusionPipeline):
         """Draw pictures. The other arguments are those of `BlipDiffusionPipeline`, in the same order.
 
         Args:
-          conditioning_image: an image for all prompts, or a list with one for each. It is resized to the pictures. With
-            several ControlNets, a list that has that for each of them.
+          conditioning_image: an image for all prompts, or a list with one for each. It is resized to the pictures'
+            size. With several ControlNets, a list of these, one for each ControlNet.
           controlnet_conditioning_scale: factor on the ControlNet's residuals; one number, or one for each ControlNet.
           control_guidance_start, control_guidance_end: the part of the steps in which the ControlNet acts, from 0 to 1;
             numbers as above.
@@ -480,6 +488,12 @@ def _check_whole(name: str, value: Any, most: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1 or (most and value > most):
         limit = f"from 1 to {most}" if most else "above 0"
         raise InputError(f"`{name}` is {value!r:.40}; it must be a whole number {limit}")
+
+
+def _check_finite(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, str) or not math.isfinite(value):
+            raise InputError(f"`{name}` is {value!r:.40}; it must be a finite number")
 
 
 def _checked_latents(latents: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:

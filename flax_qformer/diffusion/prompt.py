@@ -7,7 +7,7 @@ import numpy as np
 
 
 def build_prompts(prompts: Sequence[str], targets: Sequence[str], strength: float, repetitions: int) -> list[str]:
-    """Name the subject in each prompt, and repeat the prompt, which strengthens it. It stands there at least once.
+    """Name the subject in each prompt, and repeat it `strength * repetitions` times, at least once, to strengthen it.
 
     Source: diffusers `BlipDiffusionPipeline._build_prompt`.
     """
