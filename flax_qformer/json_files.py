@@ -1,12 +1,18 @@
-"""Read JSON files, which are untrusted data."""
+"""Read JSON files, which are untrusted data, and write them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flax_qformer.errors import InputError
 
 _MAX_JSON_BYTES = 16 << 20
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """The contents of a JSON file with sorted keys."""
+    return (json.dumps(dict(values), indent=2, sort_keys=True) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -233,7 +233,9 @@ def test_other_controlnets(published: Path, tmp_path: Path) -> None:
     assert same(pipe.params, two.params)
     pipe = fq.BlipDiffusionControlNetPipeline.from_pretrained(published)
     assert same(pipe.params, own.params)
-    with pytest.raises(fq.InputError, match="that of a UNet2DConditionModel; the controlnet must be a ControlNetModel"):
+    with pytest.raises(
+        fq.InputError, match="config of a UNet2DConditionModel; the controlnet must be a ControlNetModel"
+    ):
         load_pipeline_parts(published, controlnet=published / "unet")
     for seed in (1, 2):
         change_json(tmp_path / str(seed) / "config.json", cross_attention_dim=32)
@@ -281,7 +283,7 @@ def test_the_unpacked_tar_of_lavis(modern: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(fq.InputError, match="clip-vit-large-patch14"):
         load_pipeline_parts(tmp_path / "lavis")
     monkeypatch.setattr("flax_qformer.processing.processor.BERT", str(DEFAULT_MODEL))
-    parts = load_pipeline_parts(tmp_path / "lavis", tokenizer=modern / "tokenizer")
+    parts = fq.BlipDiffusionPipeline.from_pretrained(tmp_path / "lavis", tokenizer=modern / "tokenizer")
     expected = load_pipeline_parts(modern)
     assert same(parts.params, expected.params)
     assert parts.scheduler == expected.scheduler
@@ -367,10 +369,13 @@ def break_unet_name(folder: Path) -> None:
             "has no folder controlnet",
         ),
         (lambda f: change_json(f / "model_index.json", ctx_begin_pos=-1), "ctx_begin_pos is -1"),
-        (lambda f: change_json(f / "unet" / "config.json", _class_name="UNet2DModel"), "is that of a UNet2DModel"),
+        (
+            lambda f: change_json(f / "unet" / "config.json", _class_name="UNet2DModel"),
+            "is the config of a UNet2DModel",
+        ),
         (
             lambda f: change_json(f / "unet" / "config.json", addition_embed_type="text_time"),
-            "is that of Stable Diffusion XL",
+            "is the config of Stable Diffusion XL",
         ),
         (lambda f: change_json(f / "unet" / "config.json", class_embed_type="timestep"), "class_embed_type"),
         (lambda f: change_json(f / "text_encoder" / "config.json", hidden_size="64"), "hidden_size is '64'"),

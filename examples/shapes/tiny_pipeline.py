@@ -3,9 +3,7 @@
 The parts are tiny, and their weights are random, from a seed: what the pipeline draws is noise. Pictures are 64x64.
 """
 
-import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,12 @@ from flax.traverse_util import unflatten_dict
 from flax_qformer.checkpoints.model_files import DEFAULT_MODEL, DEFAULT_PIPELINE
 from flax_qformer.checkpoints.parts import DRAWING_PARTS, DrawingPart, LoadedPart, part_rows
 from flax_qformer.checkpoints.pipelines import INDEX, LAVIS_SCHEDULER, pipeline_index
-from flax_qformer.checkpoints.writing import write_tensors
+from flax_qformer.checkpoints.writing import write_files, write_tensors
 from flax_qformer.diffusion.autoencoder import AutoencoderConfig
 from flax_qformer.diffusion.config import PartConfig
 from flax_qformer.diffusion.text_encoder import CLIPTextConfig
 from flax_qformer.diffusion.unet import UNet2DConditionConfig
+from flax_qformer.json_files import json_bytes
 from flax_qformer.models.config import Blip2Config
 from start import WORDS
 
@@ -28,23 +27,25 @@ SIDE = 64
 
 def main() -> None:
     shutil.rmtree(DEFAULT_PIPELINE, ignore_errors=True)
+    write_files(DEFAULT_PIPELINE, {INDEX: json_bytes(pipeline_index(LAVIS_SCHEDULER["_class_name"]))})
+    write_files(DEFAULT_PIPELINE / "scheduler", {"scheduler_config.json": json_bytes(LAVIS_SCHEDULER)})
     vocabulary, merges = byte_pairs(WORDS)
     parts = configs(len(vocabulary))
     for seed, (name, config) in enumerate(parts.items()):
         part = DRAWING_PARTS[name]
         folder = DEFAULT_PIPELINE / name
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_bytes(part.config_file(part.config_values(config)))
+        write_files(folder, {"config.json": json_bytes(part.config_values(config))})
         loaded = LoadedPart(part, part.config_values(config), config, random_params(part, config, seed))
         write_tensors(folder / f"{part.weights}.safetensors", loaded.tensors())
-    _write_json(DEFAULT_PIPELINE / INDEX, pipeline_index(LAVIS_SCHEDULER["_class_name"]))
-    _write_json(DEFAULT_PIPELINE / "scheduler" / "scheduler_config.json", LAVIS_SCHEDULER)
-    _write_json(DEFAULT_PIPELINE / "tokenizer" / "vocab.json", {token: i for i, token in enumerate(vocabulary)})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (DEFAULT_PIPELINE / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n")
     tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **tokens}
-    _write_json(DEFAULT_PIPELINE / "tokenizer" / "tokenizer_config.json", settings)
+    files = {
+        "vocab.json": json_bytes({token: i for i, token in enumerate(vocabulary)}),
+        "merges.txt": ("\n".join(lines) + "\n").encode(),
+        "tokenizer_config.json": json_bytes(settings),
+    }
+    write_files(DEFAULT_PIPELINE / "tokenizer", files)
 
 
 def configs(vocab_size: int) -> dict[str, PartConfig]:
@@ -120,7 +121,7 @@ def _byte_letters() -> list[str]:
 
 
 def random_params(part: DrawingPart, config: PartConfig, seed: int) -> dict[str, Any]:
-    """Random parameters."""
+    """Parameters drawn so that activations neither vanish nor grow."""
     rng = np.random.default_rng(seed)
     params = {}
     for row in part_rows(part, config):
@@ -135,11 +136,6 @@ def random_params(part: DrawingPart, config: PartConfig, seed: int) -> dict[str,
             drawn *= 0.2
         params[row.path] = drawn
     return unflatten_dict(params, sep="/")
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,15 +35,15 @@ def convert_checkpoint(
 ) -> str:
     """Convert a checkpoint to a Flax folder; `flax-qformer convert`.
 
-    Of a drawing pipeline, every part is converted, each into a Flax folder of its own.
+    A drawing pipeline becomes a Flax folder for each part.
 
     Args:
       source: anything that `from_pretrained` takes, or a pipeline's folder or hub id.
       destination: the folder to create, atomically.
       dtype: cast the parameters; by default each keeps its dtype.
       config: a `config.json`, if the checkpoint has none; the default for LAVIS's is the published geometry.
-      tokenizer: folder or hub id, if the checkpoint has none; the default is `bert-base-uncased`. Of a pipeline, it is
-        the one of the text encoder.
+      tokenizer: folder or hub id, if the checkpoint has none; the default is `bert-base-uncased`. For a
+        pipeline: the text encoder's tokenizer.
       overwrite: replace an existing folder.
       allow_non_finite: accept infinities and NaN.
 
@@ -74,7 +74,7 @@ def export_checkpoint(
 ) -> str:
     """Write a folder with a PyTorch checkpoint; `flax-qformer export`.
 
-    Of a drawing pipeline, every part is written, each into a folder of its own.
+    A drawing pipeline becomes a folder for each part.
 
     Args:
       source: anything that `from_pretrained` takes, or a pipeline's folder or hub id.
@@ -92,7 +92,9 @@ def export_checkpoint(
     """
     if is_pipeline(source):
         if layout == "lavis":
-            raise InputError("a pipeline has upstream's layout alone; leave `layout` out, or export its qformer folder")
+            raise InputError(
+                "a pipeline is only exported in upstream's layout; leave `layout` out, or export its qformer folder"
+            )
         return export_pipeline(_locate_pipeline_for(destination, overwrite, source), Path(destination), overwrite)
     files, loaded = _load_for(destination, overwrite, source, allow_non_finite=True)
     if layout is None:

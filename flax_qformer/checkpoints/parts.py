@@ -4,7 +4,6 @@ A converted part is a Flax folder: upstream's `config.json` and the orbax checkp
 records what an export needs to write the same tensors again.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -37,7 +36,7 @@ from flax_qformer.json_files import read_json
 from flax_qformer.parallel.partition_rules import sharding_of
 
 CONVERTED = "_converted"
-"""The field of a converted part's config that an export takes out again."""
+"""Field of a converted part's config. An export reads and removes it."""
 
 
 def _unet_inputs(c: Any) -> tuple[Any, ...]:
@@ -65,7 +64,7 @@ def _zeros(*shape: int) -> jax.ShapeDtypeStruct:
 
 @dataclass(frozen=True)
 class DrawingPart:
-    """A kind of part.
+    """A kind of part of a pipeline.
 
     Attributes:
       name: of its folder.
@@ -82,11 +81,8 @@ class DrawingPart:
     weights: str
     inputs: Callable[[Any], tuple[Any, ...]]
 
-    def config_file(self, values: Mapping[str, Any]) -> bytes:
-        return (json.dumps(dict(values), indent=2, sort_keys=True) + "\n").encode()
-
     def config_values(self, config: PartConfig) -> dict[str, Any]:
-        """The contents of a `config.json` as upstream writes it."""
+        """The contents of a `config.json`, as upstream writes it."""
         name = self.class_names[0]
         named = {"architectures": [name]} if self is TEXT_ENCODER else {"_class_name": name}
         return {**named, **config.to_dict()}
@@ -173,7 +169,7 @@ def load_part(
     mesh: Mesh | None = None,
     allow_non_finite: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Load one part; arguments and errors as of `from_pretrained`.
+    """Load one part; arguments and errors as in `from_pretrained`.
 
     Args:
       name: the part's folder, Flax or PyTorch, its checkpoint file, or a hub id.
@@ -245,7 +241,7 @@ def convert_part(
     allow_non_finite: bool = False,
     place: Place | None = None,
 ) -> LoadedPart:
-    """Turn a part's tensors into parameters."""
+    """Turn a part's tensors into parameters; arguments and errors as in `read_part`."""
     kept = {name: tensor for name, tensor in tensors.items() if name != POSITION_IDS}
     old_names = part is VAE and has_old_names(kept)
     rows = part_rows(part, config, old_names)
@@ -254,14 +250,18 @@ def convert_part(
 
 
 def part_config(part: DrawingPart, values: Mapping[str, Any], name: str) -> PartConfig:
-    """The config of a part from the contents of its file, which errors call `name`."""
+    """The config of a part from the contents of its file; errors name the file `name`.
+
+    Raises:
+      InputError: the config is of another class, or a field is not supported.
+    """
     stated = _class_name(values)
     if stated is not None and stated not in part.class_names:
-        raise InputError(f"{name} is that of a {stated:.60}; the {part.name} must be a {part.class_names[0]}")
+        raise InputError(f"{name} is the config of a {stated:.60}; the {part.name} must be a {part.class_names[0]}")
     if values.get("addition_embed_type") == "text_time":
         raise InputError(
-            f"{name} is that of Stable Diffusion XL (addition_embed_type is 'text_time'), whose text encoders cannot "
-            "read BLIP-Diffusion's vectors; take one of Stable Diffusion 1.x"
+            f"{name} is the config of Stable Diffusion XL (addition_embed_type is 'text_time'), whose text encoders "
+            "cannot read BLIP-Diffusion's vectors; take one of Stable Diffusion 1.x"
         )
     try:
         return part.config_class.from_dict(values)

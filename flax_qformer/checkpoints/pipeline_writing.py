@@ -1,7 +1,6 @@
 """Write a drawing pipeline to a folder: converted, exported for upstream, or from memory."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,6 +23,7 @@ from flax_qformer.checkpoints.saving import config_file, small_files
 from flax_qformer.checkpoints.writing import write_files, write_params, write_tensors
 from flax_qformer.convert import export
 from flax_qformer.errors import InputError
+from flax_qformer.json_files import json_bytes
 from flax_qformer.models.qformer import Blip2QFormerModel
 from flax_qformer.parallel.processes import from_first, is_first, wait_for_all
 from flax_qformer.processing.processor import Processor, image_settings_file
@@ -44,7 +44,10 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline to a folder, atomically, in the dtypes of its parameters; all processes call this together.
 
-    Arguments as the attributes of `PipelineParts`.
+    Args:
+      path: the folder.
+      components, params, scheduler, tokenizer, processor, ctx_begin_pos: as in `PipelineParts`.
+      overwrite: replace an existing folder.
 
     Raises:
       InputError: the folder exists and may not be replaced, or there are several ControlNets.
@@ -56,25 +59,22 @@ def save_pipeline(
         folder = Path(from_first(str(folder)))
         for name, module in components.items():
             if is_first():
-                (folder / name).mkdir()
-                config = module.config
                 if name == "qformer":
-                    write_files(folder / name, {"config.json": config_file(config, type(module))})
+                    write_files(folder / name, {"config.json": config_file(module.config, type(module))})
                     processor.save_pretrained(folder / name)
                 else:
-                    part = DRAWING_PARTS[name]
-                    write_files(folder / name, {"config.json": part.config_file(part.config_values(config))})
+                    values = DRAWING_PARTS[name].config_values(module.config)
+                    write_files(folder / name, {"config.json": json_bytes(values)})
             wait_for_all("made")
             write_params(folder / name, params[name])
         if is_first():
             tokenizer.save_pretrained(folder / "tokenizer")
             # Upstream's CLIPTokenizer reads vocab.json and merges.txt.
             tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-            _write_json(folder / INDEX, index)
-            _write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_dict())
-            (folder / "image_processor").mkdir()
-            settings = {"preprocessor_config.json": image_settings_file(processor.image_processor)}
-            write_files(folder / "image_processor", settings)
+            settings = image_settings_file(processor.image_processor)
+            write_files(folder, {INDEX: json_bytes(index)})
+            write_files(folder / "scheduler", {"scheduler_config.json": json_bytes(scheduler.to_dict())})
+            write_files(folder / "image_processor", {"preprocessor_config.json": settings})
     wait_for_all("saved")
 
 
@@ -89,7 +89,7 @@ def convert_pipeline(
 
     def write(folder: Path, loaded: LoadedPart | Loaded) -> None:
         if isinstance(loaded, LoadedPart):
-            write_files(folder, {"config.json": loaded.part.config_file(loaded.converted_values())})
+            write_files(folder, {"config.json": json_bytes(loaded.converted_values())})
         write_params(folder, loaded.params)
 
     return _write_parts(files, destination, dtype, overwrite, allow_non_finite, write)
@@ -100,7 +100,7 @@ def export_pipeline(files: PipelineFiles, destination: Path, overwrite: bool = F
 
     def write(folder: Path, loaded: LoadedPart | Loaded) -> None:
         if isinstance(loaded, LoadedPart):
-            write_files(folder, {"config.json": loaded.part.config_file(loaded.values)})
+            write_files(folder, {"config.json": json_bytes(loaded.values)})
             write_tensors(folder / f"{loaded.part.weights}.safetensors", loaded.tensors())
         else:
             whole = completed(replace(loaded, model_class=Blip2QFormerModel), loaded.params["query_tokens"].dtype)
@@ -117,6 +117,7 @@ def _write_parts(
     allow_non_finite: bool,
     write: Write,
 ) -> str:
+    """Read each part, write it by `write`, and then the small files; returns a line on what was done."""
     lines = []
     with new_folder(destination, overwrite) as folder:
         for name in files.parts:
@@ -125,37 +126,22 @@ def _write_parts(
             write(folder / name, part)
             lines.append(f"{name}: {_size(part.params)}")
             del part
-        (folder / "qformer").mkdir()
         qformer = files.read_qformer(dtype, allow_non_finite)
         contents, notes = small_files(files.qformer, qformer, None)
         write_files(folder / "qformer", contents)
         write(folder / "qformer", qformer)
         lines.append(f"qformer: {_size(qformer.params)}")
-        _write_json(folder / INDEX, files.index)
-        _write_json(folder / "scheduler" / "scheduler_config.json", files.scheduler)
-        for name, settings in (
-            ("image_processor", {"preprocessor_config.json": _image_settings(files, contents)}),
-            ("tokenizer", _tokenizer_files(files.tokenizer)),
-        ):
-            (folder / name).mkdir()
-            write_files(folder / name, settings)
+        tokenizer = [files.tokenizer / name for name in CLIP_TOKENIZER_FILES]
+        settings = files.image_processor.read_bytes() if files.image_processor else contents["preprocessor_config.json"]
+        write_files(folder, {INDEX: json_bytes(files.index)})
+        write_files(folder / "scheduler", {"scheduler_config.json": json_bytes(files.scheduler)})
+        write_files(folder / "tokenizer", {path.name: path.read_bytes() for path in tokenizer if path.is_file()})
+        write_files(folder / "image_processor", {"preprocessor_config.json": settings})
     return f"read {', '.join(lines)}; wrote {destination}{notes}"
 
 
 def _size(params: Mapping[str, Any]) -> str:
+    """A count of tensors and parameters, with their dtypes."""
     leaves = jax.tree.leaves(params)
     dtypes = " and ".join(dict.fromkeys(leaf.dtype.name for leaf in leaves))
     return f"{len(leaves)} tensors, {sum(leaf.size for leaf in leaves):,} parameters in {dtypes}"
-
-
-def _image_settings(files: PipelineFiles, qformer: Mapping[str, bytes]) -> bytes:
-    return files.image_processor.read_bytes() if files.image_processor else qformer["preprocessor_config.json"]
-
-
-def _tokenizer_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in CLIP_TOKENIZER_FILES if (folder / name).is_file()}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")

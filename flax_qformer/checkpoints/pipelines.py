@@ -175,7 +175,7 @@ class PipelineParts:
       processor: the Q-Former's `Processor`.
       index: the contents of `model_index.json`.
       ctx_begin_pos: the position of the subject vectors among the prompt's tokens.
-      subject_embeddings: (Q, D), the vectors in a file of LAVIS's fine-tuning, if one was given.
+      subject_embeddings: (Q, D), the vectors in a file of LAVIS's fine-tuning, or None.
     """
 
     components: dict[str, Any]
@@ -198,14 +198,13 @@ def load_pipeline_parts(
     controlnet: AnyModelName | Sequence[AnyModelName] | None = None,
     subject: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    allow_non_finite: bool = False,
 ) -> PipelineParts:
     """Load all parts of a pipeline.
 
     Args:
       path_or_hub_id: the folder that upstream publishes, a converted one, or LAVIS's; or a hub id. By default the tiny
         pipeline inside the package.
-      dtype, param_dtype, mesh, allow_non_finite: as of `from_pretrained`.
+      dtype, param_dtype, mesh: as in `from_pretrained`.
       with_controlnet: load the folder's ControlNet; by default if the pipeline's class has one.
       controlnet: a ControlNet, or several, instead of the folder's own.
       subject: a file of LAVIS's fine-tuning, which replaces the UNet and brings the subject's vectors.
@@ -222,36 +221,29 @@ def load_pipeline_parts(
     vectors = None
     for name in files.parts:
         part = DRAWING_PARTS[name]
-        if part is CONTROLNET and controlnet is not None:
-            continue
         if part is UNET and subject is not None:
-            loaded, vectors = read_subject(subject, files, kept, allow_non_finite, place)
+            loaded, vectors = read_subject(subject, files, kept, place)
         else:
-            loaded = files.read(part, kept, allow_non_finite, place)
+            loaded = files.read(part, kept, place=place)
         components[name], params[name] = loaded.module(compute, kept), loaded.params
     if controlnet is not None:
         several: Any = controlnet if isinstance(controlnet, list | tuple) else [controlnet]
-        pairs = [
-            load_part(one, CONTROLNET, dtype, param_dtype, mesh=mesh, allow_non_finite=allow_non_finite)
-            for one in several
-        ]
+        pairs = [load_part(one, CONTROLNET, dtype, param_dtype, mesh=mesh) for one in several]
         modules, trees = zip(*pairs, strict=True)
         is_one = len(pairs) == 1
         components["controlnet"], params["controlnet"] = (modules[0], trees[0]) if is_one else (modules, trees)
-    components["qformer"], params["qformer"] = from_pretrained(
-        files.qformer, dtype, param_dtype, allow_non_finite=allow_non_finite, mesh=mesh
-    )
+    components["qformer"], params["qformer"] = from_pretrained(files.qformer, dtype, param_dtype, mesh=mesh)
     check_widths(files.name, components)
     processor = Processor.from_pretrained(files.qformer, config=components["qformer"].config)
     return PipelineParts(
-        components,
-        params,
-        scheduler_from_config(files.scheduler),
-        load_clip_tokenizer(files.tokenizer, components["text_encoder"].config.vocab_size),
-        processor,
-        files.index,
-        files.ctx_begin_pos,
-        vectors,
+        components=components,
+        params=params,
+        scheduler=scheduler_from_config(files.scheduler),
+        tokenizer=load_clip_tokenizer(files.tokenizer, components["text_encoder"].config.vocab_size),
+        processor=processor,
+        index=files.index,
+        ctx_begin_pos=files.ctx_begin_pos,
+        subject_embeddings=vectors,
     )
 
 
@@ -269,7 +261,7 @@ def load_component(
     Args:
       path_or_hub_id: a pipeline, or the folder of the part.
       name: unet, vae, text_encoder, controlnet or qformer, if the first argument is a pipeline.
-      dtype, param_dtype, mesh, allow_non_finite: as of `from_pretrained`.
+      dtype, param_dtype, mesh, allow_non_finite: as in `from_pretrained`.
 
     Returns:
       The module and its parameters.
@@ -293,7 +285,7 @@ def locate_pipeline(
     with_controlnet: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> PipelineFiles:
-    """Find the files of a pipeline, which are downloaded for a hub id; arguments as of `load_pipeline_parts`.
+    """Find the files of a pipeline, which are downloaded for a hub id; arguments as in `load_pipeline_parts`.
 
     Raises:
       InputError: it is no pipeline, or a part is missing or of another class.
@@ -327,7 +319,7 @@ def locate_pipeline(
 
 
 def is_pipeline(name: AnyModelName) -> bool:
-    """Whether a name is that of a whole pipeline: its folder or hub id, not one of a Q-Former alone."""
+    """Whether a folder or hub id holds a whole pipeline, and not a Q-Former alone."""
     if isinstance(name, ModelFiles) or os.path.isfile(name):
         return False
     folder = Path(name)
@@ -343,7 +335,6 @@ def read_subject(
     path: str | os.PathLike[str],
     base: PipelineFiles,
     dtype: jnp.dtype | None = None,
-    allow_non_finite: bool = False,
     place: Place | None = None,
 ) -> tuple[LoadedPart, Any]:
     """Read a file of LAVIS's fine-tuning: a UNet, and a subject's vectors.
@@ -370,7 +361,7 @@ def read_subject(
     values = read_json(files.config) if files.config else SD_1_5["unet"]
     config = part_config(UNET, values, str(files.config or files.name))
     try:
-        loaded = convert_part(unet, UNET, values, config, dtype, allow_non_finite, place)
+        loaded = convert_part(unet, UNET, values, config, dtype, place=place)
         array = jnp.asarray(vectors.view(), jnp.float32)
         if array.ndim != 3 or array.shape[0] != 1 or not jnp.isfinite(array).all():
             raise InputError(f"ctx_embeddings_cache has the shape {array.shape} or is not finite; it must be (1, Q, D)")
@@ -398,7 +389,7 @@ def pipeline_index(scheduler: str, ctx_begin_pos: int = 2, with_controlnet: bool
 
 
 def check_widths(name: str, components: Mapping[str, Any]) -> None:
-    """Raise InputError that names the parts that do not fit each other."""
+    """Raise InputError if parts do not fit each other."""
     controlnets = components.get("controlnet", ())
     configs = {key: module.config for key, module in components.items() if key != "controlnet"}
     width = configs["text_encoder"].hidden_size
@@ -450,6 +441,7 @@ def load_clip_tokenizer(folder: Path, vocab_size: int) -> Any:
 
 
 def _read_index(folder: Path, name: str) -> dict[str, Any]:
+    """Read and check the `model_index.json` of a pipeline, which errors call `name`."""
     path = folder / INDEX
     if not path.is_file():
         raise InputError(f"{name} is no pipeline: it has no {INDEX}; name the folder with unet, vae and text_encoder")
@@ -469,6 +461,7 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _part_kinds(index: Mapping[str, Any], with_controlnet: bool | None) -> list[DrawingPart]:
+    """The drawing parts to read; with the ControlNet by default if the pipeline's class has one."""
     if with_controlnet is None:
         with_controlnet = index.get("_class_name") == CONTROLNET_PIPELINE
     return [UNET, VAE, TEXT_ENCODER, *([CONTROLNET] if with_controlnet else [])]
@@ -528,7 +521,7 @@ def _lavis_pipeline(folder: Path, source: str, tokenizer: str | os.PathLike[str]
 
 
 def _downloaded(hub_id: str, parts: Sequence[DrawingPart], is_pipeline: bool = False) -> Path:
-    """Download parts of a pipeline: of each the converted parameters, else safetensors, else pickles."""
+    """Download parts of a pipeline: for each its converted parameters, or safetensors, or pickles, in this order."""
     names = [part.name for part in parts] + (["qformer"] if is_pipeline else [])
     patterns = [f"{name}/config.json" for name in names]
     if is_pipeline:

@@ -1,7 +1,6 @@
 """Write a model to a Flax folder."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from flax_qformer.checkpoints.loading import CLASSES, AnyModel, Loaded, check_tr
 from flax_qformer.checkpoints.model_files import TOKENIZER_FILES, ModelFiles
 from flax_qformer.checkpoints.writing import write_files, write_params
 from flax_qformer.errors import InputError
+from flax_qformer.json_files import json_bytes
 from flax_qformer.models.config import Blip2Config
 from flax_qformer.models.surgery import check_merged, unstack_layers
 from flax_qformer.parallel.processes import from_first, is_first, wait_for_all
@@ -76,8 +76,7 @@ def _is_close(leaf: Any, first: np.ndarray) -> bool:
 
 
 def config_file(config: Blip2Config, model_class: type[AnyModel]) -> bytes:
-    values = {"architectures": [model_class.__name__], **config.to_dict()}
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    return json_bytes({"architectures": [model_class.__name__], **config.to_dict()})
 
 
 def small_files(

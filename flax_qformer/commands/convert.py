@@ -15,8 +15,8 @@ from flax_qformer.commands.options import CommonOptions, File, Tokenizer
 class ConvertOptions(CommonOptions):
     """Convert a checkpoint to a folder with config.json, tokenizer, image settings and an orbax checkpoint.
 
-    PyTorch is not needed. Every tensor is accounted for, or nothing is written. Of a drawing pipeline, all parts are
-    converted, each into a folder of its own.
+    PyTorch is not needed. Every tensor is accounted for, or nothing is written. A drawing
+    pipeline becomes a folder for each part.
 
     Attributes:
       source: diffusers pipeline or its qformer folder, LAVIS folder, checkpoint file (.safetensors, .bin, .pt, .pth),

@@ -16,7 +16,7 @@ from flax_qformer.convert.tables.qformer import Layout
 class ExportOptions(CommonOptions):
     """Write a folder with model.safetensors for PyTorch: the inverse of convert, bit for bit.
 
-    Of a drawing pipeline, all parts are written, each into a folder of its own.
+    A drawing pipeline becomes a folder for each part.
 
     Attributes:
       source: a Flax folder, or anything that convert reads.
