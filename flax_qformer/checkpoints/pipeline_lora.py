@@ -82,7 +82,7 @@ def load_pipeline_lora(
         else:
             misfits.append(name)
     for module, update in updates.items():
-        misfits += _misfits(update, targets[module][1])
+        misfits += _unfit_tensors(update, targets[module][1])
     if any(_is_of_xl(name, tensor) for name, tensor in tensors.items()):
         raise InputError(
             f"{file} is a LoRA of Stable Diffusion XL; this pipeline needs one that was trained on Stable Diffusion 1.5"
@@ -139,7 +139,7 @@ def _module_and_kind(name: str) -> tuple[str, str]:
     return re.sub(r"\.to_out$", ".to_out.0", module), kind
 
 
-def _misfits(update: Update, row: Parameter) -> list[str]:
+def _unfit_tensors(update: Update, row: Parameter) -> list[str]:
     """Reasons why the tensors of a module do not fit its kernel."""
     missing = [kind for kind in ("down", "up") if kind not in update.tensors]
     if missing:

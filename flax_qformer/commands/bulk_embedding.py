@@ -106,7 +106,9 @@ def embed_data(settings: EmbedSettings) -> str:
     )
     mesh = named_mesh(settings.mesh, jax.local_devices())
     size = shards.batch_size(settings.batch_size, mesh)
-    return shards.write_missing(size, partial(_embed, images, size=size, settings=settings, mesh=mesh), _table)
+    return shards.write_missing(
+        size, partial(_embed, images, size=size, settings=settings, mesh=mesh), _embedding_table
+    )
 
 
 def _model_files(settings: EmbedSettings) -> set[Path]:
@@ -161,7 +163,7 @@ def _embed(
     return parts()
 
 
-def _table(start: int, parts: Sequence[EmbeddedRows]) -> Columns:
+def _embedding_table(start: int, parts: Sequence[EmbeddedRows]) -> Columns:
     """The columns of one shard."""
     embeddings = np.concatenate([part.embeddings for part in parts])
     shape = embeddings.shape[1:]

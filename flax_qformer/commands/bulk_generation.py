@@ -149,13 +149,13 @@ def generate_all(options: DrawOptions, settings: BulkSettings) -> str:
         shard_size=settings.shard_size,
         settings=settings_of(options) | {"shard_size": settings.shard_size, "image_column": settings.image_column},
         sum_of_ids=sum_of_ids(references, [*settings.prompts, *map(str, settings.seeds)]),
-        sum_of_files=sum_of_files(_model_files(options, settings)),
+        sum_of_files=sum_of_files(_pipeline_files(options, settings)),
         process=settings.process,
     )
     mesh = named_mesh(options.mesh, jax.local_devices())
     size = shards.batch_size(options.batch_size, mesh)
     draw = partial(_draw, picture_list, size=size, options=options, mesh=mesh, fingerprint=shards.sum_of_files)
-    return shards.write_missing(size, draw, partial(_table, picture_list))
+    return shards.write_missing(size, draw, partial(_picture_table, picture_list))
 
 
 def _check_place(output: Path, picture_list: PictureList) -> None:
@@ -175,7 +175,7 @@ def _check_place(output: Path, picture_list: PictureList) -> None:
                 )
 
 
-def _model_files(options: DrawOptions, settings: BulkSettings) -> set[Path]:
+def _pipeline_files(options: DrawOptions, settings: BulkSettings) -> set[Path]:
     """All files that determine the pictures, besides those of `references`."""
     source = None if options.model == str(DEFAULT_MODEL) else options.model
     pipeline = locate_pipeline(source, with_controlnet=bool(options.control and not options.controlnet))
@@ -224,9 +224,9 @@ def _draw(
                 }
                 results = _draw_batch(drawer, batch, subjects, size, options.dtype)
             writes = [
-                writers.submit(save_picture, *picture)
-                for picture in zip(files, results, parameters, strict=True)
-                if isinstance(picture[1], np.ndarray)
+                writers.submit(save_picture, file, result, values)
+                for file, result, values in zip(files, results, parameters, strict=True)
+                if isinstance(result, np.ndarray)
             ]
             errors = [result if isinstance(result, str) else None for result in results]
             yield DrawnRows(rows, errors, [ids[row.reference] for row in batch], writes)
@@ -272,7 +272,7 @@ def _is_kept(file: Path, wanted: Mapping[str, Any]) -> bool:
     return True
 
 
-def _table(picture_list: PictureList, start: int, parts: Sequence[DrawnRows]) -> Columns:
+def _picture_table(picture_list: PictureList, start: int, parts: Sequence[DrawnRows]) -> Columns:
     """The columns of a shard, once its pictures are on disk."""
     for part in parts:
         for write in part.writes:

@@ -15,7 +15,7 @@ FLASH_TOKENS = 1024
 """The fewest queries and keys for which a TPU uses a flash kernel, so that the scores stay on the chip."""
 
 LANES = 128
-"""Numbers in a vector register of a TPU, by which the kernel's widths and lengths must divide."""
+"""Lanes of a TPU's vector register: the kernel's widths and lengths must be multiples of it."""
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, plain: Callable[..., jax.Array]) -> jax.Array:
@@ -78,8 +78,8 @@ def _flash_on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
 
 
 def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """JAX's own flash kernel for TPUs. It takes the heads before the tokens, and whole blocks of whole lanes."""
-    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+    """JAX's own flash kernel for TPUs: its arrays are (batch, heads, tokens, head_dim), padded to whole lanes."""
+    from jax.experimental.pallas.ops.tpu import flash_attention
 
     batch, num_queries, _, head_dim = query.shape
     num_keys = key.shape[1]
@@ -92,28 +92,28 @@ def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     if key.shape[2] > num_keys:
         # Queries attend to the keys of their own segment only.
         positions = jnp.broadcast_to(jnp.arange(key.shape[2]), (batch, key.shape[2]))
-        segments = pallas.SegmentIds(
+        segments = flash_attention.SegmentIds(
             jnp.zeros((batch, query.shape[2]), jnp.int32), (positions >= num_keys).astype(jnp.int32)
         )
-    context = pallas.flash_attention(
+    context = flash_attention.flash_attention(
         query, key, value, segment_ids=segments, block_sizes=_flash_blocks(query.shape[2], key.shape[2], query.shape[3])
     )
     return context[:, :, :num_queries, :head_dim].swapaxes(1, 2)
 
 
 def _flash_blocks(num_queries: int, num_keys: int, width: int) -> Any:
-    """Blocks that fit into a TPU's fast memory, 16 MB of which are for a kernel.
+    """Block sizes that fit into the 16 MB of a TPU's vector memory that a kernel may use.
 
-    A block of all keys needs no running maximum; it holds up to 4,096 keys of 128 lanes.
+    With all keys in one block, the kernel needs no running maximum. 4,096 keys of 128 lanes fit.
     """
-    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+    from jax.experimental.pallas.ops.tpu import flash_attention
 
     def block(length: int, most: int) -> int:
         return max(size for size in range(LANES, min(length, most) + 1, LANES) if length % size == 0)
 
     keys = block(num_keys, 4096 * LANES // width)
     few_queries, few_keys = block(num_queries, 512), block(num_keys, 512 * LANES // width)
-    return pallas.BlockSizes(
+    return flash_attention.BlockSizes(
         block_q=block(num_queries, 256),
         block_k_major=keys,
         block_k=keys,

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_qformer.data.batches import evaluation_batches, open_row
 from flax_qformer.data.sources import DataSettings, Source
+from flax_qformer.models.captioning import NUM_BEAMS
 from flax_qformer.models.pretraining import Blip2ForPreTraining
 from flax_qformer.parallel.processes import is_first
 from flax_qformer.processing.attention_maps import attention_maps
@@ -26,7 +27,6 @@ from flax_qformer.training.metrics import Samples
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_BEAMS = 3
 TOP = 5
 """Images shown for each text."""
 
