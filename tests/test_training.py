@@ -797,7 +797,7 @@ MANIFEST = "_CHECKPOINT_METADATA"
 
 
 def last_step(run: Path) -> int:
-    return max([0, *(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal())])
+    return max([0, *(int(path.parent.name) for path in (run / "checkpoints").glob("*/checksums.json"))])
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
