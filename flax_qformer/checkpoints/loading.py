@@ -29,7 +29,7 @@ from flax_qformer.checkpoints.model_files import (
     locate,
 )
 from flax_qformer.checkpoints.parts import drawing_part, load_part
-from flax_qformer.checkpoints.reading import Place, as_dtype, params_shapes, read_params
+from flax_qformer.checkpoints.reading import Place, as_dtype, read_params, stored_params
 from flax_qformer.convert import check_shapes, convert, layout_of, parts_of
 from flax_qformer.convert.files import open_tensors
 from flax_qformer.convert.tables.qformer import BERT_BIAS, PARTS, parameters
@@ -422,8 +422,8 @@ def _load_flax(
     place: Place | None,
 ) -> Loaded:
     assert files.params
-    shapes = params_shapes(files.params)
-    identity = _identify(files, config, "flax", "temp" in shapes)
-    check_tree(shapes, identity.config, identity.model_class)
-    params = read_params(files.params, dtype, allow_non_finite, place)
+    stored = stored_params(files.params)
+    identity = _identify(files, config, "flax", "temp" in stored)
+    check_tree({path: leaf.shape for path, leaf in stored.items()}, identity.config, identity.model_class)
+    params = read_params(files.params, stored, dtype, allow_non_finite, place)
     return Loaded(model_class or identity.model_class, identity.config, params, identity.layout)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flax_qformer.checkpoints.model_files import PARAMS, AnyModelName, ModelFiles, download_weights, locate
-from flax_qformer.checkpoints.reading import Place, as_dtype, params_shapes, read_params
+from flax_qformer.checkpoints.reading import Place, as_dtype, read_params, stored_params
 from flax_qformer.convert import check_shapes
 from flax_qformer.convert.axes import Parameter
 from flax_qformer.convert.files import open_tensors
@@ -222,8 +222,9 @@ def read_part(
     try:
         if files.params:
             rows = part_rows(part, config)
-            check_shapes(params_shapes(files.params), {row.path: row.shape for row in rows})
-            params = read_params(files.params, dtype, allow_non_finite, place)
+            stored = stored_params(files.params)
+            check_shapes({path: leaf.shape for path, leaf in stored.items()}, {row.path: row.shape for row in rows})
+            params = read_params(files.params, stored, dtype, allow_non_finite, place)
             has_position_ids = record.get("has_position_ids") is not False
             return LoadedPart(part, values, config, params, record.get("old_names") is True, has_position_ids)
         tensors = merged(map(open_tensors, files.weights))

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,22 +32,31 @@ def as_dtype(name: DTypeLike) -> jnp.dtype:
     return dtype
 
 
-def params_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of an orbax checkpoint, by path.
+def stored_params(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of an orbax checkpoint, by path.
 
     Raises:
       InputError: it is damaged.
     """
-    return {name: leaf.shape for name, leaf in _stored(folder).items()}
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    with _reading(folder):
+        leaves = flatten_dict(ocp.metadata(folder.absolute()).metadata, sep="/")
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
 def read_params(
-    folder: Path, dtype: jnp.dtype | None = None, allow_non_finite: bool = False, place: Place | None = None
+    folder: Path,
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    dtype: jnp.dtype | None = None,
+    allow_non_finite: bool = False,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Read an orbax checkpoint.
 
     Args:
       folder: of the checkpoint.
+      stored: its `stored_params`.
       dtype: cast the parameters; by default each keeps its dtype.
       allow_non_finite: accept infinities and NaN that the cast creates.
       place: from path and shape to a sharding, by default the first device here.
@@ -62,7 +71,7 @@ def read_params(
         name: jax.ShapeDtypeStruct(
             leaf.shape, dtype or leaf.dtype, sharding=here if place is None else place(name, leaf.shape)
         )
-        for name, leaf in _stored(folder).items()
+        for name, leaf in stored.items()
     }
     with _reading(folder):
         params = ocp.load(folder.absolute(), unflatten_dict(wanted, sep="/"))  # orbax takes no relative path
@@ -70,14 +79,6 @@ def read_params(
         finite = jax.device_get({path: _all_finite(leaf) for path, leaf in flatten_dict(params, sep="/").items()})
         check_finite([path for path, is_finite in finite.items() if not is_finite], dtype)
     return params
-
-
-def _stored(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    with _reading(folder):
-        leaves = flatten_dict(ocp.metadata(folder.absolute()).metadata, sep="/")
-        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
 @jax.jit

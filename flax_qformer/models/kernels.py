@@ -41,7 +41,7 @@ def _some_scores_at_a_time(
 ) -> jax.Array:
     """Attention whose scores stay in the caches; the gradient computes them again."""
     batch, num_queries, heads, _ = query.shape
-    rows = max(1, SCORES_AT_ONCE // (heads * key.shape[1]))
+    rows = SCORES_AT_ONCE // max(1, heads * key.shape[1]) or 1
     if batch * num_queries <= rows or jax.sharding.get_abstract_mesh().size > 1:
         return plain(query, key, value)
     if rows < num_queries:

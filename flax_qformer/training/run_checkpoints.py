@@ -25,7 +25,7 @@ class Checkpoints:
 
     Orbax's metadata of a step holds a manifest: the dtypes and shapes of the arrays, the notes (all that is not an
     array, such as the position in the data), and a checksum of both. The checksums of the files are written after the
-    step is complete; a step that a kill left without them is restored unverified.
+    step is complete; a step that a kill left without them is restored only if no other can be.
     Earlier versions wrote both into `STEP.json`, beside the step and after it; there a step without it is incomplete.
     """
 
@@ -91,7 +91,8 @@ class Checkpoints:
           InputError: all checkpoints are damaged, or the newest undamaged one is of another model.
         """
         # Processes may see a shared disk differently, but all must restore the same step.
-        steps = [int(step) for step in from_first(" ".join(map(str, self.steps()))).split()]
+        candidates = sorted(self.steps(), key=lambda step: (self._has_checksums(step), step), reverse=True)
+        steps = [int(step) for step in from_first(" ".join(map(str, candidates))).split()]
         for step in steps:
             restored, reason = None, self._damage(step)
             if not any_process(bool(reason)):
@@ -137,6 +138,9 @@ class Checkpoints:
         for path in self._folder.glob("*.json*"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
+
+    def _has_checksums(self, step: int) -> bool:
+        return any(path.exists() for path in (self._folder / str(step) / CHECKSUMS, self._folder / f"{step}.json"))
 
     def _manifest(self, step: int) -> dict[str, Any]:
         """The content of the manifest; ValueError if it is damaged."""
