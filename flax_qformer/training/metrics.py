@@ -54,12 +54,12 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # Its thread writes the entries; `flush` does not wait for that thread.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=0.1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()
 
     def show(self, step: int, samples: Samples) -> None:
         rows = [("", "true caption", "written caption"), ("---",) * 3]
@@ -68,7 +68,6 @@ class TensorBoard:
         self._writer.add_text("samples/captions", table, step)
         for name, picture in samples.pictures.items():
             self._writer.add_image(f"samples/{name}", picture, step, dataformats="HWC")
-        self._writer.flush()
 
     def close(self, failed: bool) -> None:
         self._writer.close()
