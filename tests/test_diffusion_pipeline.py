@@ -168,7 +168,7 @@ def with_prediction(pipe: Any, kind: str) -> Any:
     return fq.BlipDiffusionPipeline(pipe.components, pipe.params, scheduler, pipe.tokenizer, pipe.processor)
 
 
-@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("is_sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_loss_and_its_gradients_are_upstreams(pipe: Any, golden: Golden, is_sharded: bool) -> None:
     answers, (subjects, inputs) = golden("diffusion_pipeline"), loss_inputs()
     params: Any = {name: pipe.params[name] for name in ("unet", "text_encoder")}
@@ -371,6 +371,7 @@ def test_output_types_show_the_same_picture(pipe: Any) -> None:
     assert latents.shape == (1, 4, 4, 4)
 
 
+@pytest.mark.slow
 def test_half_precision_draws_the_same_picture(pipe: Any) -> None:
     half = fq.BlipDiffusionPipeline(
         {name: module.clone(dtype=jnp.bfloat16) for name, module in pipe.components.items()},
