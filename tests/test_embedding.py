@@ -106,7 +106,10 @@ def test_a_stopped_run_resumes_with_any_number_of_processes(data: Path, uninterr
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == code, stderr
         assert before + 3 <= shards(output) < SHARDS
-    assert f"stopped with {SHARDS - shards(output)} shards to go; the same command goes on" in stderr.splitlines()[-1]
+    assert (
+        f"stopped with {SHARDS - shards(output)} shards to go; run the same command to write them"
+        in stderr.splitlines()[-1]
+    )
     # As a full disk or a crash of the machine may leave it.
     first = min(output.iterdir())
     first.write_bytes(first.read_bytes()[:-100])
