@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from flax_qformer.checkpoints.model_files import EXAMPLE_IMAGE
+from flax_qformer.convert.axes import Parameter
 from flax_qformer.convert.tables.qformer import parameters
 from flax_qformer.models.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from flax_qformer.models.pretraining import Blip2ForPreTraining
@@ -97,26 +98,27 @@ def _config(vocab_size: int) -> Blip2Config:
     )
 
 
-def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
-    """Random weights by upstream's names; the patch positions start as sines and cosines.
+def draw_weight(rng: np.random.Generator, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:
+    """A random weight, float32. In small models, signals would fade with the usual standard deviation of 0.02."""
+    drawn = rng.standard_normal(shape, np.float32)
+    if parameter.path.endswith("/kernel"):
+        drawn *= 0.8 / np.sqrt(np.prod(parameter.torch_shape[1:]))
+    elif parameter.path.endswith("/scale"):
+        drawn = np.ones_like(drawn)
+    elif parameter.path.endswith("/bias"):
+        drawn = np.zeros_like(drawn)
+    else:
+        drawn *= 0.2
+    return drawn
 
-    At this width, signals would fade with the usual standard deviation of 0.02.
-    """
+
+def _weights(config: Blip2Config) -> dict[str, np.ndarray]:
+    """Random weights by upstream's names; the patch positions start as sines and cosines."""
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
     for parameter in parameters(config, "diffusers", Blip2ForPreTraining.parts):
-        drawn = rng.standard_normal(parameter.torch_shape, np.float32)
-        if parameter.path.endswith("/kernel"):
-            drawn *= 0.8 / np.sqrt(np.prod(parameter.torch_shape[1:]))
-        elif parameter.path.endswith("/scale"):
-            drawn = np.ones_like(drawn)
-        elif parameter.path.endswith("/bias"):
-            drawn = np.zeros_like(drawn)
-        elif parameter.path == "temp":
-            drawn = np.full_like(drawn, 0.07)
-        else:
-            drawn *= 0.2
-        tensors[parameter.name] = drawn
+        drawn = draw_weight(rng, parameter, parameter.torch_shape)
+        tensors[parameter.name] = np.full_like(drawn, 0.07) if parameter.path == "temp" else drawn
     grid, width = config.vision_config.grid_size, config.vision_config.hidden_size
     waves = _waves(grid, width // 2)
     table = np.concatenate([np.repeat(waves, grid, axis=0), np.tile(waves, (grid, 1))], axis=1)

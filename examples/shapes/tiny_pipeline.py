@@ -19,7 +19,7 @@ from flax_qformer.diffusion.text_encoder import CLIPTextConfig
 from flax_qformer.diffusion.unet import UNet2DConditionConfig
 from flax_qformer.json_files import json_bytes
 from flax_qformer.models.config import Blip2Config
-from start import WORDS
+from start import WORDS, draw_weight
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SIDE = 64
@@ -121,20 +121,9 @@ def _byte_letters() -> list[str]:
 
 
 def random_params(part: DrawingPart, config: PartConfig, seed: int) -> dict[str, Any]:
-    """Parameters drawn so that activations neither vanish nor grow."""
+    """Random parameters, as `draw_weight` draws them."""
     rng = np.random.default_rng(seed)
-    params = {}
-    for row in part_rows(part, config):
-        drawn = rng.standard_normal(row.shape, np.float32)
-        if row.path.endswith("/kernel"):
-            drawn *= 0.8 / np.sqrt(np.prod(row.torch_shape[1:]))
-        elif row.path.endswith("/scale"):
-            drawn = np.ones_like(drawn)
-        elif row.path.endswith("/bias"):
-            drawn = np.zeros_like(drawn)
-        else:
-            drawn *= 0.2
-        params[row.path] = drawn
+    params = {row.path: draw_weight(rng, row, row.shape) for row in part_rows(part, config)}
     return unflatten_dict(params, sep="/")
 
 

@@ -15,9 +15,11 @@ from flax_qformer.commands.options import (
     BATCH_SIZE,
     TEXT_MULTIPLE,
     File,
+    ImageColumn,
     Images,
     ModelOptions,
     Positive,
+    ProcessShare,
     Texts,
     batches,
     check_train_packages,
@@ -76,17 +78,13 @@ class EmbedOptions(ModelOptions):
         whole_number(1),
         tyro.conf.arg(help_behavior_hint=f"(default: {BATCH_SIZE}; with --data, {DataSettings.batch_size})"),
     ] = None
-    image_column: Annotated[
-        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found by its type and name)")
-    ] = DataSettings.image_column
+    image_column: ImageColumn = DataSettings.image_column
     embedding_dtype: Literal["float16", "float32"] = "float32"
     shard_size: Positive = 1024
     num_workers: Annotated[int, tyro.conf.arg(metavar="N")] = DataSettings.num_workers
     mesh: Annotated[str, tyro.conf.arg(metavar="AXES")] = TrainSettings.mesh
     distributed: bool = False
-    process: Annotated[
-        tuple[int, int] | None, tyro.conf.arg(metavar="I N", help_behavior_hint="(default: as JAX counts them)")
-    ] = None
+    process: ProcessShare = None
     settings: File = None
 
     @classmethod

@@ -24,7 +24,17 @@ from flax_qformer.commands.drawing import (
     input_paths,
     save_picture,
 )
-from flax_qformer.commands.options import File, Positive, Texts, check_train_packages, texts_of, whole_number
+from flax_qformer.commands.options import (
+    File,
+    ImageColumn,
+    Positive,
+    ProcessShare,
+    Texts,
+    check_train_packages,
+    texts_of,
+    whole_number,
+)
+from flax_qformer.data.sources import DataSettings
 from flax_qformer.diffusion.pipeline import to_pil
 from flax_qformer.errors import InputError
 from flax_qformer.parallel.mesh import named_mesh
@@ -74,14 +84,10 @@ class GenerateOptions(DrawOptions):
     grid: bool = False
     prompts: File = None
     references: Annotated[str | None, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")] = None
-    image_column: Annotated[
-        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found by its type and name)")
-    ] = None
+    image_column: ImageColumn = DataSettings.image_column
     shard_size: Positive = 64
     distributed: bool = False
-    process: Annotated[
-        tuple[int, int] | None, tyro.conf.arg(metavar="I N", help_behavior_hint="(default: as JAX counts them)")
-    ] = None
+    process: ProcessShare = None
     settings: File = None
 
     @classmethod

@@ -52,6 +52,12 @@ ModelName = Annotated[
 ]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Tokenizer = Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
+ImageColumn = Annotated[
+    str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found by its type and name)")
+]
+ProcessShare = Annotated[
+    tuple[int, int] | None, tyro.conf.arg(metavar="I N", help_behavior_hint="(default: as JAX counts them)")
+]
 Texts = Annotated[
     tuple[tuple[str, ...], ...],
     tyro.conf.UseAppendAction,
