@@ -14,7 +14,7 @@ import numpy as np
 from flax_qformer.diffusion.config import PartConfig
 from flax_qformer.errors import InputError
 from flax_qformer.models.attention import CROSS_ATTENTION_MASK, dot_product_attention
-from flax_qformer.models.layers import ACTIVATIONS, Block, Embed
+from flax_qformer.models.layers import ACTIVATIONS, MLP, Block, Embed
 from flax_qformer.parallel.mesh import keep_batch
 
 OLD_EOS_TOKEN_ID = 2
@@ -137,25 +137,9 @@ class CLIPAttention(Block):
         width, heads = (c.hidden_size,), (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (self.dense(name, width, heads)(x) for name in ("q_proj", "k_proj", "v_proj"))
         causal = jnp.where(jnp.tri(length, dtype=bool), 0.0, CROSS_ATTENTION_MASK)[None, None]
-        dropout = (
-            None if deterministic or not c.attention_dropout else nn.Dropout(c.attention_dropout, deterministic=False)
-        )
+        dropout = self.attention_dropout(c.attention_dropout, deterministic)
         context, _ = dot_product_attention(query * heads[1] ** -0.5, key, value, bias=causal, dropout=dropout)
         return self.dense("out_proj", heads, width)(context)
-
-
-class CLIPMLP(Block):
-    """Source: transformers `CLIPMLP`."""
-
-    config: CLIPTextConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, length, width) -> the same shape."""
-        c = self.config
-        activation = ACTIVATIONS[c.hidden_act]
-        x = self.dense("fc1", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
-        return self.dense("fc2", (c.intermediate_size,), (c.hidden_size,))(x)
 
 
 class CLIPEncoderLayer(Block):
@@ -170,7 +154,7 @@ class CLIPEncoderLayer(Block):
         normed = self.layer_norm("layer_norm1", c.layer_norm_eps)(x)
         x += CLIPAttention(c, name="self_attn", **self.policy)(normed, deterministic)
         normed = self.layer_norm("layer_norm2", c.layer_norm_eps)(x)
-        return x + CLIPMLP(c, name="mlp", **self.policy)(normed)
+        return x + MLP(c.intermediate_size, ACTIVATIONS[c.hidden_act], name="mlp", **self.policy)(normed)
 
 
 class CLIPEncoder(Block):

@@ -97,6 +97,11 @@ class Block(nn.Module, kw_only=True):
         # The mean of squares minus the square of the mean would cancel at eps 1e-12.
         return LayerNorm(eps, use_fast_variance=False, name=name, **self.policy)
 
+    @nn.nowrap
+    def attention_dropout(self, rate: float, deterministic: bool) -> nn.Dropout | None:
+        """The dropout of attention weights, or None where nothing is dropped, so that faster attention can run."""
+        return None if deterministic or not rate else nn.Dropout(rate, deterministic=False)
+
 
 class Dense(Block):
     """`x @ kernel + bias` over the last axes of x; input and output may have several axes. Source: `nn.Linear`.
@@ -136,6 +141,20 @@ class Dense(Block):
     def whole_kernel(self) -> jax.Array:
         """The kernel with its LoRA update, if it has one."""
         return self.kernel if self.lora is None else lora_kernel(self.kernel, *self.lora)
+
+
+class MLP(Block):
+    """A feed-forward of two dense layers. Source: transformers `Blip2MLP`, `CLIPMLP`."""
+
+    inner: int
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (batch, tokens, width) -> the same shape."""
+        width = x.shape[-1:]
+        x = self.dense("fc1", width, (self.inner,), activation=self.activation)(x)
+        return self.dense("fc2", (self.inner,), width)(x)
 
 
 # The gradient keeps only the input: memory traffic bounds a training step on GPUs and TPUs.

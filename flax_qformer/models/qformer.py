@@ -149,7 +149,7 @@ class Blip2QFormerMultiHeadAttention(Block):
             if past is not None:
                 before = (array.astype(self.dtype) for array in past)
                 key, value = (self.joined(*pair) for pair in zip(before, (key, value), strict=True))
-        dropout = None if deterministic else nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
+        dropout = self.attention_dropout(c.attention_probs_dropout_prob, deterministic)
         attended, weights = dot_product_attention(query, key, value, bias=bias, head_mask=head_mask, dropout=dropout)
         return attended, weights, (key, value)
 

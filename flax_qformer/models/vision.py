@@ -12,7 +12,7 @@ from flax_qformer.errors import InputError
 from flax_qformer.models.attention import dot_product_attention
 from flax_qformer.models.config import Blip2VisionConfig
 from flax_qformer.models.inputs import check_pixels
-from flax_qformer.models.layers import ACTIVATIONS, INITIALIZER, Block, check_stacked, scanned
+from flax_qformer.models.layers import ACTIVATIONS, INITIALIZER, MLP, Block, check_stacked, scanned
 
 
 @flax.struct.dataclass
@@ -64,25 +64,9 @@ class Blip2Attention(Block):
         heads = (c.num_attention_heads, c.head_dim)
         qkv = self.dense("qkv", (c.hidden_size,), (3, *heads), use_bias=c.qkv_bias)(x)
         query, key, value = jnp.moveaxis(qkv, 2, 0)
-        dropout = (
-            None if deterministic or not c.attention_dropout else nn.Dropout(c.attention_dropout, deterministic=False)
-        )
+        dropout = self.attention_dropout(c.attention_dropout, deterministic)
         context, weights = dot_product_attention(query * c.head_dim**-0.5, key, value, dropout=dropout)
         return self.dense("projection", heads, (c.hidden_size,))(context), weights
-
-
-class Blip2MLP(Block):
-    """Source: transformers `Blip2MLP`."""
-
-    config: Blip2VisionConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, width) -> the same shape."""
-        c = self.config
-        activation = ACTIVATIONS[c.hidden_act]
-        x = self.dense("fc1", (c.hidden_size,), (c.intermediate_size,), activation=activation)(x)
-        return self.dense("fc2", (c.intermediate_size,), (c.hidden_size,))(x)
 
 
 class VisionLayerOutput(NamedTuple):
@@ -106,7 +90,8 @@ class Blip2EncoderLayer(Block):
         attended, weights = Blip2Attention(c, name="self_attn", **self.policy)(normed, self.deterministic)
         x += attended
         normed = self.layer_norm("layer_norm2", c.layer_norm_eps)(x)
-        return VisionLayerOutput(x + Blip2MLP(c, name="mlp", **self.policy)(normed), weights)
+        mlp = MLP(c.intermediate_size, ACTIVATIONS[c.hidden_act], name="mlp", **self.policy)
+        return VisionLayerOutput(x + mlp(normed), weights)
 
 
 class Blip2Encoder(Block):
