@@ -35,7 +35,6 @@ from flax_qformer.convert.files import open_tensors
 from flax_qformer.convert.tables.qformer import BERT_BIAS, PARTS, parameters
 from flax_qformer.convert.tensors import StoredTensor, merged
 from flax_qformer.errors import InputError
-from flax_qformer.json_files import read_json
 from flax_qformer.models.config import BLIP2_VIT_L, BLIP_DIFFUSION, Blip2Config
 from flax_qformer.models.pretraining import TEMPERATURE, Blip2ForPreTraining
 from flax_qformer.models.qformer import Blip2QFormerModel
@@ -278,7 +277,7 @@ def locate_checkpoint(name: AnyModelName, config: object = None) -> ModelFiles:
 
 def check_architecture(files: ModelFiles) -> None:
     """Raise InputError if the config is of another class: transformers has BLIP-2 models with similar configs."""
-    values = read_json(files.config) if files.config else {}
+    values = files.config_values
     name = _architecture(values)
     # transformers gives the name of diffusers' model to a Q-Former without a vision tower.
     is_without_tower = values.get("model_type") == "blip_2_qformer"
@@ -313,7 +312,7 @@ class Identity:
 
 
 def _identify(files: ModelFiles, config: AnyConfig | None, layout: str, is_stage_1: bool) -> Identity:
-    named_class = CLASSES.get(_architecture(read_json(files.config)) or "") if files.config else None
+    named_class = CLASSES.get(_architecture(files.config_values) or "")
     model_class = named_class or (Blip2ForPreTraining if is_stage_1 else Blip2QFormerModel)
     is_assumed = config is None and files.config is None and layout == "lavis"
     published = BLIP2_VIT_L if is_stage_1 else BLIP_DIFFUSION

@@ -4,10 +4,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from flax_qformer.errors import InputError, first_line
+from flax_qformer.json_files import read_json
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 """The embedded checkpoint: small, and in the layout that upstream's `save_pretrained` writes."""
@@ -76,6 +78,15 @@ class ModelFiles:
     image_processor: Path | None = None
     pipeline: Path | None = None
     hub_id: str | None = None
+
+    @cached_property
+    def config_values(self) -> dict[str, Any]:
+        """The contents of `config`; empty if there is none.
+
+        Raises:
+          InputError: it is no JSON object.
+        """
+        return read_json(self.config) if self.config else {}
 
 
 AnyModelName: TypeAlias = str | os.PathLike[str] | ModelFiles

@@ -32,7 +32,6 @@ from flax_qformer.diffusion.controlnet import ControlNetConfig, ControlNetModel
 from flax_qformer.diffusion.text_encoder import CLIPTextConfig, ContextCLIPTextModel
 from flax_qformer.diffusion.unet import UNet2DConditionConfig, UNet2DConditionModel
 from flax_qformer.errors import InputError, first_line
-from flax_qformer.json_files import read_json
 from flax_qformer.parallel.partition_rules import sharding_of
 
 CONVERTED = "_converted"
@@ -154,9 +153,7 @@ class LoadedPart:
 
 def drawing_part(files: ModelFiles) -> DrawingPart | None:
     """The kind of part that a config names; None for the Q-Former's classes, other classes and folders without one."""
-    if files.config is None:
-        return None
-    name = _class_name(read_json(files.config))
+    name = _class_name(files.config_values)
     return next((part for part in DRAWING_PARTS.values() if name in part.class_names), None)
 
 
@@ -209,8 +206,7 @@ def read_part(
     Raises:
       InputError: the part is not of this kind, or does not fit its config.
     """
-    if files.config is not None:
-        values = read_json(files.config)
+    values = values if files.config is None else files.config_values
     if values is None:
         raise InputError(f"{files.name} has no config.json; put the {part.class_names[0]}'s there")
     if not (files.params or files.weights):

@@ -358,7 +358,7 @@ def read_subject(
         found = f"it also holds {listed(others)}" if others else "it lacks unet.* or ctx_embeddings_cache"
         raise InputError(f"{path} is no file of LAVIS's fine-tuning: {found}; give its checkpoint_*.pth")
     files = base.parts["unet"]
-    values = read_json(files.config) if files.config else SD_1_5["unet"]
+    values = files.config_values if files.config else SD_1_5["unet"]
     config = part_config(UNET, values, str(files.config or files.name))
     try:
         loaded = convert_part(unet, UNET, values, config, dtype, place=place)
