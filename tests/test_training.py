@@ -943,6 +943,18 @@ def test_damaged_checkpoints_are_skipped(
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {"2", "3"}
 
 
+def test_a_checkpoint_without_checksums_is_the_last_resort(tmp_path: Path) -> None:
+    """A kill after a step is complete and before its checksums are written leaves it so."""
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"a": jnp.int32(step)}, {"position": step})
+    for expected in (1, 2):
+        (tmp_path / str(3 - expected) / "checksums.json").unlink()
+        restored, notes = checkpoints.restore({"a": jnp.int32(0)}) or (None, None)
+        assert same(restored, {"a": jnp.int32(expected)})
+        assert notes == checkpoints.notes() == {"position": expected}
+
+
 def test_checkpoints_of_earlier_versions(tmp_path: Path) -> None:
     """They have the manifest beside the checkpoint, where it was written last."""
     state = {"a": jnp.arange(8.0), "b": {"c": jnp.int32(3)}}

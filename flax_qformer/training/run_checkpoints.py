@@ -91,8 +91,7 @@ class Checkpoints:
           InputError: all checkpoints are damaged, or the newest undamaged one is of another model.
         """
         # Processes may see a shared disk differently, but all must restore the same step.
-        candidates = sorted(self.steps(), key=lambda step: (self._has_checksums(step), step), reverse=True)
-        steps = [int(step) for step in from_first(" ".join(map(str, candidates))).split()]
+        steps = [int(step) for step in from_first(" ".join(map(str, self._in_order_of_trial()))).split()]
         for step in steps:
             restored, reason = None, self._damage(step)
             if not any_process(bool(reason)):
@@ -113,8 +112,8 @@ class Checkpoints:
         return None
 
     def notes(self) -> dict[str, Any]:
-        """The notes of the newest checkpoint with an undamaged manifest; empty if there is none."""
-        for step in self.steps():
+        """The notes of the first checkpoint to try that has an undamaged manifest; empty if there is none."""
+        for step in self._in_order_of_trial():
             try:
                 return self._manifest(step)["notes"]
             except ValueError:
@@ -139,8 +138,13 @@ class Checkpoints:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 
-    def _has_checksums(self, step: int) -> bool:
-        return any(path.exists() for path in (self._folder / str(step) / CHECKSUMS, self._folder / f"{step}.json"))
+    def _in_order_of_trial(self) -> list[int]:
+        """The steps with checksums, newest first, then those that a kill left without."""
+
+        def has_checksums(step: int) -> bool:
+            return (self._folder / str(step) / CHECKSUMS).exists() or (self._folder / f"{step}.json").exists()
+
+        return sorted(self.steps(), key=lambda step: (has_checksums(step), step), reverse=True)
 
     def _manifest(self, step: int) -> dict[str, Any]:
         """The content of the manifest; ValueError if it is damaged."""
